@@ -1,0 +1,1 @@
+"""What the four scripts share: one concern a file, none of them imports a script."""

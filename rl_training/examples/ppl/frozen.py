@@ -1,0 +1,78 @@
+"""A model as its own frozen reference: adapters off, eval mode, no gradient, and put back exactly as it was."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+# Unsloth reads these at every forward pass. GRPO sets the second for its own passes, and logits are then hidden states.
+_UNSLOTH = {"UNSLOTH_RETURN_LOGITS": "1", "UNSLOTH_RETURN_HIDDEN_STATES": "0"}
+
+
+@contextmanager
+def frozen(model: torch.nn.Module) -> Iterator[None]:
+    """Within it, `model` computes what it computed before any adapter was trained, without dropout or gradients.
+
+    Restores, also after an exception: train/eval of every module, which adapters are on, `requires_grad`, the
+    environment. Raises `ValueError` if an adapter is merged into the weights, where it cannot be turned off.
+    """
+    with ExitStack() as stack:
+        for name, value in _UNSLOTH.items():
+            stack.callback(_set_environment, name, os.environ.get(name))
+            os.environ[name] = value
+        training = [module for module in model.modules() if module.training]
+        stack.callback(lambda: [setattr(module, "training", True) for module in training])
+        for module in training:
+            module.training = False
+        for layer in _enabled_adapters(model):
+            stack.callback(_enable, layer, [(p, p.requires_grad) for p in layer.parameters()])
+            layer.enable_adapters(False)
+        stack.enter_context(torch.no_grad())
+        # A trainer's autocast would score in another precision than the baselines were computed in.
+        for device_type in {parameter.device.type for parameter in model.parameters()}:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+def base_parameters(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
+    """The parameters the frozen model computes with: all but those of adapters."""
+    adapter = {
+        id(parameter)
+        for layer in _tuner_layers(model)
+        for name in layer.adapter_layer_names
+        if isinstance(getattr(layer, name, None), torch.nn.Module)
+        for parameter in getattr(layer, name).parameters()
+    }
+    return (parameter for parameter in model.parameters() if id(parameter) not in adapter)
+
+
+def _tuner_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """By layer, since adapters that were injected in place come without a PeftModel around them."""
+    if "peft" not in sys.modules:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+
+def _enabled_adapters(model: torch.nn.Module) -> list[torch.nn.Module]:
+    layers = _tuner_layers(model)
+    if any(getattr(layer, "merged", False) for layer in layers):
+        raise ValueError("the model's adapter is merged into its weights: call model.unmerge_adapter() before scoring")
+    return [layer for layer in layers if not layer.disable_adapters]
+
+
+def _enable(layer: torch.nn.Module, requires_grad: list[tuple[torch.nn.Parameter, bool]]) -> None:
+    layer.enable_adapters(True)
+    for parameter, flag in requires_grad:
+        parameter.requires_grad_(flag)
+
+
+def _set_environment(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value

@@ -1,0 +1,107 @@
+"""DESIGN in its slowest words: one forward pass a token, one character at a time. The twin the fast path must equal."""
+
+import math
+
+import regex
+import sentencex
+import torch
+
+CLAUSE = set(",;:—–()[]、，；：（）【】")
+LINE_BREAKS = {"\n", "\v", "\f", "\r", "\x85", "\u2028", "\u2029"}
+
+
+def units(text: str, language: str = "en", max_phrase_words: int = 4) -> dict[str, list[tuple[int, int]]]:
+    """Per level (start, end) of every unit, also of those that will hold no token."""
+    pieces = []
+    without_panic = regex.sub(r"[^\S\x00-\x7f](?=\.)", " ", text)
+    place = 0
+    for length in map(len, sentencex.segment(language, without_panic)):
+        sentence, place = text[place : place + length], place + length
+        piece = ""
+        for at, char in enumerate(sentence):
+            piece += char
+            if char in LINE_BREAKS and not (char == "\r" and sentence[at + 1 : at + 2] == "\n"):
+                pieces.append(piece)
+                piece = ""
+        if piece:
+            pieces.append(piece)
+    found = {"word": [], "phrase": [], "sentence": []}
+    start = 0
+    for piece in pieces:
+        found["sentence"].append((start, start + len(piece)))
+        words = []  # (text in front and word, what trails it)
+        for part in regex.split(r"(?V1w)\b", piece):
+            if any(char.isalnum() for char in part):
+                if len(words) == 1 and not any(char.isalnum() for char in words[0][0]):
+                    words[0] = [words[0][0] + part, ""]
+                else:
+                    words.append([part, ""])
+            elif words and any(char.isalnum() for char in words[-1][0]):
+                words[-1][1] += part
+            elif words:
+                words[0][0] += part
+            else:
+                words.append([part, ""])
+        place, phrase, count = start, start, 0
+        for word, trailing in words:
+            end = place + len(word) + len(trailing)
+            found["word"].append((place, end))
+            place, count = end, count + 1
+            if count == max_phrase_words or (CLAUSE & set(trailing)):
+                found["phrase"].append((phrase, place))
+                phrase, count = place, 0
+        if count:
+            found["phrase"].append((phrase, place))
+        start += len(piece)
+    return found
+
+
+def token_surprisals(model, tokenizer, text: str, context: str = "", window: int | None = None):
+    """[(character of the target, surprisal in nats)] of the scored tokens, in order."""
+    encoded = tokenizer(context + text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    if tokenizer.bos_token_id is not None and (not ids or ids[0] != tokenizer.bos_token_id):
+        ids, offsets = [tokenizer.bos_token_id, *ids], [(0, 0), *offsets]
+    found = []
+    for place in range(1, len(ids)):
+        start, end = offsets[place]
+        if end <= len(context) or ids[place] in tokenizer.all_special_ids:
+            continue
+        visible = [at for at in range(max(start, len(context)), end) if not (context + text)[at].isspace()]
+        found.append([visible[0] - len(context) if visible else None, _surprisal(model, ids, place, window)])
+    if not text.strip():
+        return []
+    for place in reversed(range(len(found) - 1)):
+        if found[place][0] is None:
+            found[place][0] = found[place + 1][0]
+    for place in range(1, len(found)):
+        if found[place][0] is None:
+            found[place][0] = found[place - 1][0]
+    return found
+
+
+def _surprisal(model, ids: list[int], place: int, window: int | None) -> float:
+    start = 0
+    while window and place >= start + window:  # the first window that reaches the token scores it
+        start += window // 2
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids[start:place]])).logits[0, -1]
+    return -torch.log_softmax(logits.float(), dim=-1)[ids[place]].item()
+
+
+def all_levels(model, tokenizer, text, context="", window=None, aggregation="geometric", **options) -> dict[str, float]:
+    scored = token_surprisals(model, tokenizer, text, context, window)
+    result = {}
+    for level, spans in units(text, **options).items():
+        rates = []
+        for start, end in spans:
+            inside = [surprisal for char, surprisal in scored if start <= char < end]
+            if inside:
+                rates.append(math.fsum(inside) / len(inside))
+        if not rates:
+            result[level] = math.nan
+        elif aggregation == "geometric":
+            result[level] = math.exp(math.fsum(rates) / len(rates))
+        else:
+            result[level] = math.fsum(math.exp(rate) for rate in rates) / len(rates)
+    return result
