@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from .data import Text, stable_id
+from .errors import InputError
 from .units import LEVELS
 
 SUFFIXES = (".pkl", ".json", ".parquet")
 _VERSIONED = ("torch", "transformers", "tokenizers", "unsloth", "bitsandbytes", "sentencex", "regex")
 
 
-class BaselineError(ValueError):
+class BaselineError(InputError):
     """A baselines file that cannot be used as it is; the message says what to do."""
 
 
@@ -40,7 +41,7 @@ class Baselines(Mapping[str, np.ndarray]):
         by_prompt: dict[str, object] = {}
         for key, record in records.items():
             if prompt := record.get("prompt_id"):
-                by_prompt[prompt] = None if prompt in by_prompt else key  # two rows: the prompt does not tell them apart
+                by_prompt[prompt] = None if prompt in by_prompt else key  # two rows: it does not tell them apart
         self._by_prompt = {prompt: key for prompt, key in by_prompt.items() if key is not None}
 
     @classmethod

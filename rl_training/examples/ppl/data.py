@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
+
+from .errors import InputError
 
 TINY_STORIES = Path(__file__).parent.parent / "tiny_stories"
 PROMPT_COLUMNS = ("prompt", "query", "text", "input")
@@ -32,12 +36,12 @@ def render_prompt(prompt: Text | None, tokenizer) -> str:
     """A prompt as the model reads it: a string as it is, chat messages through the tokenizer's template.
 
     As in TRL, a prompt that ends with an assistant's message is continued, any other one opens the assistant's turn.
-    Raises `ValueError` for messages if the tokenizer has no chat template.
+    Raises `InputError` for messages if the tokenizer has no chat template.
     """
     if prompt is None or isinstance(prompt, str):
         return prompt or ""
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
+        raise InputError(
             "the prompts are chat messages and the tokenizer has no chat template: use an instruction-tuned model's "
             "tokenizer, set tokenizer.chat_template, or give prompts as strings"
         )
@@ -45,3 +49,79 @@ def render_prompt(prompt: Text | None, tokenizer) -> str:
     return tokenizer.apply_chat_template(
         prompt, tokenize=False, add_generation_prompt=not prefilled, continue_final_message=prefilled
     )
+
+
+class Columns(NamedTuple):
+    """The names of the columns that hold a row's prompt, reference and id; None where the data set has none."""
+
+    prompt: str
+    reference: str | None
+    id: str | None
+
+    def row(self, example: dict) -> dict:
+        """`{"id", "prompt", "reference"}` of one example, the reference "" where there is none."""
+        prompt = example[self.prompt]
+        reference = (example[self.reference] if self.reference else None) or ""
+        row_id = example[self.id] if self.id else stable_id(prompt, reference)
+        return {"id": row_id, "prompt": prompt, "reference": reference}
+
+
+def find_columns(
+    names: Iterable[str], prompt: str | None = None, reference: str | None = None, row_id: str | None = None
+) -> Columns:
+    """The columns asked for, else the usual ones. Raises `InputError`, listing the columns there are."""
+    names = list(names)
+    for flag, name in {"prompt_column": prompt, "reference_column": reference, "id_column": row_id}.items():
+        if name is not None and name not in names:
+            raise InputError(f"--{flag} is {name!r}, the data set has the columns {', '.join(names)}")
+    prompt = prompt or next((name for name in PROMPT_COLUMNS if name in names), None)
+    if prompt is None:
+        raise InputError(
+            f"no column {', '.join(PROMPT_COLUMNS)} in the data set, which has {', '.join(names)}: name the one with "
+            "the prompts, --prompt_column NAME"
+        )
+    reference = reference or next((name for name in REFERENCE_COLUMNS if name in names), None)
+    return Columns(prompt, reference, row_id or ("id" if "id" in names else None))
+
+
+def load_split(name: str, config: str | None = None, split: str = "train", streaming: bool = False):
+    """One split of a data set: tiny-stories, a folder, a file, or a name on the hub.
+
+    Raises `InputError` if it cannot be had, saying what there is instead. Nothing of a data set is executed.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = TINY_STORIES if name == "tiny-stories" else Path(name)
+    try:
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            found = datasets.load_from_disk(str(path))
+            if isinstance(found, datasets.DatasetDict):
+                if split not in found:
+                    raise InputError(f"{name} has no split {split!r}, it has {', '.join(found)}")
+                found = found[split]
+            return found.to_iterable_dataset() if streaming else found
+        if path.is_file():
+            builder = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
+            if builder is None:
+                raise InputError(f"{name}: expected a file ending in .json, .jsonl, .csv or .parquet, or a folder")
+            files = {split: str(path)}
+            return datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming)
+        if name == "tiny-stories":
+            files = {split: str(path / f"{split}.json")}
+            if not (path / f"{split}.json").exists():
+                raise InputError(f"tiny-stories has no split {split!r}, it has train, test")
+            return datasets.load_dataset("json", data_files=files, split=split, streaming=streaming)
+        if path.is_dir():
+            return datasets.load_dataset(str(path), split=split, streaming=streaming)
+        if name == "wikitext":  # the seed guide's short name for it
+            name, config = "Salesforce/wikitext", config or "wikitext-2-raw-v1"
+        return datasets.load_dataset(name, config, split=split, streaming=streaming)
+    except InputError:
+        raise
+    # What datasets raises for a wrong name, split or configuration, a damaged file, or a hub that is out of reach.
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(
+            f"cannot load split {split!r} of data set {name!r}: {(str(error).splitlines() or [repr(error)])[0]}; "
+            "without a network use a folder, a .json, .jsonl, .csv or .parquet file, or tiny-stories"
+        ) from error

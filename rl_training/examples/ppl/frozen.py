@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from .errors import InputError
+
 # Unsloth reads these at every forward pass. GRPO sets the second for its own passes, and logits are then hidden states.
 _UNSLOTH = {"UNSLOTH_RETURN_LOGITS": "1", "UNSLOTH_RETURN_HIDDEN_STATES": "0"}
 
@@ -16,7 +18,7 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
     """Within it, `model` computes what it computed before any adapter was trained, without dropout or gradients.
 
     Restores, also after an exception: train/eval of every module, which adapters are on, `requires_grad`, the
-    environment. Raises `ValueError` if an adapter is merged into the weights, where it cannot be turned off.
+    environment. Raises `InputError` if an adapter is merged into the weights, where it cannot be turned off.
     """
     with ExitStack() as stack:
         for name, value in _UNSLOTH.items():
@@ -61,7 +63,7 @@ def _tuner_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 def _enabled_adapters(model: torch.nn.Module) -> list[torch.nn.Module]:
     layers = _tuner_layers(model)
     if any(getattr(layer, "merged", False) for layer in layers):
-        raise ValueError("the model's adapter is merged into its weights: call model.unmerge_adapter() before scoring")
+        raise InputError("the model's adapter is merged into its weights: call model.unmerge_adapter() before scoring")
     return [layer for layer in layers if not layer.disable_adapters]
 
 

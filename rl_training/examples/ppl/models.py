@@ -5,10 +5,115 @@ import json
 from pathlib import Path
 
 from .data import TINY_STORIES
+from .errors import InputError
 from .frozen import base_parameters
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def model_path(name: str) -> str:
+    """What to load for a name: the embedded folder for tiny-stories, else the name itself.
+
+    Raises `InputError` for a folder that holds no model.
+    """
+    path = TINY_STORIES if name == "tiny-stories" else Path(name)
+    if not path.exists():
+        if path.is_absolute() or name.startswith("."):
+            raise InputError(f"model folder {name!r} does not exist")
+        return name
+    if path.is_file() or not ((path / "config.json").exists() or (path / "adapter_config.json").exists()):
+        raise InputError(f"{name!r} is no model: expected a folder with config.json, weights and tokenizer")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        raise InputError(f"model folder {name!r} holds no weights: expected a .safetensors or .bin file in it")
+    return str(path)
+
+
+def load_model(
+    name: str,
+    *,
+    load_in_4bit: bool = False,
+    dtype: str = "auto",
+    device: str | None = None,
+    max_seq_length: int | None = None,
+    unsloth: bool = False,
+):
+    """(model in eval mode, tokenizer, None or the reason why Unsloth was asked for and not used).
+
+    dtype "auto": float32 on a CPU; on a GPU what Unsloth chooses, without it the checkpoint's own.
+    Raises `InputError` if it cannot be loaded.
+    """
+    path = model_path(name)
+    reason = None
+    if unsloth:
+        try:
+            return *_from_unsloth(path, load_in_4bit, dtype, device, max_seq_length), None
+        # Unsloth raises many things for an architecture or a machine it does not know; the other way is open for all.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    model, tokenizer = _from_transformers(path, name, load_in_4bit, dtype, device)
+    if max_seq_length is not None:
+        model.max_seq_length = max_seq_length  # the name Unsloth gives it: the same window on both ways
+    return model, tokenizer, reason
+
+
+def _from_unsloth(path: str, load_in_4bit: bool, dtype: str, device: str | None, max_seq_length: int | None):
+    from unsloth import FastLanguageModel  # first of all: it patches transformers, peft and trl on import
+
+    import torch
+
+    target = _device(device)
+    if dtype == "auto" and target.type == "cpu":
+        dtype = "float32"
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        path,
+        max_seq_length=max_seq_length or 2048,
+        dtype=None if dtype == "auto" else getattr(torch, dtype),
+        load_in_4bit=load_in_4bit,
+    )
+    return model.eval(), tokenizer
+
+
+def _from_transformers(path: str, name: str, load_in_4bit: bool, dtype: str, device: str | None):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    target = _device(device)
+    if dtype == "auto" and target.type == "cpu":
+        dtype = "float32"
+    options = {}
+    if load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": target}, **options)
+    # transformers raises these for a name, a folder or a file it can make nothing of, and for a hub out of reach.
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"cannot load model {name!r}: {(str(error).splitlines() or [repr(error)])[0]}; expected a folder with "
+            "config.json, weights and tokenizer, a name on the hub (with a network), or tiny-stories"
+        ) from error
+    if not tokenizer.is_fast:
+        raise InputError(f"{name!r} has a slow tokenizer, {type(tokenizer).__name__}: expected a tokenizer.json")
+    return model.eval(), tokenizer
+
+
+def _device(device: str | None):
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"--device is {device!r}, expected cpu, cuda or cuda:N") from error
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device is {device!r}, but PyTorch sees no CUDA device here: leave it out or use cpu")
+    return target
 
 
 def describe_model(model) -> dict:

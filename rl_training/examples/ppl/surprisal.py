@@ -41,7 +41,7 @@ class SurprisalScorer:
     def score(self, texts: list[Encoded]) -> list[np.ndarray]:
         """float64 [n] per text: -ln p(token | all before it) in nats, for its scored tokens in order.
 
-        A text longer than the model's window is scored in windows. Raises `FloatingPointError` if the model returns NaN.
+        A text longer than the model's window is scored in windows. Raises `FloatingPointError` if a logit is NaN.
         """
         surprisals = [np.zeros(len(text.positions)) for text in texts]
         rows = [row for number, text in enumerate(texts) for row in windows(text, self.window, number)]

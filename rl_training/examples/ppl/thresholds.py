@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .errors import InputError
+
 # Gurung & Lapata, "Learning to Reason for Long-Form Story Generation", https://arxiv.org/abs/2503.22828
 DEFAULT_THRESHOLDS = ((0.05, 0.2), (0.5, 0.5), (1.0, 0.7), (2.0, 0.9), (3.0, 1.0))
 
@@ -12,18 +14,18 @@ DEFAULT_THRESHOLDS = ((0.05, 0.2), (0.5, 0.5), (1.0, 0.7), (2.0, 0.9), (3.0, 1.0
 class Thresholds:
     """The reward of the highest threshold reached, 0 below the lowest; with `interpolate` linear between them.
 
-    points: (improvement in %, reward) in any order. Raises `ValueError` if one is not finite or stands twice.
+    points: (improvement in %, reward) in any order. Raises `InputError` if one is not finite or stands twice.
     """
 
     def __init__(self, points: Sequence[tuple[float, float]], interpolate: bool = False) -> None:
         points = sorted((float(improvement), float(reward)) for improvement, reward in points)
         if not points:
-            raise ValueError("reward_thresholds is empty, expected at least one (improvement %, reward)")
+            raise InputError("reward_thresholds is empty, expected at least one (improvement %, reward)")
         if bad := [point for point in points if not all(map(math.isfinite, point))]:
-            raise ValueError(f"reward_thresholds holds {bad[0]}, expected finite numbers")
+            raise InputError(f"reward_thresholds holds {bad[0]}, expected finite numbers")
         self.improvements, self.values = np.array(points).T
         if (twice := self.improvements[1:][np.diff(self.improvements) == 0]).size:
-            raise ValueError(f"reward_thresholds holds {twice[0]:g} % twice, expected each improvement once")
+            raise InputError(f"reward_thresholds holds {twice[0]:g} % twice, expected each improvement once")
         self.interpolate = interpolate
 
     def rewards(self, improvement: np.ndarray) -> np.ndarray:
@@ -37,10 +39,10 @@ class Thresholds:
 
 
 def checked_weights(weights: Sequence[float]) -> np.ndarray:
-    """float64 [3], of word, phrase and sentence. Raises `ValueError` unless finite, not negative and not all 0."""
+    """float64 [3], of word, phrase and sentence. Raises `InputError` unless finite, not negative and not all 0."""
     values = np.array(weights, dtype=float)
     if values.shape != (3,) or not np.isfinite(values).all() or (values < 0).any() or values.sum() == 0:
-        raise ValueError(f"weights are {tuple(weights)}, expected (word, phrase, sentence), none negative, not all 0")
+        raise InputError(f"weights are {tuple(weights)}, expected (word, phrase, sentence), none negative, not all 0")
     return values
 
 

@@ -7,6 +7,7 @@ from itertools import chain
 import numpy as np
 from tokenizers import Tokenizer
 
+from .errors import InputError
 from .units import code_points
 
 _SPACE = np.array([chr(code).isspace() for code in range(0x3002)])  # U+3000 is the last one; U+3001 stands for the rest
@@ -29,13 +30,13 @@ class Encoded:
 class TextEncoder:
     """Tokenizes context and target as one string and aligns the target's tokens to its characters.
 
-    `tokenizer`: any fast tokenizer of transformers. It is read once and never changed. Raises `ValueError` for a slow
+    `tokenizer`: any fast tokenizer of transformers. It is read once and never changed. Raises `InputError` for a slow
     one, which has no character offsets.
     """
 
     def __init__(self, tokenizer) -> None:
         if not getattr(tokenizer, "is_fast", False):
-            raise ValueError(
+            raise InputError(
                 f"{type(tokenizer).__name__} is a slow tokenizer and has no character offsets: load it with "
                 "AutoTokenizer.from_pretrained(..., use_fast=True)"
             )

@@ -1,0 +1,82 @@
+"""The flags that scripts share, and how a script ends."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from .errors import InputError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return made
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model_name", default="tiny-stories", help="hub name, folder, or the embedded tiny-stories")
+    group.add_argument(
+        "--load_in_4bit", action=argparse.BooleanOptionalAction, default=None, help="bitsandbytes NF4 weights"
+    )
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, else the checkpoint's")
+    group.add_argument("--device", help="cuda, cuda:1, cpu (default: the GPU if there is one)")
+
+
+def add_unsloth_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Unsloth")
+    group.add_argument("--max_seq_length", type=positive_int, default=2048, help="window in tokens")
+    group.add_argument("--no_unsloth", action="store_true", help="load with transformers and PEFT instead of Unsloth")
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data set")
+    group.add_argument("--dataset_name", default="tiny-stories", help="hub name, folder, file, or tiny-stories")
+    group.add_argument("--dataset_config", help="configuration of the data set, where it has several")
+    group.add_argument("--dataset_split", default="train", help="split")
+    group.add_argument("--prompt_column", help="default: prompt, else query, text, input")
+    group.add_argument("--reference_column", help="default: reference, else completion")
+    group.add_argument("--id_column", help="default: id, else a hash of prompt and reference")
+
+
+def add_definition_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("definitions")
+    group.add_argument("--max_phrase_words", type=positive_int, default=4, help="most words of a phrase")
+    group.add_argument("--language", default="en", help="ISO 639 code for splitting sentences")
+    group.add_argument(
+        "--aggregation", choices=("geometric", "arithmetic"), default="geometric", help="mean over a level's units"
+    )
+
+
+def definitions(args: argparse.Namespace) -> dict:
+    """The keywords of `MultiLevelPPLCalculator` that `add_definition_flags` sets."""
+    return {name: getattr(args, name) for name in ("max_phrase_words", "language", "aggregation")}
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def run(args: argparse.Namespace, body: Callable[[argparse.Namespace], int]) -> int:
+    """The exit code of `body(args)`; 2 and one line on stderr if the input is at fault, 130 after Ctrl-C."""
+    # No progress bars of libraries between the lines of a report; our own long work shows its own.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        return body(args)
+    except InputError as error:
+        if args.debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130

@@ -1,0 +1,14 @@
+"""The one exception that is the user's to mend."""
+
+from collections.abc import Sequence
+
+
+class InputError(ValueError):
+    """Says which value is wrong, what was expected, and the remedy, in one line. Scripts exit with code 2 on it."""
+
+
+def one_of(name: str, value: str, choices: Sequence[str]) -> str:
+    """`value`, or `InputError` if it is none of `choices`."""
+    if value not in choices:
+        raise InputError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+    return value
