@@ -1,0 +1,88 @@
+# Every target but `clean` sets up what it needs in .venv: once, and again when the requirements file changes.
+#
+#   make demo     a small training run, from data to report
+#   make test     the tests
+#   make lint     ruff
+#   make clean    remove .venv and the caches; the next target then sets up anew
+#
+# Variables, for instance `make test PYTHON=python3.12`:
+#   PYTHON        what .venv is made with: Python 3.10, 3.11 or 3.12
+#   KIND          cpu or gpu; by default what .venv was made for, else gpu if nvidia-smi works
+#   TORCH_ARGS    for pip when it installs torch for the CPU. On Linux pip's default build brings several GB of CUDA
+#                 libraries; `--index-url` with PyTorch's CPU wheel index (see pytorch.org/get-started) avoids them.
+
+PYTHON ?= python3
+TORCH_ARGS ?=
+
+ifeq ($(origin KIND),command line)
+    WHY := as KIND says
+else ifneq ($(wildcard .venv/.installed-*),)
+    KIND := $(patsubst .venv/.installed-%,%,$(firstword $(wildcard .venv/.installed-*)))
+    WHY := as before
+else ifeq ($(shell nvidia-smi >/dev/null 2>&1 && echo works),works)
+    KIND := gpu
+    WHY := nvidia-smi works
+else
+    KIND := cpu
+    WHY := no NVIDIA driver: nvidia-smi is missing or fails
+endif
+
+REQUIREMENTS_cpu := requirements-cpu.txt
+REQUIREMENTS_gpu := requirements.txt
+REQUIREMENTS := $(or $(REQUIREMENTS_$(KIND)),$(error KIND is '$(KIND)': it can be cpu or gpu))
+
+# Exists once an install has come to its end; until then .venv/.installing does, with the number of the process.
+STAMP := .venv/.installed-$(KIND)
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -qq
+PYTHON_VERSION = $(shell $(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null)
+SUPPORTED = $(filter 3.10.% 3.11.% 3.12.%,$(PYTHON_VERSION))
+SAME_MINOR = $(PY) -c 'import sys; sys.exit("$(PYTHON_VERSION)".split(".")[:2] != sys.version.split(".")[:2])' \
+    2>/dev/null
+
+.PHONY: demo test lint clean setup
+
+demo: setup
+	$(PY) rl_training/examples/demo.py
+
+test: setup
+	$(PY) -m pytest -q
+
+lint: setup
+	$(PY) -m ruff check
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+setup: $(STAMP)
+
+# What an interrupted install, another Python or the other kind left behind is not built upon: .venv starts over.
+# A .venv that somebody made by hand is kept, and the packages go into it.
+$(STAMP): $(REQUIREMENTS)
+	$(if $(SUPPORTED),,$(error $(PYTHON) is $(or $(PYTHON_VERSION),not there): \
+	    make .venv with Python 3.10, 3.11 or 3.12, for instance with 'make PYTHON=python3.11'))
+	@if [ -e .venv/.installing ] && kill -0 "$$(cat .venv/.installing)" 2>/dev/null; then \
+	    echo "Another make is installing into .venv (process $$(cat .venv/.installing)): wait for it," \
+	        "or 'make clean' if it is stuck." >&2; \
+	    exit 1; \
+	fi; \
+	if [ -e .venv/.installing ] || [ ! -e $@ -a -n "$(wildcard .venv/.installed-*)" ] || ! $(SAME_MINOR); then \
+	    rm -rf .venv; \
+	fi; \
+	mkdir -p .venv && echo $$$$ >.venv/.installing && \
+	echo "Setting up .venv for $(KIND) ($(WHY)) with Python $(PYTHON_VERSION)." && \
+	$(PYTHON) -m venv .venv && $(INSTALL_$(KIND)) && \
+	mv .venv/.installing $@ && echo "Done: $(PY) has everything."
+
+TORCH = $(shell grep '^torch==' $(REQUIREMENTS_cpu))
+
+INSTALL_cpu = \
+	echo "1/2  $(TORCH), 180 MB to several GB to download (see TORCH_ARGS in the Makefile): 1 to 10 minutes" && \
+	$(PIP) install $(TORCH_ARGS) '$(TORCH)' && \
+	echo "2/2  $(REQUIREMENTS), about 100 packages, 280 MB to download: 1 to 5 minutes" && \
+	$(PIP) install --no-deps -r $(REQUIREMENTS)
+
+INSTALL_gpu = \
+	echo "1/1  $(REQUIREMENTS), several GB to download: 5 to 30 minutes" && $(PIP) install -r $(REQUIREMENTS)
