@@ -10,9 +10,26 @@ from .errors import InputError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a flag's default unless that is None or False: then the help says what happens without it."""
+
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default else action.help
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends with one line instead of the whole usage."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}: see {self.prog} --help\n")
+
+
 def parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    made = _Parser(
+        description=description,
+        epilog=epilog,
+        formatter_class=_Help,
+        allow_abbrev=False,  # a shortened flag would hide a typo, and flags of other parsers
     )
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
@@ -58,11 +75,37 @@ def definitions(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in ("max_phrase_words", "language", "aggregation")}
 
 
+def with_config_file(argv: list[str]) -> list[str]:
+    """`argv` with the flags of its `--config FILE` put in front, so that those of the command line win.
+
+    A YAML mapping of names to values: a list is several values, true a flag without one (for GRPOConfig's fields, too),
+    null is left out. Raises `InputError` for a file that is none.
+    """
+    if "--config" not in argv[:-1]:
+        return argv
+    import yaml
+
+    path = argv[argv.index("--config") + 1]
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--config {path}: {' '.join(str(error).split())}: expected a YAML file of flags") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"--config {path}: expected 'name: value' lines, found {settings!r:.80}")
+    flags = []
+    for name, value in settings.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        flags += [f"--{name}", *map(str, values)]
+    return flags + argv
+
+
 def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least 1")
+    return int(text)
 
 
 def run(args: argparse.Namespace, body: Callable[[argparse.Namespace], int]) -> int:
@@ -70,6 +113,9 @@ def run(args: argparse.Namespace, body: Callable[[argparse.Namespace], int]) -> 
     # No progress bars of libraries between the lines of a report; our own long work shows its own.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # What goes wrong is one line of ours, not also one for each time that the hub was asked.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     try:
         return body(args)
     except InputError as error:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from .data import TINY_STORIES
 from .errors import InputError
-from .frozen import base_parameters
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def model_path(name: str) -> str:
@@ -54,6 +53,40 @@ def load_model(
     if max_seq_length is not None:
         model.max_seq_length = max_seq_length  # the name Unsloth gives it: the same window on both ways
     return model, tokenizer, reason
+
+
+def import_unsloth() -> str | None:
+    """Import Unsloth, which must come before trl, transformers and peft. None, or the reason why it cannot be used."""
+    try:
+        import unsloth  # noqa: F401
+    # Without a supported accelerator, or beside versions it does not know, its import raises many things.
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return None
+
+
+def add_lora(model, r: int, alpha: int, seed: int, unsloth: bool):
+    """The model with a new LoRA adapter on its seven projections, or on all linear layers where it has other names."""
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    targets = LORA_TARGETS if names.issuperset(LORA_TARGETS) else "all-linear"
+    if unsloth:
+        from unsloth import FastLanguageModel
+
+        return FastLanguageModel.get_peft_model(
+            model,
+            r=r,
+            target_modules=targets,
+            lora_alpha=alpha,
+            lora_dropout=0,
+            bias="none",
+            use_gradient_checkpointing="unsloth",
+            random_state=seed,
+        )
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        model, LoraConfig(r=r, target_modules=targets, lora_alpha=alpha, lora_dropout=0, task_type="CAUSAL_LM")
+    )
 
 
 def _from_unsloth(path: str, load_in_4bit: bool, dtype: str, device: str | None, max_seq_length: int | None):
@@ -118,6 +151,8 @@ def _device(device: str | None):
 
 def describe_model(model) -> dict:
     """What tells one scorer from another: name, dtype, quantization, and a hash over its floating-point weights."""
+    from .frozen import base_parameters
+
     digest = hashlib.blake2b(digest_size=8)
     for parameter in base_parameters(model):
         # Quantised weights are left out: bitsandbytes repacks them in place for the CPU.

@@ -1,0 +1,245 @@
+"""Trains a 4-bit Unsloth model with TRL's GRPO on the multi-level perplexity reward.
+
+    python train_grpo_multilevel_unsloth.py --baselines_path baselines.pkl --output_dir output
+
+Every field of TRL's GRPOConfig is a flag as well (--warmup_steps 100 --beta 0.04 ...), here or in --config run.yaml.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from pathlib import Path
+
+from ppl import cli
+from ppl.baselines import Baselines
+from ppl.data import find_columns, load_split, message_text
+from ppl.errors import InputError
+from ppl.models import add_lora, import_unsloth, load_model
+from ppl.thresholds import DEFAULT_THRESHOLDS, Thresholds, checked_weights
+from ppl.train_plan import plan_batches
+
+
+def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
+    """(our flags, the rest: flags of GRPOConfig)."""
+    parser = cli.parser(__doc__.splitlines()[0], epilog=__doc__.splitlines()[-1])
+    cli.add_model_flags(parser)
+    cli.add_unsloth_flags(parser)
+    cli.add_data_flags(parser)
+    cli.add_definition_flags(parser)
+    data = parser.add_argument_group("training data")
+    data.add_argument("--max_samples", type=cli.positive_int, help="use the first rows only (default: all)")
+    data.add_argument(
+        "--heldout_samples", type=cli.positive_int,
+        help="rows kept out of training and scored before and after it (default: a fifth, at most 16)",
+    )  # fmt: skip
+
+    reward = parser.add_argument_group("reward")
+    reward.add_argument(
+        "--baselines_path", help="of compute_baselines_trl.py (default: each prompt's first completions)"
+    )
+    reward.add_argument("--target", choices=("completion", "reference"), default="completion", help="whose perplexity")
+    reward.add_argument(
+        "--ppl_weights", type=float, nargs=3, metavar=("W", "P", "S"), default=[0.2, 0.3, 0.5],
+        help="weights of word, phrase and sentence",
+    )  # fmt: skip
+    reward.add_argument(
+        "--reward_thresholds", nargs="+", metavar="PERCENT:REWARD", type=_threshold,
+        help="from improvement to reward (default: 0.05:0.2 0.5:0.5 1:0.7 2:0.9 3:1)",
+    )  # fmt: skip
+    reward.add_argument("--interpolate", action="store_true", help="linear between the thresholds instead of steps")
+    reward.add_argument("--normalize_rewards", action="store_true", help="mean 0, standard deviation 1 in each call")
+    reward.add_argument("--missing", choices=("error", "skip"), default="error", help="rows without a baseline")
+    reward.add_argument("--allow_baseline_mismatch", action="store_true", help="use baselines made otherwise")
+
+    training = parser.add_argument_group("training (every other field of TRL's GRPOConfig is a flag, too)")
+    training.add_argument("--config", help="YAML file of flags; those on the command line win")
+    training.add_argument("--output_dir", default="output_grpo", help="adapter, tokenizer, checkpoints, plot")
+    training.add_argument("--num_train_epochs", type=float, default=1.0, help="passes over the prompts")
+    training.add_argument("--per_device_train_batch_size", type=cli.positive_int, default=4, help="in completions")
+    training.add_argument("--gradient_accumulation_steps", type=cli.positive_int, help="(default: the least that fits)")
+    training.add_argument(
+        "--num_generations", type=cli.positive_int, help="completions a prompt (default: 8 if it fits)"
+    )
+    training.add_argument("--max_new_tokens", type=cli.positive_int, default=128, help="longest completion")
+    training.add_argument("--temperature", type=float, default=1.0, help="of sampling")
+    training.add_argument("--learning_rate", type=float, default=5e-5, help="peak")
+    training.add_argument("--lora_r", type=cli.positive_int, default=16, help="rank of the adapter")
+    training.add_argument("--lora_alpha", type=cli.positive_int, default=16, help="scale of the adapter")
+    training.add_argument("--logging_steps", type=float, default=10, help="steps between log lines")
+    training.add_argument("--save_steps", type=float, default=500, help="steps between checkpoints")
+    training.add_argument("--seed", type=int, default=42, help="of everything random")
+    training.add_argument("--wandb_project", help="log to Weights & Biases (without it, nothing is sent anywhere)")
+    training.add_argument("--run_name", help="name of the run")
+    argv = cli.with_config_file(sys.argv[1:] if argv is None else argv)
+    # argparse would take the threshold -50:0 for a flag; with a space in front it does not.
+    return parser.parse_known_args([f" {word}" if re.match(r"-[\d.]+:", word) else word for word in argv])
+
+
+def _threshold(text: str) -> tuple[float, float]:
+    improvement, _, reward = text.partition(":")
+    return float(improvement), float(reward)
+
+
+def prepare_dataset(dataset, columns):
+    """The rows that GRPOTrainer gets: `prompt`, `id`, `reference` (TRL drops a column named `completion`), and the
+    columns `baseline_...` if there are any. Edit this function to make prompts of your own.
+
+    dataset: a `datasets.Dataset`. columns: `ppl.data.Columns`, which of its columns holds what.
+    """
+    dropped = [name for name in dataset.column_names if not name.startswith("baseline_")]
+    dataset = dataset.map(columns.row, remove_columns=dropped)
+    return dataset.filter(lambda row: bool(message_text(row["prompt"]).strip()))
+
+
+def main(argv=None) -> int:
+    args, rest = parse_args(argv)
+    return cli.run(args, lambda args: train(args, rest))
+
+
+def train(args: argparse.Namespace, rest: list[str]) -> int:
+    # What can be refused is refused before a model is loaded.
+    settings = reward_settings(args)
+    plan = plan_batches(
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        args.num_generations,
+        int(os.environ.get("WORLD_SIZE", "1")),
+    )
+    baselines = Baselines.load(args.baselines_path) if args.baselines_path else None
+    dataset = load_split(args.dataset_name, args.dataset_config, args.dataset_split)
+    columns = find_columns(dataset.column_names, args.prompt_column, args.reference_column, args.id_column)
+    if args.max_samples:
+        dataset = dataset.select(range(min(args.max_samples, len(dataset))))
+    dataset = prepare_dataset(dataset, columns)
+    if baselines is not None and args.missing == "error":
+        baselines.check_coverage(dataset["id"], dataset["prompt"])
+    train_rows, heldout_rows = split_heldout(dataset, args.heldout_samples, args.seed)
+
+    reason = "--no_unsloth" if args.no_unsloth else import_unsloth()
+    config = grpo_config(args, rest, plan)
+    load = loading(args, baselines)
+    print(f"Loading {args.model_name} ({', '.join(f'{key}={value}' for key, value in load.items())}) ...", flush=True)
+    model, tokenizer, refused = load_model(
+        args.model_name, device=args.device, max_seq_length=args.max_seq_length, unsloth=reason is None, **load
+    )
+    reason = reason or refused
+    print(f"Training with transformers and PEFT: {reason}" if reason else "Training with Unsloth")
+    model = add_lora(model, args.lora_r, args.lora_alpha, args.seed, unsloth=reason is None)
+
+    from transformers import PrinterCallback, ProgressCallback
+    from trl import GRPOTrainer
+
+    from ppl.callbacks import OneLineProgress, RewardState, StopOnSignal
+    from ppl.heldout import evaluate
+    from ppl.reward import MultiLevelPPLRewardFunction
+    from ppl.training_report import plot_training, print_comparison
+
+    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, baselines, **settings)
+    stop = StopOnSignal()
+    trainer = GRPOTrainer(
+        model=model,
+        args=config,
+        reward_funcs=[reward_fn],
+        train_dataset=train_rows,
+        processing_class=tokenizer,
+        callbacks=[RewardState(reward_fn, config.resume_from_checkpoint), stop],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(OneLineProgress)
+    sampling = {
+        "num_generations": 4,
+        "max_new_tokens": config.max_completion_length,
+        "temperature": config.temperature,
+        "seed": config.seed,
+    }
+    before = evaluate(model, tokenizer, reward_fn, heldout_rows, **sampling, progress="held-out, before")
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    if stop.received is not None:
+        print(
+            f"Stopped; go on with --resume_from_checkpoint {config.output_dir}/checkpoint-{trainer.state.global_step}"
+        )
+        return 128 + stop.received
+    after = evaluate(model, tokenizer, reward_fn, heldout_rows, **sampling, progress="held-out, after")
+
+    trainer.save_model(config.output_dir)
+    tokenizer.save_pretrained(config.output_dir)
+    plot = Path(config.output_dir, "reward.png")
+    plot_training(trainer.state.log_history, plot)
+    print_comparison(before, after)
+    print(f"Adapter and tokenizer: {config.output_dir}\nReward curve: {plot}")
+    return 0
+
+
+def reward_settings(args: argparse.Namespace) -> dict:
+    """The keywords of `MultiLevelPPLRewardFunction` that the flags set, checked."""
+    thresholds = args.reward_thresholds or DEFAULT_THRESHOLDS
+    Thresholds(thresholds)
+    checked_weights(args.ppl_weights)
+    return {
+        "weights": tuple(args.ppl_weights),
+        "reward_thresholds": thresholds,
+        "normalize": args.normalize_rewards,
+        "target": args.target,
+        "interpolate": args.interpolate,
+        "missing": args.missing,
+        "allow_baseline_mismatch": args.allow_baseline_mismatch,
+        **cli.definitions(args),
+    }
+
+
+def split_heldout(dataset, samples: int | None, seed: int):
+    """(rows to train on, rows kept out), drawn with the seed."""
+    samples = samples or min(16, max(1, len(dataset) // 5))
+    if samples >= len(dataset):
+        raise InputError(
+            f"the data set has {len(dataset)} rows: too few to keep --heldout_samples {samples} out of training"
+        )
+    parts = dataset.train_test_split(test_size=samples, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def loading(args: argparse.Namespace, baselines: Baselines | None) -> dict:
+    """4-bit unless asked otherwise or the baselines were made without: the scorer must be what they were made by."""
+    made_by = baselines.meta.get("model", {}) if baselines else {}
+    in_4bit = args.load_in_4bit
+    if in_4bit is None:
+        in_4bit = made_by.get("quantization", "4bit") == "4bit"
+    dtype = made_by.get("dtype", "auto") if args.dtype == "auto" else args.dtype
+    return {"load_in_4bit": in_4bit, "dtype": dtype}
+
+
+def grpo_config(args: argparse.Namespace, rest: list[str], plan):
+    """TRL's GRPOConfig from our flags and `rest`, by TRL's own parser. Raises `InputError` for a flag nobody has."""
+    import torch
+    from trl import GRPOConfig, TrlParser
+
+    names = {field.name for field in dataclasses.fields(GRPOConfig)}
+    for flag in rest:
+        name = flag.removeprefix("--").partition("=")[0]
+        if flag.startswith("--") and name not in names and name.removeprefix("no_") not in names:
+            near = difflib.get_close_matches(name, [*names, *vars(args)], n=1)
+            raise InputError(f"unknown flag {flag}" + (f", did you mean --{near[0]}?" if near else ": see --help"))
+    cuda = torch.cuda.is_available()
+    parser = TrlParser([GRPOConfig])
+    parser.set_defaults(
+        **({name: value for name, value in vars(args).items() if name in names - {"debug"}} | plan._asdict()),
+        max_completion_length=args.max_new_tokens,
+        report_to="wandb" if args.wandb_project else "none",
+        bf16=cuda and torch.cuda.is_bf16_supported(),
+        fp16=cuda and not torch.cuda.is_bf16_supported(),
+    )
+    if args.wandb_project:
+        os.environ["WANDB_PROJECT"] = args.wandb_project
+    try:
+        (config,) = parser.parse_args_and_config(rest)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return config
+
+
+if __name__ == "__main__":
+    sys.exit(main())
