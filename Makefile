@@ -1,6 +1,6 @@
 # Every target but `clean` sets up what it needs in .venv: once, and again when the requirements file changes.
 #
-#   make demo     a small training run, from data to report
+#   make demo     the four scripts, from a text's perplexity to a trained adapter and its plots
 #   make test     the tests
 #   make lint     ruff
 #   make clean    remove .venv and the caches; the next target then sets up anew
@@ -43,8 +43,27 @@ SAME_MINOR = $(PY) -c 'import sys; sys.exit("$(PYTHON_VERSION)".split(".")[:2] !
 
 .PHONY: demo test lint clean setup
 
+# The four scripts on the embedded model and data set; OUT is where everything goes.
+OUT ?= $(CURDIR)/demo_output
+DEMO_STEPS ?= 100
+RUN = cd rl_training/examples && $(abspath $(PY))
+
 demo: setup
-	$(PY) rl_training/examples/demo.py
+	@mkdir -p $(OUT)
+	$(RUN) test_multilevel_ppl_trl.py
+	$(RUN) multi_level_ppl_trl.py --file tiny_stories/example.txt --html $(OUT)/heatmap.html
+	$(RUN) compute_baselines_trl.py --load_in_4bit --generate 4 --max_new_tokens 64 --overwrite \
+	    --output_path $(OUT)/baselines.pkl --plot $(OUT)/baselines.png
+	$(RUN) train_grpo_multilevel_unsloth.py --baselines_path $(OUT)/baselines.pkl --output_dir $(OUT)/training \
+	    --max_new_tokens 64 --learning_rate 2e-3 --per_device_train_batch_size 16 --max_steps $(DEMO_STEPS)
+	@printf '%s\n' "" "Look at" \
+	    "  $(OUT)/heatmap.html          a text coloured by surprise" \
+	    "  $(OUT)/baselines.png         the perplexities before training" \
+	    "  $(OUT)/training/reward.png   the reward while training" "" \
+	    "With your own model and data (a folder, a file or a name on the hub), in rl_training/examples:" \
+	    "  python test_multilevel_ppl_trl.py --model_name MODEL" \
+	    "  python compute_baselines_trl.py --model_name MODEL --dataset_name DATASET --generate 4 --output_path baselines.pkl" \
+	    "  python train_grpo_multilevel_unsloth.py --model_name MODEL --dataset_name DATASET --baselines_path baselines.pkl"
 
 test: setup
 	$(PY) -m pytest -q

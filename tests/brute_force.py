@@ -1,5 +1,6 @@
 """DESIGN in its slowest words: one forward pass a token, one character at a time. The twin the fast path must equal."""
 
+import copy
 import math
 
 import regex
@@ -58,6 +59,8 @@ def units(text: str, language: str = "en", max_phrase_words: int = 4) -> dict[st
 
 def token_surprisals(model, tokenizer, text: str, context: str = "", window: int | None = None):
     """[(character of the target, surprisal in nats)] of the scored tokens, in order."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.post_processor = None  # GPT-2's trims white space off the offsets, of "  " all of it
     encoded = tokenizer(context + text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
     if tokenizer.bos_token_id is not None and (not ids or ids[0] != tokenizer.bos_token_id):
@@ -69,15 +72,14 @@ def token_surprisals(model, tokenizer, text: str, context: str = "", window: int
             continue
         visible = [at for at in range(max(start, len(context)), end) if not (context + text)[at].isspace()]
         found.append([visible[0] - len(context) if visible else None, _surprisal(model, ids, place, window)])
-    if not text.strip():
-        return []
     for place in reversed(range(len(found) - 1)):
         if found[place][0] is None:
             found[place][0] = found[place + 1][0]
     for place in range(1, len(found)):
         if found[place][0] is None:
             found[place][0] = found[place - 1][0]
-    return found
+    # White space beside nothing but tokens that are not scored, as in "<s> ", belongs to no unit.
+    return [one for one in found if one[0] is not None]
 
 
 def _surprisal(model, ids: list[int], place: int, window: int | None) -> float:

@@ -17,7 +17,7 @@ from ppl import cli
 from ppl.baselines import Baselines
 from ppl.data import find_columns, load_split, message_text
 from ppl.errors import InputError
-from ppl.models import add_lora, import_unsloth, load_model
+from ppl.models import add_lora, import_unsloth, load_model, model_path
 from ppl.thresholds import DEFAULT_THRESHOLDS, Thresholds, checked_weights
 from ppl.train_plan import plan_batches
 
@@ -73,7 +73,10 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     training.add_argument("--seed", type=int, default=42, help="of everything random")
     training.add_argument("--wandb_project", help="log to Weights & Biases (without it, nothing is sent anywhere)")
     training.add_argument("--run_name", help="name of the run")
-    argv = cli.with_config_file(sys.argv[1:] if argv is None else argv)
+    try:
+        argv = cli.with_config_file(sys.argv[1:] if argv is None else argv)
+    except InputError as error:
+        parser.error(str(error))
     # argparse would take the threshold -50:0 for a flag; with a space in front it does not.
     return parser.parse_known_args([f" {word}" if re.match(r"-[\d.]+:", word) else word for word in argv])
 
@@ -101,6 +104,7 @@ def main(argv=None) -> int:
 
 def train(args: argparse.Namespace, rest: list[str]) -> int:
     # What can be refused is refused before a model is loaded.
+    model_path(args.model_name)
     settings = reward_settings(args)
     plan = plan_batches(
         args.per_device_train_batch_size,

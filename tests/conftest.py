@@ -1,0 +1,51 @@
+"""What every test shares: the scripts' folder on the path, tiny seeded models, tokenizers trained on the spot."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent.parent / "rl_training" / "examples"))
+
+import pytest
+import torch
+import toys
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)  # more of them slow a toy model down
+
+settings.register_profile(
+    "core",
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    # The session's models and tokenizers are read, never changed.
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("core")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return toys.byte_level()
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer():
+    return toys.byte_level(chat=True)
+
+
+@pytest.fixture(scope="session", params=toys.TOKENIZERS)
+def any_tokenizer(request):
+    return toys.TOKENIZERS[request.param]()
+
+
+@pytest.fixture(scope="session")
+def model():
+    return toys.llama()
+
+
+@pytest.fixture(scope="session")
+def gpt2_model():
+    return toys.gpt2()

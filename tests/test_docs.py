@@ -1,0 +1,94 @@
+"""Every command and snippet of README and guide, as it stands there.
+
+They run in a copy of the project where folders stand under the names that the documents use for models and data sets on
+the hub: `gpt2`, `unsloth/llama-3-8b-bnb-4bit`, `your/dataset`, `wikitext`.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from ppl.levels import level_perplexities
+from ppl.units import segment
+
+ROOT = Path(__file__).parent.parent
+FENCE = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(name: str) -> list[tuple[str, str]]:
+    return FENCE.findall((ROOT / name).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def playground(tmp_path_factory) -> Path:
+    """A copy of the examples, with models and data under the documents' names beside the scripts."""
+    examples = tmp_path_factory.mktemp("clone") / "rl_training" / "examples"
+    shutil.copytree(ROOT / "rl_training" / "examples", examples, ignore=shutil.ignore_patterns("__pycache__", "output*"))
+    stories = json.loads((examples / "tiny_stories" / "train.json").read_text())
+    llama = examples / "unsloth" / "llama-3-8b-bnb-4bit"
+    shutil.copytree(examples / "tiny_stories", llama, ignore=shutil.ignore_patterns("*.py", "train.json", "test.json"))
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.save_pretrained(examples / "gpt2")
+    shape = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 512, "vocab_size": len(tokenizer)}
+    GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=1)).save_pretrained(examples / "gpt2")
+    rows = [{"prompt": story["prompt"], "completion": story["completion"]} for story in stories[:6]]
+    write_rows(examples / "your" / "dataset" / "train.json", rows)
+    write_rows(examples / "wikitext" / "test.json", [{"text": story["completion"]} for story in stories[:5]] + [{"text": ""}])
+    return examples
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def run(command: list[str], cwd: Path) -> str:
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ["README.md", "MULTILEVEL_PPL_GUIDE.md"])
+def test_every_command_and_snippet_runs(playground, name):
+    found = blocks(name)
+    assert len(found) >= 4
+    for kind, text in found:
+        if kind == "bash":
+            run(["bash", "-euo", "pipefail", "-c", text], playground.parent.parent if "cd rl_training" in text else playground)
+        else:
+            run([sys.executable, "-c", text], playground)
+
+
+def test_the_example_by_hand_is_what_the_code_computes():
+    text = "The cat, however, sat down. It slept."
+    tokens = ["The", " cat", ",", " however", ",", " sat", " down", ".", " It", " slept", "."]
+    bits = np.array([2, 3, 1, 4, 1, 3, 2, 1, 2, 4, 1])
+    starts = np.cumsum([0, *map(len, tokens)])[:-1]
+    chars = np.array([start + token.startswith(" ") for start, token in zip(starts, tokens, strict=True)])
+    word, phrase, sentence = level_perplexities(segment([text]), [chars], [bits * math.log(2)], "geometric")[0]
+    assert (round(word, 2), round(phrase, 2), round(sentence, 2)) == (4.64, 4.62, 4.69)
+    guide = (ROOT / "MULTILEVEL_PPL_GUIDE.md").read_text(encoding="utf-8")
+    for number in ("**4.64**", "**4.62**", "**4.69**", "4.54"):
+        assert number in guide
+    assert round(2 ** (bits.sum() / len(bits)), 2) == 4.54
+
+
+def test_the_readme_names_every_module():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in [*(ROOT / "rl_training" / "examples").glob("*.py"), *(ROOT / "rl_training/examples/ppl").glob("*.*")]:
+        if path.name != "__init__.py":
+            assert re.search(rf"\b{re.escape(path.name)}\b", readme), f"{path.name} has no line in the README's tree"

@@ -1,0 +1,170 @@
+"""A scorer is put back exactly as it was, whatever happens in between."""
+
+import os
+
+import peft
+import pytest
+import torch
+import toys
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+
+from multi_level_ppl_trl import MultiLevelPPLCalculator
+from ppl.frozen import base_parameters, frozen
+
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+def plain():
+    return toys.llama()
+
+
+def lora():
+    return peft.get_peft_model(plain(), peft.LoraConfig(**LORA))
+
+
+def lora_in_place():
+    return peft.inject_adapter_in_model(peft.LoraConfig(**LORA), plain())
+
+
+def modules_to_save():
+    return peft.get_peft_model(plain(), peft.LoraConfig(**LORA, modules_to_save=["lm_head"]))
+
+
+def trainable_tokens():
+    return peft.get_peft_model(plain(), peft.LoraConfig(**LORA, trainable_token_indices=[1, 2]))
+
+
+def two_adapters():
+    model = lora()
+    model.add_adapter("second", peft.LoraConfig(**LORA))
+    model.set_adapter("second")
+    return model
+
+
+def frozen_adapter():
+    """An adapter that is on and no longer trained."""
+    return lora().requires_grad_(False)
+
+
+def disabled():
+    model = lora()
+    model.base_model.disable_adapter_layers()
+    return model
+
+
+MODELS = [plain, lora, lora_in_place, modules_to_save, trainable_tokens, two_adapters, frozen_adapter, disabled]
+
+
+def mixed_modes(model):
+    """Some modules in train mode, some in eval mode, and one layer of the base frozen."""
+    model.train()
+    for place, module in enumerate(model.modules()):
+        if place % 3 == 1:
+            module.training = False
+    next(base_parameters(model)).requires_grad_(False)
+    return model
+
+
+def state(model, tokenizer):
+    """All that a caller could find changed."""
+    training = [module.training for module in model.modules()]
+    logits = model.eval()(IDS).logits.sum().item()
+    for module, flag in zip(model.modules(), training, strict=True):
+        module.training = flag
+    return {
+        "training": training,
+        "logits": logits,
+        "parameters": {
+            name: (id(parameter), parameter._version, parameter.requires_grad, parameter.grad)
+            for name, parameter in model.named_parameters()
+        },
+        "adapters": {
+            name: (module.disable_adapters, list(module.active_adapters), list(module.merged_adapters))
+            for name, module in model.named_modules()
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        },
+        "active adapter": model.active_adapter if isinstance(model, peft.PeftModel) else None,
+        "config": model.config.to_dict(),
+        "generation config": model.generation_config.to_dict(),
+        "tokenizer": (tokenizer.padding_side, tokenizer.truncation_side, tokenizer.backend_tokenizer.to_str()),
+        "environment": dict(os.environ),
+        "modes of torch": (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cpu"),
+        ),
+    }
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_all_is_as_before_when_texts_were_scored(make, monkeypatch):
+    monkeypatch.setenv("UNSLOTH_RETURN_HIDDEN_STATES", "1")
+    monkeypatch.delenv("UNSLOTH_RETURN_LOGITS", raising=False)
+    model, tokenizer = mixed_modes(make()), toys.byte_level()
+    tokenizer.padding_side = "left"
+    before = state(model, tokenizer)
+    MultiLevelPPLCalculator(tokenizer).compute_all_levels(model, ["The fox.", "The end."], ["Once " * 40] * 2)
+    assert state(model, tokenizer) == before
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_all_is_as_before_after_an_exception(make, monkeypatch):
+    monkeypatch.setenv("UNSLOTH_RETURN_LOGITS", "0")
+    monkeypatch.delenv("UNSLOTH_RETURN_HIDDEN_STATES", raising=False)
+    model, tokenizer = mixed_modes(make()), toys.byte_level()
+    before = state(model, tokenizer)
+    with pytest.raises(ZeroDivisionError), frozen(model):
+        assert 1 / 0
+    assert state(model, tokenizer) == before
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_inside_it_is_the_base_model_in_eval_mode_without_gradients(make):
+    with torch.no_grad():
+        expected = plain()(IDS).logits
+    model = mixed_modes(make())
+    with frozen(model):
+        logits = model(IDS).logits
+        assert not any(module.training for module in model.modules())
+        assert (os.environ["UNSLOTH_RETURN_LOGITS"], os.environ["UNSLOTH_RETURN_HIDDEN_STATES"]) == ("1", "0")
+    assert not logits.requires_grad
+    torch.testing.assert_close(logits, expected)
+
+
+def test_once_within_another_changes_nothing():
+    model, tokenizer = mixed_modes(lora()), toys.byte_level()
+    before = state(model, tokenizer)
+    with frozen(model):
+        with frozen(model):
+            pass
+        assert not any(module.training for module in model.modules())
+    assert state(model, tokenizer) == before
+
+
+def test_a_gradient_can_still_flow_afterwards():
+    model = lora().train()
+    with frozen(model):
+        model(IDS)
+    model(IDS).logits.sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name)
+    assert all(p.grad is None for p in base_parameters(model))
+
+
+def test_a_merged_adapter_is_refused_and_the_model_left_alone():
+    model, tokenizer = mixed_modes(lora()), toys.byte_level()
+    model.merge_adapter()
+    before = state(model, tokenizer)
+    with pytest.raises(ValueError, match=r"merged into its weights: call model\.unmerge_adapter\(\)"), frozen(model):
+        raise AssertionError("not reached")
+    assert state(model, tokenizer) == before
+    model.unmerge_adapter()
+    with frozen(model):
+        torch.testing.assert_close(model(IDS).logits, plain()(IDS).logits)
+
+
+@pytest.mark.parametrize("make", [lora, lora_in_place, modules_to_save, trainable_tokens, two_adapters])
+def test_base_parameters_are_those_of_the_model_without_adapters(make):
+    found = [parameter.double().sum().item() for parameter in base_parameters(make())]
+    assert found == [parameter.double().sum().item() for parameter in plain().parameters()]

@@ -1,0 +1,377 @@
+"""The forward pass against the slow twin: architectures, windows, shared prefixes, adapters, dtypes, memory."""
+
+import logging
+
+import brute_force
+import numpy as np
+import peft
+import pytest
+import torch
+import toys
+import transformers
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from ppl import surprisal
+from ppl.surprisal import SurprisalScorer
+from ppl.tokens import TextEncoder
+
+PROMPT = (
+    "Once upon a time there was a small fox, and it lived near the old mill. Mr. Brown paid 1,000 dollars for a house. "
+    "They walked home together, slowly, under the stars."
+)
+COMPLETIONS = [" The end.", " The fox said nothing at all.", " Then they walked home.", " It was far too much!"]
+GROUP = [(PROMPT, completion) for completion in COMPLETIONS]  # long enough a prompt to be worth sharing
+MIXED = [("", "The fox."), ("Once upon", " a time there was a fox, and it lived near the mill."), ("", "a"), ("x", "")]
+
+
+def score(model, tokenizer, pairs, scorer=None):
+    encoded = TextEncoder(tokenizer).encode([context for context, _ in pairs], [target for _, target in pairs])
+    return (scorer or SurprisalScorer(model)).score(encoded)
+
+
+def twin(model, tokenizer, pairs, window=None):
+    """The same from one forward pass a token."""
+    return [
+        np.array([value for _, value in brute_force.token_surprisals(model, tokenizer, target, context, window)])
+        for context, target in pairs
+    ]
+
+
+def assert_close(found, expected, rtol=1e-4):
+    assert [len(one) for one in found] == [len(one) for one in expected]
+    np.testing.assert_allclose(np.concatenate(found), np.concatenate(expected), rtol=rtol)
+
+
+class Spy:
+    """Counts the tokens that go through a model's decoder, padding included."""
+
+    def __init__(self, decoder):
+        self.shapes = []
+        decoder.register_forward_pre_hook(
+            lambda module, args, kwargs: self.shapes.append(tuple([*args, kwargs.get("input_ids")][0].shape)),
+            with_kwargs=True,
+        )
+
+    @property
+    def tokens(self):
+        return sum(rows * length for rows, length in self.shapes)
+
+
+# --- architectures ---------------------------------------------------------------------------------------------------
+
+KV = {**toys.SIZES, "num_key_value_heads": 2}
+OPT = {**toys.SIZES, "ffn_dim": 96, "word_embed_proj_dim": 32}
+FALCON_H1 = {**KV, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}
+
+# name -> (configuration, whether its keys and values can be shared)
+ARCHITECTURES = {
+    "Llama": (KV, True),
+    "Qwen2": (KV, True),
+    "GPTNeoX": (toys.SIZES, True),
+    "Phi": (toys.SIZES, True),
+    "OPT": (OPT, True),  # projects its last hidden state
+    "Bloom": ({"vocab_size": toys.VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4}, True),  # no window
+    "Cohere": ({**KV, "logit_scale": 0.3, "eos_token_id": 1}, True),
+    "Granite": ({**KV, "logits_scaling": 4.0, "attention_multiplier": 0.2}, True),
+    "Gemma2": ({**KV, "head_dim": 16, "final_logit_softcapping": 0.5, "sliding_window": 8}, False),
+    "Mistral": ({**KV, "sliding_window": 8}, False),
+    "Mamba": ({"vocab_size": toys.VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}, False),
+    "FalconH1": ({**FALCON_H1, "mamba_chunk_size": 8, "lm_head_multiplier": 0.25}, False),
+}
+
+
+def architecture(name):
+    config, _ = ARCHITECTURES[name]
+    return toys.build(getattr(transformers, f"{name}ForCausalLM"), getattr(transformers, f"{name}Config")(**config))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_equals_the_slow_twin(name, tokenizer, caplog):
+    model = architecture(name)
+    spy = Spy(getattr(model, model.base_model_prefix))
+    scorer = SurprisalScorer(model)
+    together = score(model, tokenizer, GROUP, scorer)
+    tokens = spy.tokens
+    assert_close(together, twin(model, tokenizer, GROUP))
+    assert_close(score(model, tokenizer, GROUP[1:2], scorer), together[1:2])
+    assert_close(score(model, tokenizer, MIXED, scorer), twin(model, tokenizer, MIXED))
+
+    prompt = len(tokenizer(PROMPT)["input_ids"])
+    shares = ARCHITECTURES[name][1]
+    assert (tokens < 2 * prompt + 150) == shares  # once instead of four times, and two probes
+    warnings = [record.getMessage() for record in caplog.records if "decoder + LM head" in record.getMessage()]
+    assert len(warnings) == (name == "FalconH1")  # the one whose scaling of the logits is unknown here, and once
+
+
+def test_gpt2_equals_the_slow_twin(gpt2_model, tokenizer):
+    for pairs in (GROUP, MIXED):
+        assert_close(score(gpt2_model, tokenizer, pairs), twin(gpt2_model, tokenizer, pairs))
+
+
+@pytest.mark.parametrize(
+    ("name", "attribute"),
+    [("Cohere", "logit_scale"), ("Granite", "logits_scaling"), ("Gemma2", "final_logit_softcapping")],
+)
+def test_the_scaling_of_logits_matters_in_these_tests(name, attribute, tokenizer):
+    model = architecture(name)
+    scaled = np.concatenate(score(model, tokenizer, MIXED))
+    setattr(model.config, attribute, 1e9 if name == "Gemma2" else 1.0)
+    if name == "Cohere":
+        model.logit_scale = 1.0
+    assert np.abs(np.concatenate(score(model, tokenizer, MIXED)) - scaled).mean() > 0.01
+
+
+def test_a_scaling_of_logits_that_is_unknown_here_falls_back_to_the_models_own(model, tokenizer, monkeypatch, caplog):
+    expected = twin(model, tokenizer, MIXED)
+    monkeypatch.setattr(SurprisalScorer, "_logits", lambda self, hidden: self._base.lm_head(hidden).float() * 1.5)
+    assert_close(score(model, tokenizer, MIXED), expected)
+    assert "LlamaForCausalLM does not compute its logits as decoder + LM head" in caplog.text
+
+
+def test_a_compiled_model_gives_the_numbers_of_the_model_in_it(model, tokenizer):
+    compiled = torch.compile(model, backend="eager")
+    assert SurprisalScorer(compiled)._base is model
+    assert_close(score(compiled, tokenizer, MIXED), score(model, tokenizer, MIXED), rtol=1e-6)
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+LONG = "Once upon a time there was a small fox, and it lived near the old mill. The fox said: I am hungry."
+
+
+@pytest.mark.parametrize("window", [8, 13, 16, 31])
+@pytest.mark.parametrize("context", ["", "Mr. Brown paid 1,000 dollars for a house. It was far too much, wasn't it? "])
+def test_a_text_longer_than_the_window_equals_the_slow_twin(tokenizer, window, context):
+    model = toys.llama(max_position_embeddings=window)
+    pairs = [(context, LONG), ("", "The fox."), (context, "The end. " + LONG)]
+    found = score(model, tokenizer, pairs)
+    assert len(found[0]) == len(tokenizer(context + LONG)["input_ids"]) - len(tokenizer(context)["input_ids"])
+    assert_close(found, twin(model, tokenizer, pairs, window))
+
+
+def test_learned_positions_are_never_exceeded(tokenizer):
+    model = toys.gpt2(n_positions=16)
+    spy = Spy(model.transformer)
+    assert_close(score(model, tokenizer, [("", LONG)]), twin(model, tokenizer, [("", LONG)], 16))
+    assert max(length for _, length in spy.shapes) < 16
+
+
+def test_unsloths_shorter_window_counts(tokenizer):
+    model = toys.llama()
+    model.max_seq_length = 16
+    assert SurprisalScorer(model).window == 16
+    assert_close(score(model, tokenizer, [("", LONG)]), twin(model, tokenizer, [("", LONG)], 16))
+
+
+def test_a_model_without_a_window_has_none():
+    assert SurprisalScorer(architecture("Mamba")).window is None
+
+
+def test_an_empty_text_for_a_model_without_window_and_a_tokenizer_without_bos():
+    found = score(architecture("Mamba"), toys.byte_level(bos=False), [("", ""), ("", "a")])
+    assert [len(one) for one in found] == [0, 0]
+
+
+# --- shared prefixes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limits", [{}, {"batch_size": 1}, {"max_batch_tokens": 24}])
+def test_sharing_a_prefix_changes_no_number(model, tokenizer, limits):
+    pairs = [*GROUP, *MIXED, (PROMPT[:150], " The fox."), *GROUP[:1]]
+    shared = SurprisalScorer(model, **limits)
+    alone = SurprisalScorer(model, **limits)
+    alone._cache_agrees = False
+    assert_close(score(model, tokenizer, pairs, shared), score(model, tokenizer, pairs, alone))
+    assert shared._cache_agrees
+
+
+def test_a_shared_prompt_runs_once(model, tokenizer):
+    scorer = SurprisalScorer(model)
+    score(model, tokenizer, GROUP, scorer)  # the probes have run
+    spy = Spy(model.model)
+    score(model, tokenizer, GROUP, scorer)
+    lengths = [len(tokenizer(completion)["input_ids"]) for completion in COMPLETIONS]
+    # BOS and the prompt; then each completion without its last token, padded to the longest, behind what is shared
+    assert spy.shapes == [(1, len(tokenizer(PROMPT)["input_ids"])), (4, max(lengths))]
+
+
+def test_references_behind_a_prompt_and_different_plans_equal_the_slow_twin(model, tokenizer):
+    pairs = [(PROMPT + plan, " The fox was hungry.") for plan in ("", *COMPLETIONS[:2])]
+    assert_close(score(model, tokenizer, pairs), twin(model, tokenizer, pairs))
+
+
+def test_a_cache_that_does_not_continue_as_the_model_does_is_not_used(model, tokenizer, monkeypatch):
+    expected = twin(model, tokenizer, GROUP)
+    update = surprisal._PrefixLayer.update
+    monkeypatch.setattr(surprisal._PrefixLayer, "update", lambda self, k, v, *rest: update(self, 1.1 * k, v, *rest))
+    scorer = SurprisalScorer(model)
+    assert_close(score(model, tokenizer, GROUP, scorer), expected)
+    assert scorer._cache_agrees is False
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "lm_head"], "lora_dropout": 0.5, "init_lora_weights": False}
+
+
+def by_get_peft_model(**changes):
+    return peft.get_peft_model(toys.llama(), peft.LoraConfig(**{**LORA, **changes}))
+
+
+def in_place(**changes):
+    return peft.inject_adapter_in_model(peft.LoraConfig(**{**LORA, **changes}), toys.llama())
+
+
+@pytest.mark.parametrize("wrap", [by_get_peft_model, in_place])
+@pytest.mark.parametrize("train", [False, True])
+def test_an_adapter_is_off_while_its_base_model_scores(wrap, train, model, tokenizer):
+    torch.manual_seed(0)
+    adapted = wrap().train(train)
+    with torch.no_grad():
+        assert (adapted(torch.tensor([[5, 6, 7]])).logits - model(torch.tensor([[5, 6, 7]])).logits).abs().max() > 0.1
+    for pairs in (GROUP, MIXED):
+        assert_close(score(adapted, tokenizer, pairs), score(model, tokenizer, pairs), rtol=1e-6)
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
+def test_modules_to_save_are_off_too(saved, model, tokenizer):
+    adapted = by_get_peft_model(target_modules=["q_proj"], modules_to_save=[saved])
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(1)
+    assert_close(score(adapted, tokenizer, GROUP), score(model, tokenizer, GROUP), rtol=1e-6)
+
+
+def test_an_adapter_that_was_off_stays_off(model, tokenizer):
+    adapted = by_get_peft_model()
+    with adapted.disable_adapter():
+        assert_close(score(adapted, tokenizer, MIXED), score(model, tokenizer, MIXED), rtol=1e-6)
+
+
+def test_dropout_is_off_in_train_mode(tokenizer):
+    model = toys.gpt2(attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
+    expected = score(model, tokenizer, MIXED)
+    assert_close(score(model.train(), tokenizer, MIXED), expected, rtol=1e-6)
+
+
+def test_gradient_checkpointing_and_a_callers_autocast_change_nothing(tokenizer):
+    model = toys.llama()
+    expected = score(model, tokenizer, GROUP)
+    model.train().gradient_checkpointing_enable()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(score(model, tokenizer, GROUP), expected, rtol=1e-6)
+
+
+# --- dtypes ----------------------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_is_close_to_float32_and_equal_in_every_batch(model, tokenizer):
+    half = toys.llama().to(torch.bfloat16)
+    expected = np.concatenate(score(model, tokenizer, GROUP))
+    found = np.concatenate(score(half, tokenizer, GROUP))
+    assert found.dtype == np.float64
+    assert np.abs(found - expected).mean() < 0.02
+    alone = np.concatenate([score(half, tokenizer, [pair])[0] for pair in GROUP])
+    assert np.abs(found - alone).mean() < 0.02
+
+
+def test_bitsandbytes_4bit_equals_the_slow_twin(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    )
+    assert type(quantized.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+    found = score(quantized, tokenizer, GROUP)
+    assert_close(found, twin(quantized, tokenizer, GROUP))
+    difference = np.abs(np.concatenate(found) - np.concatenate(score(model, tokenizer, GROUP))).mean()
+    assert 1e-3 < difference < 0.5  # another model, though not a very different one
+
+
+def test_a_nan_from_the_model_is_an_error_that_names_the_text(tokenizer):
+    model = toys.llama()
+    scorer = SurprisalScorer(model)
+    score(model, tokenizer, MIXED, scorer)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids("Ġfox")] = torch.nan
+    with pytest.raises(FloatingPointError, match="NaN for text 1 "):
+        score(model, tokenizer, [("", "The end."), ("", "The fox said.")], scorer)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def with_memory_for(model, tokens):
+    """Let the decoder run out of memory above so many tokens. Returns the shapes it was asked for."""
+    asked = []
+    forward = model.model.forward
+
+    def limited(*args, **options):
+        asked.append(tuple(options["input_ids"].shape))
+        if options["input_ids"].numel() > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of")
+        return forward(*args, **options)
+
+    model.model.forward = limited
+    return asked
+
+
+@pytest.mark.parametrize("pairs", [MIXED[:2] * 2 + [("", f"The fox said {n}.") for n in range(9)], GROUP])
+def test_out_of_memory_halves_the_batches_and_changes_no_number(tokenizer, pairs):
+    model = toys.llama()
+    expected = score(model, tokenizer, pairs)
+    with_memory_for(model, 45 if pairs is not GROUP else 100)
+    assert_close(score(model, tokenizer, pairs), expected, rtol=1e-5)
+
+
+def test_the_budget_stays_halved(tokenizer, caplog):
+    model = toys.llama()
+    pairs = [("", f"The fox said {n}.") for n in range(8)]  # 8 rows of BOS, "The", " fox", " said", " ", "n": 6 tokens
+    asked = with_memory_for(model, 24)
+    scorer = SurprisalScorer(model)
+    with caplog.at_level(logging.WARNING):
+        score(model, tokenizer, pairs, scorer)
+    assert asked[2:] == [(8, 6), (4, 6), (4, 6)]  # behind the two passes of the probe
+    assert scorer.max_batch_tokens == 8 * 6 // 2
+    assert caplog.text.count("out of memory") == 1
+    del asked[:]
+    score(model, tokenizer, pairs, scorer)
+    assert asked == [(4, 6), (4, 6)]
+
+
+def test_one_row_that_does_not_fit_raises(tokenizer):
+    model = toys.llama()
+    scorer = SurprisalScorer(model)
+    score(model, tokenizer, MIXED, scorer)
+    with_memory_for(model, 3)
+    with pytest.raises(torch.OutOfMemoryError):
+        score(model, tokenizer, [("", "The fox said nothing.")], scorer)
+
+
+def test_another_error_is_not_taken_for_memory(tokenizer, monkeypatch):
+    model = toys.llama()
+    scorer = SurprisalScorer(model)
+    score(model, tokenizer, MIXED, scorer)
+    calls = []
+
+    def broken(**options):
+        calls.append(options)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(model.model, "forward", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        score(model, tokenizer, MIXED, scorer)
+    assert len(calls) == 1
+
+
+def test_logits_are_made_in_slices(model, tokenizer, monkeypatch):
+    expected = score(model, tokenizer, GROUP)
+    monkeypatch.setitem(surprisal._SIZES, "cpu", (1024, 3 * 4 * toys.VOCABULARY, 48))  # three rows of logits at a time
+    sliced = SurprisalScorer(model)
+    score(model, tokenizer, GROUP, sliced)  # the probes have run
+    rows = []
+    hook = model.lm_head.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    assert_close(score(model, tokenizer, GROUP, sliced), expected, rtol=1e-6)
+    hook.remove()
+    tokens = sum(map(len, expected))
+    assert rows == [3] * (tokens // 3) + [tokens % 3] * (tokens % 3 > 0)

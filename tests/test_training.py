@@ -1,0 +1,179 @@
+"""The training script as its users run it: real Unsloth 4-bit, real TRL, the embedded model."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
+STEPS = 6
+SHORT = ["--max_samples", "20", "--heldout_samples", "2", "--max_new_tokens", "12", "--logging_steps", "1"]
+
+
+def train(*flags: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [sys.executable, "train_grpo_multilevel_unsloth.py", *map(str, flags)],
+        cwd=EXAMPLES,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == code, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def refusal(*flags: str) -> str:
+    """The one line on stderr of a run that is refused with exit code 2."""
+    lines = train(*flags, code=2).stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def baselines(tmp_path_factory) -> Path:
+    """Baselines of the first 20 training stories: half the perplexity the model reaches, or eight times it."""
+    path = tmp_path_factory.mktemp("baselines") / "baselines.json"
+    stories = json.loads((EXAMPLES / "tiny_stories" / "train.json").read_text())[:20]
+    levels = ({"word": 5.0, "phrase": 5.0, "sentence": 5.0}, {"word": 240.0, "phrase": 240.0, "sentence": 240.0})
+    path.write_text(json.dumps({story["id"]: levels[place % 2] for place, story in enumerate(stories)}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, baselines):
+    """A run of six steps, with W&B offline."""
+    output = tmp_path_factory.mktemp("run")
+    done = train(
+        *SHORT, "--output_dir", output / "out", "--baselines_path", baselines, "--max_steps", STEPS, "--save_steps", STEPS,
+        "--learning_rate", "1e-3", "--warmup_steps", "1", "--lr_scheduler_type", "cosine", "--wandb_project", "ppl",
+        WANDB_MODE="offline", WANDB_DIR=str(output), WANDB_SILENT="true",
+    )  # fmt: skip
+    return output, done.stdout
+
+
+def log_history(output: Path, step: int) -> list[dict]:
+    return json.loads((output / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
+
+
+def test_it_trains_a_real_4bit_unsloth_model(trained):
+    _, printed = trained
+    assert "4-bit = True" in printed and "Training with Unsloth" in printed
+
+
+def test_the_adapter_it_saves_loads_and_has_learned(trained):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = trained[0] / "out"
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(EXAMPLES / "tiny_stories"), out)
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout, len(config.target_modules)) == (16, 16, 0, 7)
+    moved = [p.abs().max().item() for name, p in model.named_parameters() if "lora_B" in name]  # lora_B starts at 0
+    assert len(moved) == 3 * 7 and max(moved) > 0
+    assert AutoTokenizer.from_pretrained(out).bos_token == "<|bos|>"
+
+
+def test_its_rewards_are_those_of_the_thresholds(trained):
+    logs = [entry for entry in log_history(trained[0] / "out", STEPS) if "reward" in entry]
+    assert [entry["step"] for entry in logs] == [1, 2, 3, 4, 5, 6]
+    for entry in logs:
+        # One prompt a step: its baseline is 5, which no completion reaches, or 240, which nearly every one does.
+        assert entry["reward_word"] < 0 and entry["reward"] == 0 or entry["reward_word"] > 0 and entry["reward"] > 0.5
+    assert {entry["reward"] > 0.5 for entry in logs} == {True, False}
+
+
+def test_it_says_how_held_out_prompts_fare_before_and_after(trained):
+    out, printed = trained
+    assert "8 completions of 2 prompts" in printed
+    for name in ("before", "after", "reward", "word PPL", "sentence improvement %", "distinct-2"):
+        assert name in printed
+    assert (out / "out" / "reward.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def wandb_records(path: Path):
+    """The records of an offline run: a LevelDB log, whose blocks of 32 KiB hold chunks of (checksum, size, kind)."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, place, data = path.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        left = -place % 32768 or 32768
+        if left < 7:
+            place += left
+            continue
+        size, kind = struct.unpack_from("<HB", content, place + 4)
+        data += content[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last chunk of several
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            yield record
+            data = b""
+
+
+def test_weights_and_biases_gets_the_documented_names_offline(trained):
+    [path] = (trained[0] / "wandb").glob("offline-run-*/*.wandb")
+    logged: dict[str, list] = {}
+    for record in wandb_records(path):
+        for item in record.history.item:
+            logged.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
+    for name in ("reward", "reward_word", "reward_phrase", "reward_sentence", "ppl/word", "loss", "learning_rate"):
+        assert len(logged[f"train/{name}"]) == STEPS, name
+    expected = [entry["reward_word"] for entry in log_history(trained[0] / "out", STEPS) if "reward" in entry]
+    assert logged["train/reward_word"] == pytest.approx(expected)
+
+
+def test_without_unsloth_it_says_why_and_trains_with_peft(tmp_path):
+    printed = train(*SHORT, "--no_unsloth", "--no-load_in_4bit", "--output_dir", tmp_path, "--max_steps", "1").stdout
+    assert "Training with transformers and PEFT: --no_unsloth" in printed
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num_generations", "6", "--gradient_accumulation_steps", "2"], ["= 8 completions", "--num_generations 4"]),
+        (["--ppl_weights", "0", "0", "0"], ["weights", "(0.0, 0.0, 0.0)", "not all 0"]),
+        (["--ppl_weights", "-1", "1", "1"], ["weights", "-1.0", "none negative"]),
+        (["--reward_thresholds", "1:0.5", "1:0.7"], ["1 % twice"]),
+        (["--reward_thresholds", "nan:0.5"], ["nan", "finite"]),
+        (["--dataset_name", "nowhere.json"], ["nowhere.json"]),
+        (["--dataset_split", "dev"], ["dev", "train, test"]),
+        (["--prompt_column", "question"], ["question", "prompt, completion"]),
+        (["--baselines_path", "missing.pkl"], ["missing.pkl", "compute_baselines_trl.py"]),
+        (["--heldout_samples", "999"], ["999", "200 rows"]),
+        (["--model_name", "./nowhere"], ["./nowhere", "does not exist"]),
+        (["--config", "missing.yaml"], ["missing.yaml", "YAML"]),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(tmp_path, flags, words):
+    line = refusal(*flags, "--output_dir", tmp_path / "out")
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_flag_is_refused_with_the_nearest_name(tmp_path):
+    errors = train("--warmup_step", "3", "--output_dir", tmp_path / "out", code=2).stderr
+    assert "unknown flag --warmup_step, did you mean --warmup_steps?" in errors.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_data_set_without_baselines_for_its_rows_is_refused_before_loading(tmp_path, baselines):
+    line = refusal("--baselines_path", baselines, "--output_dir", tmp_path / "out")
+    assert "no baseline for 180 of 200 rows" in line and "compute_baselines_trl.py" in line
+
+
+def test_a_configuration_file_fills_in_and_the_command_line_wins(tmp_path):
+    (tmp_path / "run.yaml").write_text("max_steps: 1\nlearning_rate: 0.5\nlora_r: 4\nbeta: 0.04\nno_unsloth: true\n")
+    train(
+        *SHORT, "--config", tmp_path / "run.yaml", "--no-load_in_4bit", "--learning_rate", "0.001", "--lora_r", "2",
+        "--output_dir", tmp_path / "out", "--save_steps", "1",
+    )  # fmt: skip
+    [entry] = [entry for entry in log_history(tmp_path / "out", 1) if "reward" in entry]
+    assert entry["learning_rate"] == 0.001 and "kl" in entry
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 2

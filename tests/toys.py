@@ -1,0 +1,154 @@
+"""Tiny random models and tokenizers, made from nothing in milliseconds, and texts that are hard to cut."""
+
+import functools
+import json
+
+import torch
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 512  # of every toy model; no toy tokenizer has more
+
+SENTENCES = [
+    "Once upon a time there was a small fox, and it lived near the old mill.",
+    'The fox said: "I am hungry; I want to eat the cheese!" But the crow (who was clever) only laughed.',
+    "Mr. Brown paid 1,000 dollars for a house. It was far too much, wasn't it?",
+    "They walked home together, slowly, under the stars. The end.",
+]
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def byte_level(bos=True, pad=True, trim_offsets=None, chat=False):
+    """Byte-level BPE. `trim_offsets`: with GPT-2's post-processor, which cuts the space off a token's offsets."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if trim_offsets is not None:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    special = ["<s>", "</s>", "<pad>"]
+    _train(tokenizer, special, pre_tokenizers.ByteLevel.alphabet())
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>" if bos else None,
+        eos_token="</s>",
+        pad_token="<pad>" if pad else None,
+        chat_template=CHAT_TEMPLATE if chat else None,
+    )
+
+
+def llama2_like():
+    """SentencePiece's BPE as Llama 2 has it: spaces become ▁, one more in front, unknown characters become bytes."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    _train(trained, [], [])
+    bpe = json.loads(trained.to_str())["model"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += sorted(bpe["vocab"], key=bpe["vocab"].get)
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: place for place, token in enumerate(tokens)},
+            merges=[tuple(merge) for merge in bpe["merges"]],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def metaspace():
+    """BPE over characters with a Metaspace pre-tokenizer; unknown characters are <unk>."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    _train(tokenizer, ["<s>", "</s>", "<unk>"], [])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def normalizing():
+    """A tokenizer whose normalizer changes lengths: "ﬁ" becomes "fi", "½" three characters."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    _train(tokenizer, ["<s>"], pre_tokenizers.ByteLevel.alphabet())
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+def _train(tokenizer, special, alphabet):
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+
+
+TOKENIZERS = {
+    "byte_level": byte_level,
+    "without_bos_and_pad": functools.partial(byte_level, bos=False, pad=False),
+    "gpt2_like": functools.partial(byte_level, trim_offsets=True),
+    "llama2_like": llama2_like,
+    "metaspace": metaspace,
+    "normalizing": normalizing,
+}
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+def build(model_class, config):
+    """A seeded float32 model whose logits differ by more than a fresh initialization's."""
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    return model
+
+
+def llama(**changes):
+    return build(
+        LlamaForCausalLM, LlamaConfig(**SIZES, num_key_value_heads=2, **{"max_position_embeddings": 512, **changes})
+    )
+
+
+def gpt2(**changes):
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "bos_token_id": 0, "eos_token_id": 0}
+    return build(GPT2LMHeadModel, GPT2Config(vocab_size=VOCABULARY, **{**sizes, **changes}))
+
+
+def uniform():
+    """Every token has the probability 1 / VOCABULARY, whatever stands before it."""
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    return model
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+PIECES = [
+    *"aeoxzAEZ059_ .,;:!?-–—()[]\"'’‘“”«»…/&%$^`ʹ·",
+    *["the ", "fox ", "Mr. ", "e.g. ", "U.S. ", "z.B. ", "1,000", "3.14", "don't", "l'homme", "'apple", "’Apple"],
+    *["x_y", "é", "e\u0301", "ﬁ", "½", "Ⅷ", "\U0001d400", "Z\xa0.", "A\u2009."],
+    *["中文", "。", "、", "，", "（", "】", "ひら", "カタ", "ー", "ﾊﾟ", "한국", "𒀀"],
+    *["ไทย", "สวัสดี", "שלום", 'ש"ח', "מ׳", "مرحبا", "؟", "٣٤"],
+    *["\u0301", "\u00ad", "\u200d", "\u200b", "\u2060", "\ufeff"],
+    *["😀", "👩\u200d👩\u200d👧", "🇩🇪", "🇩🇪🇫🇷", "👍🏽", "1\ufe0f\u20e3"],
+    *["\n", "\r", "\r\n", "\v", "\f", "\x85", "\u2028", "\u2029", "\n\n", "\t", "  ", "\xa0", "\u3000"],
+]
+
+texts = st.lists(st.sampled_from(PIECES), max_size=14).map("".join)
