@@ -2,23 +2,30 @@
 
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import os
 import pickle
+import reprlib
+import shlex
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from . import safe_pickle
 from .data import Text, stable_id
 from .errors import InputError
 from .units import LEVELS
 
 SUFFIXES = (".pkl", ".json", ".parquet")
 _VERSIONED = ("torch", "transformers", "tokenizers", "unsloth", "bitsandbytes", "sentencex", "regex")
+_ROWS_AT_ONCE = 8192  # rows that a writer holds
 
 
 class BaselineError(InputError):
@@ -37,12 +44,14 @@ class Baselines(Mapping[str, np.ndarray]):
             raise BaselineError(f"{source}: expected a dict of id -> levels, found {type(records).__name__}")
         self.meta = dict(meta or {})
         self.source = source
-        self._levels = {key: _levels(record, key, source) for key, record in records.items()}
-        by_prompt: dict[str, object] = {}
-        for key, record in records.items():
-            if prompt := record.get("prompt_id"):
-                by_prompt[prompt] = None if prompt in by_prompt else key  # two rows: it does not tell them apart
-        self._by_prompt = {prompt: key for prompt, key in by_prompt.items() if key is not None}
+        self._rows = dict(zip(records, range(len(records)), strict=True))
+        self._levels = _all_levels(records, source)
+        self._levels.flags.writeable = False
+        by_prompt: dict[str, int | None] = {}
+        for row, record in enumerate(records.values()):
+            if isinstance(prompt := record.get("prompt_id"), str):
+                by_prompt[prompt] = None if prompt in by_prompt else row  # two rows: it does not tell them apart
+        self._by_prompt = {prompt: row for prompt, row in by_prompt.items() if row is not None}
 
     @classmethod
     def load(cls, path: str | Path) -> "Baselines":
@@ -54,43 +63,109 @@ class Baselines(Mapping[str, np.ndarray]):
             content = path.read_bytes()
         except OSError as error:
             raise BaselineError(f"{path}: {error.strerror}: make it with compute_baselines_trl.py") from error
-        records = {".pkl": _unpickle, ".json": _parse_json, ".parquet": _parse_parquet}[path.suffix](content, path)
+        records = {".pkl": _parse_pickle, ".json": _parse_json, ".parquet": _parse_parquet}[path.suffix](content, path)
         return cls(records, read_meta(path), source=str(path))
 
     def find(self, row_id, prompt: Text | None) -> np.ndarray | None:
         """float64 [3] by id, else by the prompt itself, else by the prompt's hash if that names one row; or None."""
-        found = self._levels.get(row_id) if row_id is not None else None
-        if found is None and isinstance(prompt, str):
-            found = self._levels.get(prompt)
-        if found is None and prompt is not None:
-            found = self._levels.get(self._by_prompt.get(stable_id(prompt)))
-        return found
+        row = self._rows.get(row_id) if row_id is not None else None
+        if row is None and isinstance(row_id, int | np.integer):
+            row = self._rows.get(str(row_id))  # JSON has no other keys
+        if row is None and isinstance(prompt, str):
+            row = self._rows.get(prompt)
+        if row is None and prompt is not None:
+            row = self._by_prompt.get(stable_id(prompt))
+        return None if row is None else self._levels[row]
+
+    def check_coverage(self, ids: Sequence, prompts: Sequence[Text]) -> None:
+        """Raises `BaselineError` if a row has none, with their number, the first few ids, and the remedy."""
+        absent = [i for i, prompt in zip(ids, prompts, strict=True) if self.find(i, prompt) is None]
+        if absent:
+            made_from = self.meta.get("dataset", {})
+            origin = f"; it is of {made_from.get('name')!r}, split {made_from.get('split')!r}" if made_from else ""
+            raise BaselineError(
+                f"{self.source} has no baseline for {len(absent)} of {len(ids)} rows, first {absent[:3]}{origin}: "
+                "compute them with compute_baselines_trl.py on this data set and split, or leave such rows out "
+                "(missing='skip')"
+            )
 
     def __getitem__(self, key) -> np.ndarray:
-        return self._levels[key]
+        return self._levels[self._rows[key]]
 
     def __iter__(self) -> Iterator:
-        return iter(self._levels)
+        return iter(self._rows)
 
     def __len__(self) -> int:
-        return len(self._levels)
+        return len(self._rows)
+
+
+# --- what a file was made with ---------------------------------------------------------------------------------------
 
 
 def check_meta(baselines: Baselines, expected: Mapping) -> None:
     """Refuse baselines made for another target, with other definitions, or by another model than the scorer.
 
-    Compares what both name; a dict without a meta file is taken at its word. Raises `BaselineError`.
+    expected: "target", "definitions", "tokenizer", "model" as `ppl.models.describe_model` gives it, and "window", the
+    most tokens the scorer takes at once. Compares what both name: a dict without a meta file is taken at its word, a
+    model's name is told but not compared, and another window only matters if a text was longer. Raises `BaselineError`.
     """
-    for key, mine in expected.items():
-        theirs = baselines.meta.get(key)
-        if isinstance(mine, Mapping):
-            check_meta(Baselines({}, theirs, f"{baselines.source} ({key})"), mine)
-        elif theirs is not None and theirs != mine:
-            raise BaselineError(
-                f"{baselines.source} was made with {key}={theirs!r}, this run has {key}={mine!r}: recompute it with "
-                "compute_baselines_trl.py and this run's settings, or insist with --allow_baseline_mismatch "
-                "(allow_baseline_mismatch=True)"
+    meta = baselines.meta
+    theirs, mine = _flat(meta), _flat(expected)
+    differing = [key for key in mine if key in theirs and theirs[key] != mine[key]]
+    if "window" in expected and "window" in meta and expected["window"] != meta["window"]:
+        smaller = min(window for window in (expected["window"], meta["window"]) if window)
+        if meta.get("longest", math.inf) > smaller:
+            theirs["window"], mine["window"] = (
+                f"{side['window'] or 'any number of'} tokens" for side in (meta, expected)
             )
+            differing.append("window")
+    if differing:
+        made, scorer = ({key: values[key] for key in differing} for values in (theirs, mine))
+        raise BaselineError(
+            f"{baselines.source} was made by {_named(meta)} with {_listed(made)}; the scorer here, {_named(expected)}, "
+            f"has {_listed(scorer)}: make the right one with `{_command(baselines, expected, differing)}`, or insist "
+            "with --allow_baseline_mismatch (in Python allow_baseline_mismatch=True)"
+        )
+
+
+def _flat(identity: Mapping) -> dict:
+    """What is compared, by the name a message gives it."""
+    return {
+        **{key: identity[key] for key in ("target", "tokenizer") if key in identity},
+        **identity.get("definitions", {}),
+        **{key: value for key, value in identity.get("model", {}).items() if key != "name"},
+    }
+
+
+def _named(identity: Mapping) -> str:
+    name = identity.get("model", {}).get("name")
+    return repr(name) if name else "a model of unknown name"
+
+
+def _listed(values: Mapping) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _command(baselines: Baselines, expected: Mapping, differing: Sequence[str]) -> str:
+    """The call of compute_baselines_trl.py that makes the file as `expected` has it."""
+    model, made_from = expected.get("model", {}), baselines.meta.get("dataset", {})
+    flags = {"model_name": model.get("name") or "MODEL"}
+    if model.get("quantization") == "4bit":
+        flags["load_in_4bit"] = None
+    if "dtype" in differing:
+        flags["dtype"] = model["dtype"]
+    if "window" in differing and expected["window"]:
+        flags["max_seq_length"] = expected["window"]
+    flags |= {f"dataset_{key}": made_from.get(key) for key in ("name", "config", "split") if made_from.get(key)}
+    flags |= {f"{key}_column": name for key, name in made_from.get("columns", {}).items() if name}
+    if made_from.get("num_samples"):
+        flags["num_samples"] = made_from["num_samples"]
+    usual = {"target": "completion", "max_phrase_words": 4, "language": "en", "aggregation": "geometric"}
+    wanted = {"target": expected.get("target"), **expected.get("definitions", {})}
+    flags |= {key: wanted[key] for key in usual if wanted.get(key) not in (None, usual[key])}
+    flags |= {"output_path": baselines.source, "overwrite": None}
+    words = [word for key, value in flags.items() for word in (f"--{key}", value) if word is not None]
+    return shlex.join(["python", "compute_baselines_trl.py", *map(str, words)])
 
 
 def meta_path(path: str | Path) -> Path:
@@ -107,6 +182,11 @@ def read_meta(path: str | Path) -> dict:
         raise BaselineError(f"{meta_path(path)}: not JSON ({error}): delete it or recompute the baselines") from error
     if not isinstance(meta, dict):
         raise BaselineError(f"{meta_path(path)}: expected a JSON object, found {type(meta).__name__}")
+    for key in ("model", "definitions", "dataset"):
+        if not isinstance(meta.get(key, {}), dict):
+            raise BaselineError(
+                f"{meta_path(path)}: {key} is {meta[key]!r:.80}, expected an object: recompute the baselines"
+            )
     return meta
 
 
@@ -123,10 +203,8 @@ def versions() -> dict[str, str]:
 
 def write(path: str | Path, records: Mapping[str, Mapping], meta: Mapping) -> None:
     """Write the file and its meta file, each to a temporary name first: what is there under the name is complete."""
-    path = Path(path)
-    writer = {".pkl": _write_pickle, ".json": _write_json, ".parquet": _write_parquet}[path.suffix]
     write_atomically(meta_path(path), lambda file: file.write(json.dumps(meta, indent=2, ensure_ascii=False).encode()))
-    write_atomically(path, lambda file: writer(file, records))
+    write_atomically(Path(path), lambda file: write_records(file, Path(path).suffix, records.items()))
 
 
 def write_atomically(path: Path, fill: Callable[[io.BufferedIOBase], object]) -> None:
@@ -157,43 +235,115 @@ def _umask() -> int:
     return mask
 
 
-def _levels(record, key, source: str) -> np.ndarray:
+def _all_levels(records: Mapping, source: str) -> np.ndarray:
+    """float64 [N, 3]"""
+    try:
+        flat = [record[level] for record in records.values() for level in LEVELS]
+        if {float, int}.issuperset(map(type, flat)):
+            values = np.array(flat, dtype=float).reshape(-1, len(LEVELS))
+            if (np.isfinite(values) & (values > 0)).all():
+                return values
+    except (TypeError, KeyError, IndexError, OverflowError):
+        pass
+    # Something is wrong or of another type: one by one, to say which.
+    return np.array([_levels(record, key, source) for key, record in records.items()]).reshape(-1, len(LEVELS))
+
+
+def _levels(record, key, source: str) -> list[float]:
     if not isinstance(record, Mapping):
-        raise BaselineError(f"{source}: id {key!r}: expected a dict of levels, found {record!r:.80}")
+        raise BaselineError(f"{source}: id {_shown(key)}: expected a dict of levels, found {_shown(record)}")
     values = []
     for level in LEVELS:
         value = record.get(level)
         number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value <= 0:
-            raise BaselineError(f"{source}: id {key!r}: {level} is {value!r:.80}, expected a finite positive number")
+        if not number or not 0 < value <= sys.float_info.max:
+            raise BaselineError(
+                f"{source}: id {_shown(key)}: {level} is {_shown(value)}, expected a finite positive number: "
+                "recompute it with compute_baselines_trl.py"
+            )
         values.append(float(value))
-    return np.array(values)
+    return values
+
+
+def _shown(value) -> str:
+    """A repr of bounded length and cost, whatever a file holds."""
+    try:
+        return f"{reprlib.repr(value):.80}"
+    except ValueError:  # a number of too many digits
+        return f"a number of type {type(value).__name__}"
 
 
 # --- formats ---------------------------------------------------------------------------------------------------------
 
 
-def _write_pickle(file, records) -> None:
-    pickle.dump(dict(records), file, protocol=4)
+def write_records(file, suffix: str, items: Iterable[tuple[str | int, Mapping]]) -> None:
+    """Write (id, record) pairs in the format of `suffix`, holding no more than a few thousand of them."""
+    {".pkl": _write_pickle, ".json": _write_json, ".parquet": _write_parquet}[suffix](file, _chunks(items))
 
 
-def _write_json(file, records) -> None:
-    file.write(json.dumps(records, ensure_ascii=False, indent=0).encode("utf-8", "surrogatepass"))
+def _chunks(items: Iterable[tuple]) -> Iterator[dict]:
+    items = iter(items)
+    while chunk := dict(itertools.islice(items, _ROWS_AT_ONCE)):
+        yield chunk
 
 
-def _write_parquet(file, records) -> None:
+def _write_pickle(file, chunks: Iterable[dict]) -> None:
+    # A dict's pickle is: protocol, empty dict, memo 0; then its items; then the end. So the items of many dicts, one
+    # after the other, are the pickle of one dict. Each piece writes its memos over those of the one before, done with.
+    file.write(b"\x80\x02}")
+    for chunk in chunks:
+        file.write(pickle.dumps(chunk, protocol=2).removeprefix(b"\x80\x02}q\x00").removesuffix(b"."))
+    file.write(b".")
+
+
+def _write_json(file, chunks: Iterable[dict]) -> None:
+    separator = b"{\n"
+    for chunk in chunks:
+        for key, record in chunk.items():
+            entry = f"{json.dumps(str(key), ensure_ascii=False)}: {json.dumps(record, ensure_ascii=False)}"
+            file.write(separator + entry.encode("utf-8", "surrogatepass"))
+            separator = b",\n"
+    file.write(b"\n}\n" if separator == b",\n" else b"{}\n")
+
+
+def _write_parquet(file, chunks: Iterable[dict]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    rows = [{"id": key, **record} for key, record in records.items()]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    types = {int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string()}
+    levels = dict.fromkeys(LEVELS, pyarrow.float64())
+    tables = ([{"id": key, **record} for key, record in chunk.items()] for chunk in chunks)
+    first = next(tables, [])
+    fields = {name: types[type(value)] for name, value in (first[0] if first else {"id": ""}).items()}
+    schema = pyarrow.schema({**fields, **levels})
+    with pyarrow.parquet.ParquetWriter(file, schema) as writer:
+        for rows in itertools.chain([first], tables):
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+
+
+def _parse_pickle(content: bytes, path: Path):
+    try:
+        return safe_pickle.loads(content)
+    except safe_pickle.PickleRefused as error:
+        raise BaselineError(
+            f"{path}: not a baselines pickle ({error}): recompute it with compute_baselines_trl.py"
+        ) from error
 
 
 def _parse_json(content: bytes, path: Path):
     try:
-        return json.loads(content)
-    except ValueError as error:
+        return json.loads(content, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
         raise BaselineError(f"{path}: not JSON ({error}): recompute it with compute_baselines_trl.py") from error
+
+
+def _without_duplicates(pairs: list[tuple]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"{twice!r:.80} is there twice")
+    return found
 
 
 def _parse_parquet(content: bytes, path: Path) -> dict:
@@ -201,59 +351,24 @@ def _parse_parquet(content: bytes, path: Path) -> dict:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
-    except pyarrow.ArrowException as error:
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(content))
+        names = table.schema_arrow.names
+        if absent := [name for name in ("id", *LEVELS) if name not in names]:
+            raise BaselineError(f"{path}: no column {', '.join(absent)}, only {', '.join(names)}")
+        kept = [name for name in ("id", *LEVELS, "prompt_id") if name in names]
+        columns = table.read(columns=kept).to_pydict()
+    # What pyarrow raises for a damaged file depends on where the damage is.
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, BaselineError):
+            raise
         raise BaselineError(f"{path}: not Parquet ({error}): recompute it with compute_baselines_trl.py") from error
-    if rows and "id" not in rows[0]:
-        raise BaselineError(f"{path}: no column id, only {', '.join(rows[0])}")
-    return {row.pop("id"): row for row in rows}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads plain containers and numbers; of everything else, only numpy scalars, rebuilt without numpy's help."""
-
-    _ALLOWED = frozenset(
-        (f"numpy.{core}multiarray", "scalar") for core in ("core.", "_core.")
-    ) | {("numpy", "dtype")}
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it wants to load {module}.{name}")
-        return _scalar if name == "scalar" else _ScalarType
-
-    def persistent_load(self, pid):
-        raise pickle.UnpicklingError("it refers to objects outside the file")
-
-
-class _ScalarType:
-    """Stands for numpy.dtype in a pickle: a letter, a size in bytes, and the byte order of its state."""
-
-    def __init__(self, code: str, *_flags) -> None:
-        if not isinstance(code, str) or code not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"):
-            raise pickle.UnpicklingError(f"it holds a numpy value of type {code!r:.20}")
-        self.code, self.order = code, "="
-
-    def __setstate__(self, state) -> None:
-        if state[1] in ("<", ">", "|", "="):
-            self.order = state[1]
-
-
-def _scalar(dtype: _ScalarType, data: bytes):
-    if not isinstance(dtype, _ScalarType) or not isinstance(data, bytes):
-        raise pickle.UnpicklingError("it holds a numpy value of an unknown form")
-    values = np.frombuffer(data, dtype=np.dtype(dtype.order.replace("|", "=") + dtype.code))
-    if len(values) != 1:
-        raise pickle.UnpicklingError(f"it holds a numpy value of {len(data)} bytes for type {dtype.code}")
-    return values[0].item()
-
-
-def _unpickle(content: bytes, path: Path):
-    stream = io.BytesIO(content)
-    try:
-        return _Unpickler(stream).load()
-    # A damaged or hostile pickle can make the reader raise nearly anything; whatever it is, the file is refused.
-    except Exception as error:
-        raise BaselineError(
-            f"{path}: not a baselines pickle ({type(error).__name__}: {error}): recompute it with "
-            "compute_baselines_trl.py"
-        ) from error
+    ids = columns.pop("id")
+    if wrong := [i for i in ids if type(i) is not str and type(i) is not int]:
+        raise BaselineError(f"{path}: an id is {_shown(wrong[0])}, expected a string or a whole number")
+    records = {
+        i: dict(zip(columns, row, strict=True)) for i, row in zip(ids, zip(*columns.values(), strict=True), strict=True)
+    }
+    if len(records) < len(ids):
+        twice = Counter(ids).most_common(1)[0][0]
+        raise BaselineError(f"{path}: id {_shown(twice)} is there twice: recompute it with compute_baselines_trl.py")
+    return records

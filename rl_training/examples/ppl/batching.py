@@ -40,6 +40,8 @@ def windows(encoded: Encoded, window: int | None, text: int) -> Iterator[Row]:
     Source: the strided evaluation of the transformers guide "Perplexity of fixed-length models".
     """
     total = len(encoded.ids)
+    if not len(encoded.positions):
+        return
     reached = 0  # tokens of `ids` that have been in a window
     for start in range(0, total, window // 2 if window else total):
         end = min(start + window, total) if window else total

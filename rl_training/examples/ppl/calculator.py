@@ -105,7 +105,7 @@ class MultiLevelPPLCalculator:
         explained = {}
         for level, starts in segment([target], self.language, self.max_phrase_words).starts.items():
             counts, sums = unit_sums(starts, encoded.chars, surprisal)
-            ends = [*starts[1:], len(target)]
+            ends = np.append(starts, len(target))[1:]
             explained[level] = [
                 {
                     "text": target[start:end],

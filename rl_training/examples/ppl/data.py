@@ -11,6 +11,7 @@ from .errors import InputError
 TINY_STORIES = Path(__file__).parent.parent / "tiny_stories"
 PROMPT_COLUMNS = ("prompt", "query", "text", "input")
 REFERENCE_COLUMNS = ("reference", "completion")
+DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # suffix -> builder of datasets
 
 Text = str | list[dict]  # a string, or chat messages [{"role": ..., "content": ...}, ...]
 
@@ -30,6 +31,20 @@ def message_text(text: Text) -> str:
         part if isinstance(part, str) else "".join(item["text"] for item in part if item.get("type") == "text")
         for part in parts
     )
+
+
+def checked_text(value, column: str, place: int) -> Text:
+    """A cell of a data set as a `Text`, "" if it is empty. Raises `InputError`, naming the row, if it is none."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    try:
+        message_text(value)
+        return value
+    except (TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"row {place}: column {column} holds {value!r:.60}, expected a string or chat messages, each with role and "
+            "content: name another column with --prompt_column or --reference_column"
+        ) from error
 
 
 def render_prompt(prompt: Text | None, tokenizer) -> str:
@@ -93,6 +108,8 @@ def load_split(name: str, config: str | None = None, split: str = "train", strea
 
     datasets.disable_progress_bars()
     path = TINY_STORIES if name == "tiny-stories" else Path(name)
+    if not path.exists() and (path.is_absolute() or name.startswith(".") or path.suffix in DATA_FILES):
+        raise InputError(f"data set {name!r} does not exist: expected a folder, a file, a hub name, or tiny-stories")
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             found = datasets.load_from_disk(str(path))
@@ -102,7 +119,7 @@ def load_split(name: str, config: str | None = None, split: str = "train", strea
                 found = found[split]
             return found.to_iterable_dataset() if streaming else found
         if path.is_file():
-            builder = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
+            builder = DATA_FILES.get(path.suffix)
             if builder is None:
                 raise InputError(f"{name}: expected a file ending in .json, .jsonl, .csv or .parquet, or a folder")
             files = {split: str(path)}
@@ -113,15 +130,18 @@ def load_split(name: str, config: str | None = None, split: str = "train", strea
                 raise InputError(f"tiny-stories has no split {split!r}, it has train, test")
             return datasets.load_dataset("json", data_files=files, split=split, streaming=streaming)
         if path.is_dir():
-            return datasets.load_dataset(str(path), split=split, streaming=streaming)
+            return datasets.load_dataset(str(path), config, split=split, streaming=streaming)
         if name == "wikitext":  # the seed guide's short name for it
             name, config = "Salesforce/wikitext", config or "wikitext-2-raw-v1"
         return datasets.load_dataset(name, config, split=split, streaming=streaming)
     except InputError:
         raise
     # What datasets raises for a wrong name, split or configuration, a damaged file, or a hub that is out of reach.
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(
-            f"cannot load split {split!r} of data set {name!r}: {(str(error).splitlines() or [repr(error)])[0]}; "
-            "without a network use a folder, a .json, .jsonl, .csv or .parquet file, or tiny-stories"
-        ) from error
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        damaged = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        reason, *more = str(error.__cause__ if damaged else error).splitlines() or ["it holds no row"]
+        if reason.startswith("Config name is missing") and more:
+            reason = f"it has several configurations, name one with --dataset_config: {more[0].partition(': ')[2]}"
+        elif not path.exists():
+            reason += "; without a network use a folder, a .json, .jsonl, .csv or .parquet file, or tiny-stories"
+        raise InputError(f"cannot load split {split!r} of data set {name!r}: {reason}") from error

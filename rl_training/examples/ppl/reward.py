@@ -21,6 +21,7 @@ from .units import LEVELS
 
 TARGETS = ("completion", "reference")
 MISSING = ("error", "skip")
+_HIGHEST = 1e300  # stands for a perplexity beyond float64: infinity survives no mean and no difference
 
 
 class MultiLevelPPLRewardFunction:
@@ -114,12 +115,8 @@ class MultiLevelPPLRewardFunction:
             "references": columns.get("reference"),
             "ids": columns.get("id"),
         }
-        if "baseline_word" in columns:
-            names = [f"baseline_{level}" for level in LEVELS]
-            if absent := [name for name in names if name not in columns]:
-                raise BaselineError(f"the data set has baseline_word but no {', '.join(absent)}: all three are needed")
-            rows = zip(*(columns[name] for name in names), strict=True)
-            arguments["baselines"] = [None if None in row else dict(zip(LEVELS, row, strict=True)) for row in rows]
+        if rows := row_baselines(columns):
+            arguments["baselines"] = rows
         self._last = None
         rewards = self.compute_rewards(texts, **arguments)
         rewards = torch.as_tensor(rewards).tolist()
@@ -144,7 +141,8 @@ class MultiLevelPPLRewardFunction:
 
         baselines: per row, before those of the constructor; None where a row has none.
         details: "ppls" and "baselines", each `{level: float64 [B]}`, nan where there is none; "improvements",
-        `{level or "avg": float64 [B]}` in percent, 0 for a completion without a scored token.
+        `{level or "avg": float64 [B]}` in percent, 0 for a completion without a scored token; "rewards", float64 [B],
+        before `normalize`.
         """
         n = len(texts)
         for name, column in {"prompts": prompts, "references": references, "ids": ids, "baselines": baselines}.items():
@@ -162,13 +160,14 @@ class MultiLevelPPLRewardFunction:
         absent = np.isnan(baseline).any(axis=1)
         first_visit = np.zeros(n, dtype=bool)
         if self.target == "reference":
-            targets = [message_text(reference) for reference in references]
+            targets = [message_text(reference or "") for reference in references]
             with_text = [(c + text, target) for c, text, target in zip(contexts, texts, targets, strict=True)]
             alone = [pair for pair, unknown in zip(zip(contexts, targets, strict=True), absent, strict=True) if unknown]
-            values = self._perplexities(with_text + alone)  # one call, so that they share the prompts' forward passes
+            # One call, so that they share the prompts' forward passes.
+            values = np.minimum(self._perplexities(with_text + alone), _HIGHEST)
             current, baseline[absent] = values[:n], values[n:]
         else:
-            current = self._perplexities(list(zip(contexts, texts, strict=True)))
+            current = np.minimum(self._perplexities(list(zip(contexts, texts, strict=True))), _HIGHEST)
             if self.baselines is None:
                 first_visit = self._visit(contexts, current, baseline, absent)
             elif absent.any() and self.missing == "error":
@@ -183,24 +182,29 @@ class MultiLevelPPLRewardFunction:
             skipped |= unscorable
         with np.errstate(over="ignore", invalid="ignore"):
             improvement = 100 * (baseline - current) / baseline
-        # A perplexity beyond float64 is an improvement of minus infinity, which no average survives.
+        # Floored: one text near the limit of float64 would drown every mean that is logged.
         improvement = np.maximum(improvement, -1e9)
         improvement[(first_visit | unscorable) & ~skipped] = 0.0
         average = improvement @ self.weights / self.weights.sum()
         rewards = self.thresholds.rewards(average)
         rewards[first_visit | unscorable] = 0.0
         rewards[skipped] = np.nan
-        if self.normalize:
-            rewards[~skipped] = normalized(rewards[~skipped])
 
         details = {
+            "rewards": torch.from_numpy(rewards.copy()),
             "improvements": {**_by_level(improvement), "avg": torch.from_numpy(average)},
             "ppls": _by_level(current),
             "baselines": _by_level(baseline),
         }
+        if self.normalize:
+            rewards[~skipped] = normalized(rewards[~skipped])
         self._last = _LastCall(details, skipped, ~(skipped | unscorable))
         result = torch.from_numpy(rewards).float().to(self.device)
         return (result, details) if return_details else result
+
+    def __getstate__(self) -> dict:
+        # A copy's parameters count their changes anew.
+        return {**self.__dict__, "_weights_version": None}
 
     def state_dict(self) -> dict:
         """What a resumed run needs: the zero-shot baselines recorded so far."""
@@ -282,6 +286,18 @@ class MultiLevelPPLRewardFunction:
             }.items():
                 scored = values[torch.from_numpy(call.scored)]
                 log_metric(name, float(scored.mean()) if len(scored) else 0.0)
+
+
+def row_baselines(columns: Mapping[str, Sequence]) -> list[dict | None] | None:
+    """Per row the baseline in the columns `baseline_word`, `baseline_phrase`, `baseline_sentence`; None without them."""
+    names = [f"baseline_{level}" for level in LEVELS]
+    present = [name for name in names if name in columns]
+    if not present:
+        return None
+    if len(present) < len(names):
+        raise BaselineError(f"the data set has {', '.join(present)}, all of {', '.join(names)} are needed")
+    rows = zip(*(columns[name] for name in names), strict=True)
+    return [None if None in row else dict(zip(LEVELS, row, strict=True)) for row in rows]
 
 
 class _LastCall(NamedTuple):

@@ -74,7 +74,7 @@ class SurprisalScorer:
     @property
     def _base(self):
         """The transformers model under wrappers of accelerate, torch.compile and PEFT."""
-        model = extract_model_from_parallel(self.model)
+        model = extract_model_from_parallel(self.model, keep_torch_compile=False)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     @property

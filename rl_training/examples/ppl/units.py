@@ -48,7 +48,7 @@ class Units:
 
     offsets: int64 [B + 1], where each text starts, and the total length
     starts:  {"word": int64 [U_w], "phrase": int64 [U_p], "sentence": int64 [U_s]}, ascending. Every phrase starts
-             where a word starts, every sentence where a phrase does, every text that is not empty where a sentence does.
+             where a word starts, every sentence where a phrase does, every text but an empty one where a sentence does.
     """
 
     offsets: np.ndarray
