@@ -41,6 +41,9 @@ SUPPORTED = $(filter 3.10.% 3.11.% 3.12.%,$(PYTHON_VERSION))
 SAME_MINOR = $(PY) -c 'import sys; sys.exit("$(PYTHON_VERSION)".split(".")[:2] != sys.version.split(".")[:2])' \
     2>/dev/null
 
+# The embedded model's matrices are too small to be shared out between threads: one thread is faster than two.
+export OMP_NUM_THREADS ?= 1
+
 .PHONY: demo test lint clean setup
 
 # The four scripts on the embedded model and data set; OUT is where everything goes.
