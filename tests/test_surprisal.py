@@ -185,7 +185,8 @@ def test_sharing_a_prefix_changes_no_number(model, tokenizer, limits):
     assert shared._cache_agrees
 
 
-def test_a_shared_prompt_runs_once(model, tokenizer):
+def test_a_shared_prompt_runs_once(tokenizer):
+    model = toys.llama()
     scorer = SurprisalScorer(model)
     score(model, tokenizer, GROUP, scorer)  # the probes have run
     spy = Spy(model.model)
@@ -266,14 +267,22 @@ def test_gradient_checkpointing_and_a_callers_autocast_change_nothing(tokenizer)
 # --- dtypes ----------------------------------------------------------------------------------------------------------
 
 
-def test_bfloat16_is_close_to_float32_and_equal_in_every_batch(model, tokenizer):
+def test_bfloat16_is_close_to_float32_alone_and_in_a_group(model, tokenizer):
     half = toys.llama().to(torch.bfloat16)
     expected = np.concatenate(score(model, tokenizer, GROUP))
-    found = np.concatenate(score(half, tokenizer, GROUP))
-    assert found.dtype == np.float64
-    assert np.abs(found - expected).mean() < 0.02
-    alone = np.concatenate([score(half, tokenizer, [pair])[0] for pair in GROUP])
-    assert np.abs(found - alone).mean() < 0.02
+    for found in (score(half, tokenizer, GROUP), [score(half, tokenizer, [pair])[0] for pair in GROUP]):
+        difference = np.abs(np.concatenate(found) - expected)
+        assert 0 < difference.mean() < 0.02  # of about 6 nats
+
+
+def test_the_log_softmax_of_bfloat16_logits_is_taken_in_float32(tokenizer):
+    half = toys.llama().to(torch.bfloat16)
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("The fox said nothing at all.")["input_ids"]]])
+    with torch.no_grad():
+        logits = half(ids[:, :-1]).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits.double(), ids[0, 1:], reduction="none")
+    # in bfloat16, with 8 bits, 6 nats are exact to 1.6e-2
+    assert_close(score(half, tokenizer, [("", "The fox said nothing at all.")]), [expected.numpy()], rtol=1e-5)
 
 
 def test_bitsandbytes_4bit_equals_the_slow_twin(model, tokenizer, tmp_path):
@@ -373,5 +382,5 @@ def test_logits_are_made_in_slices(model, tokenizer, monkeypatch):
     hook = model.lm_head.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     assert_close(score(model, tokenizer, GROUP, sliced), expected, rtol=1e-6)
     hook.remove()
-    tokens = sum(map(len, expected))
-    assert rows == [3] * (tokens // 3) + [tokens % 3] * (tokens % 3 > 0)
+    assert sum(rows) == sum(map(len, expected))
+    assert max(rows) == 3

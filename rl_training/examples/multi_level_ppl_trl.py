@@ -2,10 +2,19 @@
 
     python multi_level_ppl_trl.py --text "The quick brown fox jumps over the lazy dog."
 
+prints the perplexity of its words, phrases and sentences and the most surprising of each. In Python:
+
     from multi_level_ppl_trl import MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
 """
 
+import argparse
+import json
+import os
 import sys
+from pathlib import Path
+
+from ppl import cli
+from ppl.errors import InputError
 
 _EXPORTS = {
     "MultiLevelPPLCalculator": "calculator",
@@ -25,10 +34,175 @@ def __getattr__(name: str):
     return getattr(import_module(f"ppl.{_EXPORTS[name]}"), name)
 
 
-def main(argv=None) -> int:
-    from ppl.score_text import run
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = cli.parser("Scores a text: its perplexity at the level of words, phrases and sentences.")
+    parser.add_argument("--text", help="the text")
+    parser.add_argument("--file", help="a UTF-8 file that holds the text")
+    parser.add_argument("--context", default="", help="what stands before the text, such as a prompt; it is not scored")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with every unit, instead of tables")
+    parser.add_argument("--html", metavar="OUT", help="write a page of the text coloured by perplexity to this file")
+    cli.add_model_flags(parser)
+    cli.add_definition_flags(parser)
+    return parser.parse_args(argv)
 
-    return run(argv)
+
+def main(argv=None) -> int:
+    return cli.run(parse_args(argv), score)
+
+
+def score(args: argparse.Namespace) -> int:
+    # What can be refused is refused before a model is loaded.
+    text = read_text(args)
+    check_unicode("--context", args.context)
+    page = page_path(args.html) if args.html is not None else None
+
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"Loading {args.model_name} ..."):
+        from ppl.calculator import MultiLevelPPLCalculator
+        from ppl.models import load_model
+
+        model, tokenizer, _ = load_model(
+            args.model_name, load_in_4bit=bool(args.load_in_4bit), dtype=args.dtype, device=args.device
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        print(f"{args.model_name} is an adapter: it is off, and its base model scores the text", file=sys.stderr)
+    calculator = MultiLevelPPLCalculator(tokenizer, **cli.definitions(args))
+    try:
+        explained = calculator.explain(model=model, text=text, context=args.context)
+    except FloatingPointError as error:
+        raise InputError(f"{error}: try --dtype float32 or bfloat16") from error
+    if not explained["word"]:
+        raise InputError(
+            f"no token of {text!r:.40} can be scored: special tokens never are, nor is the first of all where the "
+            "tokenizer has no BOS token; give a longer text, or a --context"
+        )
+    perplexities = {level: perplexity(units, args.aggregation) for level, units in explained.items()}
+
+    if page is not None:
+        write_page(page, args, model, text, explained, perplexities)
+    if args.json:
+        print(json.dumps(as_json(args, model, text, explained, perplexities), ensure_ascii=False))
+    else:
+        print_tables(explained, perplexities)
+        if page is not None:
+            print(f"Wrote {args.html}")
+    return 0
+
+
+def read_text(args: argparse.Namespace) -> str:
+    """The text of --text or --file. Raises `InputError` unless there is exactly one, with something visible in it."""
+    if (args.text is None) == (args.file is None):
+        raise InputError("give the text to score with --text TEXT or with --file FILE, one of the two")
+    if args.text is not None:
+        text, source = args.text, "--text"
+        check_unicode(source, text)
+    else:
+        source = f"--file {args.file}"
+        try:
+            text = Path(args.file).read_text(encoding="utf-8-sig")
+        except OSError as error:
+            raise InputError(f"{source}: {error.strerror}: expected a text file") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{source} is not UTF-8 at byte {error.start}: convert it, e.g. with iconv") from error
+    if not text.strip():
+        raise InputError(f"{source} is blank: there is nothing to score")
+    return text
+
+
+def check_unicode(source: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes of the command line that are no UTF-8 arrive as surrogates
+        raise InputError(f"{source} is not UTF-8 at character {error.start}") from error
+
+
+def page_path(name: str) -> Path:
+    """Where the page goes, symbolic links resolved. Raises `InputError` if no file can be made there."""
+    path = Path(os.path.realpath(name))
+    if not name or (os.path.exists(name) and not os.path.isfile(name)):
+        raise InputError(f"--html {name or repr(name)} is not a file: expected a name such as page.html")
+    if not os.path.isdir(path.parent):
+        raise InputError(f"--html {name}: the folder {path.parent} does not exist: make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"--html {name}: no permission to write in {path.parent}")
+    return path
+
+
+def perplexity(units: list[dict], aggregation: str) -> float:
+    """A level's perplexity from its units: what `compute_all_levels` gives, without a second forward pass."""
+    import numpy as np
+
+    from ppl.levels import level_perplexities
+    from ppl.units import Units
+
+    starts = np.array([unit["start"] for unit in units])
+    # A unit with one token of its mean surprisal has the unit's perplexity.
+    means = np.array([unit["surprisal"] / unit["n_tokens"] for unit in units])
+    as_one_text = Units(np.array([0, units[-1]["end"]]), {"level": starts})
+    return float(level_perplexities(as_one_text, [starts], [means], aggregation)[0, 0])
+
+
+def as_json(args, model, text: str, explained, perplexities) -> dict:
+    """Surprisals in nats, `start` and `end` in characters of `text`."""
+    return {
+        "model": args.model_name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "definitions": cli.definitions(args),
+        "context": args.context,
+        "text": text,
+        "n_tokens": sum(unit["n_tokens"] for unit in explained["word"]),
+        "surprisal": sum(unit["surprisal"] for unit in explained["word"]),
+        **{level: {"perplexity": perplexities[level], "units": units} for level, units in explained.items()},
+    }
+
+
+def print_tables(explained, perplexities, top: int = 5) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from ppl.heatmap import most_surprising, number, one_line
+
+    levels = Table("Level", box=box.SIMPLE_HEAD)
+    for name in ("Perplexity", "Units", "Tokens"):
+        levels.add_column(name, justify="right")
+    surprising = Table(box=box.SIMPLE_HEAD)
+    # Of these columns only the units' may shrink on a narrow terminal; a unit too long for it ends in an ellipsis.
+    surprising.add_column("Level", no_wrap=True)
+    surprising.add_column("Most surprising units")
+    surprising.add_column("Perplexity", no_wrap=True, justify="right")
+    surprising.add_column("Tokens", no_wrap=True, justify="right")
+    for level, units in explained.items():
+        tokens = sum(unit["n_tokens"] for unit in units)
+        levels.add_row(level, f"{perplexities[level]:,.4f}", f"{len(units):,}", f"{tokens:,}")
+        for place, unit in enumerate(most_surprising(units, top)):
+            # A Text, since brackets in a string would be markup.
+            shown = Text(one_line(unit["text"]), no_wrap=True, overflow="ellipsis")
+            surprising.add_row("" if place else level, shown, number(unit["perplexity"]), str(unit["n_tokens"]))
+        surprising.add_section()
+    console = Console()
+    console.print(levels)
+    console.print(surprising)
+
+
+def write_page(path: Path, args, model, text: str, explained, perplexities) -> None:
+    from ppl import heatmap
+    from ppl.baselines import write_atomically
+
+    fragment = heatmap.heatmap(explained, text, perplexities, context=args.context, language=args.language)
+    facts = {
+        "Model": args.model_name,
+        "Weights": str(model.dtype).removeprefix("torch."),
+        "Phrases": f"up to {args.max_phrase_words} words",
+        "Mean": args.aggregation,
+    }
+    html = heatmap.page("Multi-level perplexity", [fragment], facts)
+    try:
+        write_atomically(path, lambda file: file.write(html.encode()))
+    except OSError as error:
+        raise InputError(f"--html {args.html}: {error.strerror}: choose another place") from error
 
 
 if __name__ == "__main__":

@@ -255,13 +255,13 @@ def _levels(record, key, source: str) -> list[float]:
     values = []
     for level in LEVELS:
         value = record.get(level)
-        number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-        if not number or not 0 < value <= sys.float_info.max:
+        number = value.item() if isinstance(value, np.generic) else value
+        if type(number) not in (int, float) or not 0 < number <= sys.float_info.max:
             raise BaselineError(
                 f"{source}: id {_shown(key)}: {level} is {_shown(value)}, expected a finite positive number: "
                 "recompute it with compute_baselines_trl.py"
             )
-        values.append(float(value))
+        values.append(float(number))
     return values
 
 

@@ -1,6 +1,5 @@
 """The calculator: texts and a model -> the perplexity of each text at each level."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +11,8 @@ from .levels import AGGREGATIONS, level_perplexities, unit_sums
 from .surprisal import SurprisalScorer
 from .tokens import TextEncoder
 from .units import LEVELS, segment
+
+MOST_NATS = 709.0  # a token; exp of more is beyond float64
 
 
 class MultiLevelPPLCalculator:
@@ -113,7 +114,7 @@ class MultiLevelPPLCalculator:
                     "end": int(end),
                     "n_tokens": int(count),
                     "surprisal": float(total),
-                    "perplexity": math.exp(total / count),
+                    "perplexity": float(np.exp(min(total / count, MOST_NATS))),
                 }
                 for start, end, count, total in zip(starts, ends, counts, sums, strict=True)
                 if count

@@ -108,6 +108,7 @@ def _from_unsloth(path: str, load_in_4bit: bool, dtype: str, device: str | None,
 
 def _from_transformers(path: str, name: str, load_in_4bit: bool, dtype: str, device: str | None):
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     target = _device(device)
@@ -125,7 +126,7 @@ def _from_transformers(path: str, name: str, load_in_4bit: bool, dtype: str, dev
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": target}, **options)
     # transformers raises these for a name, a folder or a file it can make nothing of, and for a hub out of reach.
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(
             f"cannot load model {name!r}: {(str(error).splitlines() or [repr(error)])[0]}; expected a folder with "
             "config.json, weights and tokenizer, a name on the hub (with a network), or tiny-stories"
@@ -150,7 +151,7 @@ def _device(device: str | None):
 
 
 def describe_model(model) -> dict:
-    """What tells one scorer from another: name, dtype, quantization, and a hash over its floating-point weights."""
+    """What tells one scorer from another: dtype, quantization, and a hash over its floating-point weights."""
     from .frozen import base_parameters
 
     digest = hashlib.blake2b(digest_size=8)

@@ -289,7 +289,7 @@ class MultiLevelPPLRewardFunction:
 
 
 def row_baselines(columns: Mapping[str, Sequence]) -> list[dict | None] | None:
-    """Per row the baseline in the columns `baseline_word`, `baseline_phrase`, `baseline_sentence`; None without them."""
+    """Per row the baseline in the columns `baseline_word`, `baseline_phrase`, `baseline_sentence`; None without."""
     names = [f"baseline_{level}" for level in LEVELS]
     present = [name for name in names if name in columns]
     if not present:

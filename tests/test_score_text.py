@@ -1,0 +1,257 @@
+"""`multi_level_ppl_trl.py` as a script: the tables, the JSON, the page it writes, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import brute_force
+import pytest
+import torch
+import toys
+from transformers.utils import logging as transformers_logging
+
+import multi_level_ppl_trl
+from multi_level_ppl_trl import main
+from ppl.calculator import MultiLevelPPLCalculator
+from ppl.models import load_model
+
+EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
+TEXT = 'Mr. Brown said: "Come in!" The fox, who was [very] hungry, ran home.\nThe end — 中文 😀'
+
+
+def run(*flags: str) -> subprocess.CompletedProcess:
+    """The script as a user runs it."""
+    return subprocess.run(
+        [sys.executable, "multi_level_ppl_trl.py", *flags],
+        cwd=EXAMPLES, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A small random Llama with its tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    toys.llama().save_pretrained(path)
+    toys.byte_level().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_progress_bars():
+    """As in a process of its own, where the script turns them off before transformers is imported."""
+    transformers_logging.disable_progress_bar()
+    yield
+    transformers_logging.enable_progress_bar()
+
+
+@pytest.fixture
+def scored(folder, capsys):
+    """Runs the script on that model and returns the object it prints."""
+
+    def score(*flags: str) -> dict:
+        assert main(["--model_name", str(folder), "--json", *flags]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return score
+
+
+def refused(capsys, *flags: str) -> str:
+    """The one line on stderr with which the script refuses."""
+    assert main(list(flags)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    [line] = captured.err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+# --- as a user runs it -----------------------------------------------------------------------------------------------
+
+
+def test_with_nothing_but_a_text_the_embedded_model_scores_it(tmp_path):
+    done = run("--text", TEXT, "--json", "--html", str(tmp_path / "page.html"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 1
+    found = json.loads(done.stdout)
+    model, tokenizer, _ = load_model("tiny-stories")
+    expected = brute_force.all_levels(model, tokenizer, TEXT)
+    assert {level: found[level]["perplexity"] for level in expected} == pytest.approx(expected, rel=1e-4)
+    assert found["text"] == TEXT and found["model"] == "tiny-stories"
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_help_is_instant():
+    def seconds() -> float:
+        start = time.perf_counter()
+        assert run("--help").returncode == 0
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, options",
+    [
+        ([], {}),
+        (["--aggregation", "arithmetic"], {"aggregation": "arithmetic"}),
+        (["--max_phrase_words", "2", "--language", "de"], {"max_phrase_words": 2, "language": "de"}),
+        (["--context", "Tell me a story. "], {"context": "Tell me a story. "}),
+    ],
+)
+def test_json_holds_the_levels_of_brute_force(scored, folder, flags, options):
+    found = scored("--text", TEXT, *flags)
+    model, tokenizer, _ = load_model(str(folder))
+    expected = brute_force.all_levels(model, tokenizer, TEXT, **options)
+    for level in ("word", "phrase", "sentence"):
+        assert found[level]["perplexity"] == pytest.approx(expected[level], rel=1e-4), level
+    context = options.pop("context", "")
+    calculator = MultiLevelPPLCalculator(tokenizer, **options)
+    computed = calculator.compute_all_levels(model=model, texts=TEXT, contexts=context)
+    assert {level: found[level]["perplexity"] for level in computed} == pytest.approx(computed, rel=1e-12)
+    assert found["context"] == context and found["definitions"] == calculator.definitions
+
+
+def test_json_units_are_the_texts_own_and_add_up(scored):
+    found = scored("--text", TEXT)
+    for level in ("word", "phrase", "sentence"):
+        units = found[level]["units"]
+        assert "".join(unit["text"] for unit in units) == TEXT
+        assert all(TEXT[unit["start"] : unit["end"]] == unit["text"] for unit in units)
+        assert sum(unit["n_tokens"] for unit in units) == found["n_tokens"]
+        assert sum(unit["surprisal"] for unit in units) == pytest.approx(found["surprisal"], rel=1e-12)
+
+
+def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(tmp_path, capsys):
+    toys.uniform().save_pretrained(tmp_path)
+    toys.byte_level().save_pretrained(tmp_path)
+    assert main(["--model_name", str(tmp_path), "--text", TEXT]) == 0
+    assert capsys.readouterr().out.count(f"{toys.VOCABULARY}.0000") == 3
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_gives_perplexity_units_and_tokens_of_each_level(folder, scored, capsys):
+    expected = scored("--text", TEXT)
+    assert main(["--model_name", str(folder), "--text", TEXT]) == 0
+    lines = capsys.readouterr().out.split("Most surprising units")[0].replace(",", "").splitlines()
+    rows = {cells[0]: cells[1:] for cells in map(str.split, lines) if len(cells) == 4}
+    for level, units in {"word": 17, "phrase": 9, "sentence": 3}.items():
+        assert rows[level] == [f"{expected[level]['perplexity']:.4f}", str(units), str(expected["n_tokens"])]
+
+
+def test_the_table_lists_the_five_most_surprising_units_of_each_level(folder, scored, capsys):
+    text = "One two three four five six seven. Eight nine ten. Eleven! Twelve, thirteen. Fourteen. Fifteen."
+    units = scored("--text", text)
+    assert main(["--model_name", str(folder), "--text", text]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.split("Most surprising units")[1].splitlines()]
+    found = [row[:-2] for row in rows if len(row) >= 3]
+    expected = []
+    for level in ("word", "phrase", "sentence"):
+        best = sorted(units[level]["units"], key=lambda unit: -unit["perplexity"])[:5]
+        expected += [unit["text"].split() for unit in best]
+        expected[-len(best)].insert(0, level)
+    assert found == expected and len(found) == 15
+
+
+def test_brackets_and_control_characters_are_shown_and_do_nothing(folder, capsys):
+    assert main(["--model_name", str(folder), "--text", "[bold]red[/bold] \x1b[31mfox\x07"]) == 0
+    shown = capsys.readouterr().out
+    assert "[bold]" in shown and "�[31mfox�" in shown
+    assert "\x1b" not in shown and "\x07" not in shown
+
+
+# --- input -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_read_as_it_is_but_for_byte_order_mark_and_line_ends(scored, tmp_path):
+    path = tmp_path / "story.txt"
+    path.write_bytes(b"\xef\xbb\xbfOne \xe2\x80\x94 two.\r\nThree.\n")
+    assert scored("--file", str(path))["text"] == "One — two.\nThree.\n"
+
+
+def test_what_is_wrong_with_the_input_is_said_in_one_line(capsys, tmp_path):
+    (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "blank.txt").write_text(" \n\t")
+    at = str(tmp_path)
+    assert "--text TEXT or with --file FILE" in refused(capsys)
+    assert "one of the two" in refused(capsys, "--text", "a", "--file", f"{at}/blank.txt")
+    assert "--text is blank" in refused(capsys, "--text", " \n")
+    assert "--text is blank" in refused(capsys, "--text", "")
+    assert "blank.txt is blank" in refused(capsys, "--file", f"{at}/blank.txt")
+    assert "No such file" in refused(capsys, "--file", f"{at}/none.txt")
+    assert "Is a directory" in refused(capsys, "--file", at)
+    assert "latin1.txt is not UTF-8 at byte 3" in refused(capsys, "--file", f"{at}/latin1.txt")
+    assert "--text is not UTF-8 at character 1" in refused(capsys, "--text", "a\udcff")
+    assert "--context is not UTF-8 at character 0" in refused(capsys, "--text", "a", "--context", "\udcff")
+
+
+def test_where_no_page_can_be_written_it_says_so_before_a_model_is_loaded(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("ppl.models.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    at = str(tmp_path)
+    assert "does not exist" in refused(capsys, "--text", "a", "--html", f"{at}/none/page.html")
+    assert "is not a file" in refused(capsys, "--text", "a", "--html", at)
+    assert "is not a file" in refused(capsys, "--text", "a", "--html", os.devnull)
+    assert "'' is not a file" in refused(capsys, "--text", "a", "--html", "")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "no permission" in refused(capsys, "--text", "a", "--html", f"{at}/page.html")
+
+
+def test_an_unknown_model_is_refused(capsys, tmp_path):
+    assert "does not exist" in refused(capsys, "--text", "a", "--model_name", str(tmp_path / "none"))
+    assert "is no model" in refused(capsys, "--text", "a", "--model_name", str(tmp_path))
+    assert "cannot load model 'no/such'" in refused(capsys, "--text", "a", "--model_name", "no/such")
+
+
+def test_a_text_without_a_token_that_can_be_scored_is_refused(capsys, tmp_path, scored):
+    toys.llama().save_pretrained(tmp_path)
+    toys.byte_level(bos=False).save_pretrained(tmp_path)
+    assert "no token of 'F' can be scored" in refused(capsys, "--text", "F", "--model_name", str(tmp_path))
+    assert main(["--model_name", str(tmp_path), "--text", "F", "--context", "A"]) == 0
+    capsys.readouterr()
+    assert scored("--text", "F")["n_tokens"] == 1
+
+
+def test_a_model_whose_logits_are_nan_is_refused(capsys, tmp_path):
+    model = toys.llama()
+    with torch.no_grad():
+        model.lm_head.weight[7] = float("nan")
+    model.save_pretrained(tmp_path)
+    toys.byte_level().save_pretrained(tmp_path)
+    assert "--dtype float32" in refused(capsys, "--text", "fox", "--model_name", str(tmp_path))
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_replaces_the_old_one_only_when_it_is_whole(folder, capsys, tmp_path, monkeypatch):
+    page = tmp_path / "page.html"
+    page.write_text("old")
+    link = tmp_path / "link.html"
+    link.symlink_to(page)
+    flags = ["--model_name", str(folder), "--text", "A fox.", "--html", str(link)]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert "No space left" in refused(capsys, *flags)
+        assert page.read_text() == "old"
+    assert main(flags) == 0
+    assert f"Wrote {link}" in capsys.readouterr().out
+    assert link.is_symlink() and ">A fox.</span>" in page.read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.html", "page.html"]
+
+
+# --- as a module -----------------------------------------------------------------------------------------------------
+
+
+def test_the_module_offers_calculator_and_reward():
+    assert multi_level_ppl_trl.MultiLevelPPLCalculator is MultiLevelPPLCalculator
+    assert multi_level_ppl_trl.MultiLevelPPLRewardFunction.__name__ == "MultiLevelPPLRewardFunction"
+    assert multi_level_ppl_trl.LEVELS == ("word", "phrase", "sentence")
+    with pytest.raises(AttributeError, match="no attribute 'Calculator'"):
+        _ = multi_level_ppl_trl.Calculator
