@@ -15,9 +15,12 @@ def units(text: str, language: str = "en", max_phrase_words: int = 4) -> dict[st
     """Per level (start, end) of every unit, also of those that will hold no token."""
     pieces = []
     without_panic = regex.sub(r"[^\S\x00-\x7f](?=\.)", " ", text)
-    place = 0
-    for length in map(len, sentencex.segment(language, without_panic)):
-        sentence, place = text[place : place + length], place + length
+    starts = []
+    for sentence in sentencex.segment(language, without_panic):  # beyond 10,000 characters it leaves out blank lines
+        starts.append(without_panic.index(sentence, starts[-1] + len(previous) if starts else 0))
+        previous = sentence
+    for start, end in zip([0, *starts[1:]], [*starts[1:], len(text)], strict=True):
+        sentence = text[start:end]
         piece = ""
         for at, char in enumerate(sentence):
             piece += char

@@ -190,3 +190,12 @@ def test_levels_nest(text):
     assert np.isin(starts["sentence"], starts["phrase"]).all()
     assert all(list(one) == sorted(set(one)) for one in starts.values())
     assert not text or all(one[0] == 0 for one in starts.values())
+
+
+def test_a_long_text_with_blank_lines_is_segmented_whole():
+    # sentencex 1.0.32 leaves out 6 of these 80 line breaks.
+    text = ("One fox ran. " * 40 + "\n\n") * 40
+    units = segment([text])
+    assert sum(text[start].isalpha() for start in units.starts["word"]) == 40 * 40 * 3
+    assert sum(text[start] == "O" for start in units.starts["sentence"]) == 40 * 40
+    assert units.starts["sentence"].tolist() == [start for start, _ in brute_force.units(text)["sentence"]]
