@@ -161,9 +161,7 @@ def test_debug_shows_the_traceback(place):
         compute_baselines_trl.main(["--dataset_name", "twice.jsonl", "--debug"])
 
 
-@pytest.mark.parametrize(
-    "flags", [["--dataset_name", "damaged.json"], ["--device", "cuda"], ["--model_name", "damaged_weights"]]
-)
+@pytest.mark.parametrize("flags", [["--dataset_name", "damaged.json"], ["--model_name", "slow"]])
 def test_as_a_user_runs_it(place, flags):
     """In a process of its own, where nothing has been imported: what libraries print on their own is seen, too."""
     script = Path(compute_baselines_trl.__file__)

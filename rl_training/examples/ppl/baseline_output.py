@@ -13,9 +13,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .baseline_plan import Job, dataset_file
-from .baseline_rows import Seen
-from .baselines import Baselines, check_meta, meta_path, read_meta, write_records
+from .baseline_plan import Job, dataset_baselines, dataset_file
+from .baseline_rows import Seen, reading
+from .baselines import meta_path, write_records
 from .errors import InputError
 from .shards import cannot_write
 from .units import LEVELS
@@ -117,16 +117,13 @@ def write_dataset(job: Job, count: int, meta: dict) -> None:
     import pyarrow.parquet
     from datasets import Features, Value
 
-    args, file = job.args, dataset_file(job.args)
-    described = Path(args.output_dataset, ".baselines")
-    # Splits made with different models would look like one data set.
-    check_meta(Baselines({}, read_meta(described), f"{args.output_dataset}"), meta)
+    file = dataset_file(job.args)
     names = [f"baseline_{level}" for level in LEVELS]
     records = ((record[0], record[2:5]) for number in range(count) for record in job.parts.read(number)[1])
     record = next(records, None)
     first, writer = 0, None
     temporary = file.with_name(f".{file.name}")
-    with cannot_write(file):
+    with cannot_write(file), reading():
         file.parent.mkdir(parents=True, exist_ok=True)
         for table in job.dataset.with_format("arrow").iter(batch_size=1000):
             places, values = [], []
@@ -139,12 +136,14 @@ def write_dataset(job: Job, count: int, meta: dict) -> None:
             for name, column in zip(names, np.reshape(values, (-1, 3)).T, strict=True):
                 kept = kept.append_column(name, pyarrow.array(column))
             if writer is None:
-                features = dict(job.dataset.features or Features.from_arrow_schema(table.schema))
-                schema = Features({**features, **dict.fromkeys(names, Value("float64"))}).arrow_schema
+                features = job.dataset.features or Features.from_arrow_schema(table.schema)
+                others = {name: feature for name, feature in features.items() if name not in names}
+                schema = Features({**others, **dict.fromkeys(names, Value("float64"))}).arrow_schema
                 writer = pyarrow.parquet.ParquetWriter(temporary, schema)
             writer.write_table(kept.cast(schema))
             if record is None:
                 break
         writer.close()
         os.replace(temporary, file)
-        meta_path(described).write_text(json.dumps(meta, indent=2, ensure_ascii=False), encoding="utf-8")
+        described = json.dumps(meta, indent=2, ensure_ascii=False)
+        meta_path(dataset_baselines(job.args)).write_text(described, encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .baseline_rows import Row, column_names, read_rows
 from .baseline_scores import generation
-from .baselines import SUFFIXES, read_meta
+from .baselines import SUFFIXES, differences, read_meta
 from .data import Columns, find_columns, load_split
 from .errors import InputError
 from .models import model_path
@@ -113,6 +113,20 @@ def is_complete(parts: Parts, output: Path) -> bool:
 def dataset_file(args: argparse.Namespace) -> Path:
     # A name that `datasets` finds a split of any name by.
     return Path(args.output_dataset, "data", f"{args.dataset_split}-00000-of-00001.parquet")
+
+
+def dataset_baselines(args: argparse.Namespace) -> Path:
+    # Hidden, so that `datasets` takes the meta file of this name for no part of the data.
+    return Path(args.output_dataset, ".baselines")
+
+
+def check_other_splits(args: argparse.Namespace, identity: dict) -> None:
+    """Splits made with different models would look like one data set."""
+    if differing := differences(read_meta(dataset_baselines(args)), identity):
+        values = ", ".join(f"{name} {theirs}, now {mine}" for name, (theirs, mine) in differing.items())
+        raise InputError(
+            f"--output_dataset {args.output_dataset} was made with other settings ({values}): choose a new folder"
+        )
 
 
 def check_dataset_folder(args: argparse.Namespace, parts: Parts) -> None:

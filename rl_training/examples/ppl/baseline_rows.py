@@ -88,19 +88,19 @@ def read_rows(dataset, columns: Columns, limit: int | None) -> Iterator[Row | No
 
 def column_names(dataset) -> list[str]:
     """Of a stream, those of its first row, if it does not know them before; [] if it holds no row."""
-    with _reading():
+    with reading():
         return dataset.column_names or list(next(iter(dataset), {}))
 
 
 def _batches(dataset, columns: Columns) -> Iterator[list[dict]]:
     names = list(dict.fromkeys(name for name in columns if name is not None))
-    with _reading():
+    with reading():
         for batch in dataset.select_columns(names).iter(batch_size=1000):
             yield [dict(zip(names, values, strict=True)) for values in zip(*(batch[n] for n in names), strict=True)]
 
 
 @contextmanager
-def _reading() -> Iterator[None]:
+def reading() -> Iterator[None]:
     """Turns what `datasets` raises for damage, which it meets only now in a stream, into an `InputError`."""
     from datasets.exceptions import DatasetsError
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .baseline_output import assemble
-from .baseline_plan import Job, is_complete, prepare
+from .baseline_plan import Job, check_other_splits, is_complete, prepare
 from .baseline_rows import windows
 from .baseline_scores import Scorer, load_scorer, score_window
 from .errors import InputError
@@ -59,6 +59,8 @@ def _compute(args: argparse.Namespace, load: Callable[..., Scorer], processes: P
 
     with Console(stderr=True, quiet=not processes.is_main).status(f"Loading {args.model_name} ..."):
         scorer = load(args, job.columns, processes.device or args.device)
+    if args.output_dataset is not None:
+        check_other_splits(args, scorer.identity)
     settings = {**job.settings, **{key: scorer.identity[key] for key in ("model", "tokenizer", "unsloth", "versions")}}
     if processes.is_main:
         job.parts.make()

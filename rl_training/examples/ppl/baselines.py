@@ -25,6 +25,7 @@ from .units import LEVELS
 
 SUFFIXES = (".pkl", ".json", ".parquet")
 _VERSIONED = ("torch", "transformers", "tokenizers", "unsloth", "bitsandbytes", "sentencex", "regex")
+_META_TYPES = {"model": dict, "definitions": dict, "dataset": dict, "window": int | None, "longest": int}
 _ROWS_AT_ONCE = 8192  # rows that a writer holds
 
 
@@ -109,23 +110,24 @@ def check_meta(baselines: Baselines, expected: Mapping) -> None:
     most tokens the scorer takes at once. Compares what both name: a dict without a meta file is taken at its word, a
     model's name is told but not compared, and another window only matters if a text was longer. Raises `BaselineError`.
     """
-    meta = baselines.meta
-    theirs, mine = _flat(meta), _flat(expected)
-    differing = [key for key in mine if key in theirs and theirs[key] != mine[key]]
-    if "window" in expected and "window" in meta and expected["window"] != meta["window"]:
-        smaller = min(window for window in (expected["window"], meta["window"]) if window)
-        if meta.get("longest", math.inf) > smaller:
-            theirs["window"], mine["window"] = (
-                f"{side['window'] or 'any number of'} tokens" for side in (meta, expected)
-            )
-            differing.append("window")
+    differing = differences(baselines.meta, expected)
     if differing:
-        made, scorer = ({key: values[key] for key in differing} for values in (theirs, mine))
+        made, scorer = (", ".join(f"{key} {both[side]}" for key, both in differing.items()) for side in (0, 1))
         raise BaselineError(
-            f"{baselines.source} was made by {_named(meta)} with {_listed(made)}; the scorer here, {_named(expected)}, "
-            f"has {_listed(scorer)}: make the right one with `{_command(baselines, expected, differing)}`, or insist "
-            "with --allow_baseline_mismatch (in Python allow_baseline_mismatch=True)"
+            f"{baselines.source} was made by {_named(baselines.meta)} with {made}; the scorer here, {_named(expected)}"
+            f", has {scorer}: make the right one with `{_command(baselines, expected, differing)}`, or insist with "
+            "--allow_baseline_mismatch (in Python allow_baseline_mismatch=True)"
         )
+
+
+def differences(meta: Mapping, expected: Mapping) -> dict[str, tuple]:
+    """What `check_meta` refuses, by name, each with both values."""
+    theirs, mine = _flat(meta), _flat(expected)
+    found = {key: (theirs[key], mine[key]) for key in mine if key in theirs and theirs[key] != mine[key]}
+    windows = [side["window"] for side in (meta, expected) if "window" in side]
+    if len(set(windows)) == 2 and meta.get("longest", math.inf) > min(window for window in windows if window):
+        found["window"] = tuple(f"{window} tokens" if window else "without limit" for window in windows)
+    return found
 
 
 def _flat(identity: Mapping) -> dict:
@@ -142,11 +144,7 @@ def _named(identity: Mapping) -> str:
     return repr(name) if name else "a model of unknown name"
 
 
-def _listed(values: Mapping) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items())
-
-
-def _command(baselines: Baselines, expected: Mapping, differing: Sequence[str]) -> str:
+def _command(baselines: Baselines, expected: Mapping, differing: Iterable[str]) -> str:
     """The call of compute_baselines_trl.py that makes the file as `expected` has it."""
     model, made_from = expected.get("model", {}), baselines.meta.get("dataset", {})
     flags = {"model_name": model.get("name") or "MODEL"}
@@ -157,7 +155,7 @@ def _command(baselines: Baselines, expected: Mapping, differing: Sequence[str]) 
     if "window" in differing and expected["window"]:
         flags["max_seq_length"] = expected["window"]
     flags |= {f"dataset_{key}": made_from.get(key) for key in ("name", "config", "split") if made_from.get(key)}
-    flags |= {f"{key}_column": name for key, name in made_from.get("columns", {}).items() if name}
+    flags |= {f"{key}_column": name for key, name in dict(made_from.get("columns") or {}).items() if name}
     if made_from.get("num_samples"):
         flags["num_samples"] = made_from["num_samples"]
     usual = {"target": "completion", "max_phrase_words": 4, "language": "en", "aggregation": "geometric"}
@@ -182,11 +180,9 @@ def read_meta(path: str | Path) -> dict:
         raise BaselineError(f"{meta_path(path)}: not JSON ({error}): delete it or recompute the baselines") from error
     if not isinstance(meta, dict):
         raise BaselineError(f"{meta_path(path)}: expected a JSON object, found {type(meta).__name__}")
-    for key in ("model", "definitions", "dataset"):
-        if not isinstance(meta.get(key, {}), dict):
-            raise BaselineError(
-                f"{meta_path(path)}: {key} is {meta[key]!r:.80}, expected an object: recompute the baselines"
-            )
+    for key, types in _META_TYPES.items():
+        if key in meta and not isinstance(meta[key], types):
+            raise BaselineError(f"{meta_path(path)}: {key} is {meta[key]!r:.80}: delete it or recompute the baselines")
     return meta
 
 

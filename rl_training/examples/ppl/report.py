@@ -1,5 +1,6 @@
 """Plots of what was measured."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,14 +19,14 @@ def plot_levels(levels: Mapping[str, Sequence[float]], path: str | Path, title: 
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, ScalarFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
     values = {level: np.asarray(of_level, dtype=float) for level, of_level in levels.items()}
     everything = np.concatenate(list(values.values()))
     low, high = everything.min(), everything.max()
     if high / low < 1.01:
         low, high = low / 1.1, high * 1.1
-    edges = np.geomspace(low, high, min(60, 8 + len(everything) // len(values) // 4))
+    edges = np.geomspace(low, high, 8 + min(52, int(1.5 * math.sqrt(len(everything) / len(values)))))
 
     figure = Figure(figsize=(8, 6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -39,9 +40,11 @@ def plot_levels(levels: Mapping[str, Sequence[float]], path: str | Path, title: 
         axis.set_xscale("log")
         axis.set_ylabel("texts")
         axis.spines[["top", "right"]].set_visible(False)
-    subs = (1.0, 2.0, 5.0) if high / low < 1000 else (1.0,)
-    axis.xaxis.set_major_locator(LogLocator(subs=subs))
-    axis.xaxis.set_major_formatter(ScalarFormatter())
+    if high / low < 10:
+        axis.xaxis.set_major_locator(MaxNLocator(8))
+    else:
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axis.xaxis.set_minor_formatter("")
     axis.set_xlabel("perplexity")
     write_atomically(Path(path), lambda file: figure.savefig(file, format=Path(path).suffix[1:], dpi=150))

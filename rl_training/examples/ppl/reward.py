@@ -16,6 +16,7 @@ from .data import Text, message_text, render_prompt, stable_id
 from .errors import InputError, one_of
 from .frozen import base_parameters
 from .models import describe_model, tokenizer_fingerprint
+from .surprisal import SurprisalScorer
 from .thresholds import DEFAULT_THRESHOLDS, Thresholds, checked_weights, normalized
 from .units import LEVELS
 
@@ -101,7 +102,8 @@ class MultiLevelPPLRewardFunction:
             "target": self.target,
             "definitions": self.calculator.definitions,
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "model": describe_model(self.model),
+            "model": {**describe_model(self.model), "name": getattr(self.model.config, "_name_or_path", "")},
+            "window": SurprisalScorer(self.model).window,
         }
 
     def __call__(self, prompts, completions, **columns) -> list[float | None]:

@@ -274,6 +274,9 @@ def _reduce(called, arguments):
         if called == "scalar" and type(first) is _Type and len(arguments) == 2 and type(arguments[1]) is _Bytes:
             kind = np.dtype(first.order + first.code)
             if len(arguments[1]) == kind.itemsize > 0:
+                if kind.kind == "U":  # numpy builds a str of code points that there are not, and Python stumbles on it
+                    encoding = "utf-32-be" if first.order == ">" else "utf-32-le"
+                    return arguments[1].decode(encoding, "surrogatepass").rstrip("\0")
                 return np.frombuffer(arguments[1], dtype=kind)[0].item()
     raise PickleRefused("a numpy value of an unknown form")
 

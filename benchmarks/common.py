@@ -1,0 +1,229 @@
+"""What both benchmarks need: alternating timings, a process apart, a timed GRPO step, a table."""
+
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "rl_training" / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+
+def machine() -> str:
+    import torch
+
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    parts = [f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"]
+    if torch.cuda.is_available():
+        parts.insert(0, torch.cuda.get_device_name())
+    return ", ".join([*parts, f"Python {platform.python_version()}", f"torch {torch.__version__}"])
+
+
+def quiet() -> None:
+    """No warnings and progress bars of the libraries between the lines."""
+    import logging
+
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def now() -> float:
+    """Seconds, once the GPU has done what it was asked to."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def alternate(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run, `rounds` times, in turns: what else the machine does falls on all of them alike.
+
+    Each runs once before, untimed.
+    """
+    for run in runs.values():
+        run()
+    seconds = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = now()
+            run()
+            seconds[name].append(now() - start)
+    return seconds
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    """The median over rounds of a / b."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def whole_rows():
+    """The scorer's class with prefix sharing left out."""
+    from ppl.batching import Group
+    from ppl.surprisal import SurprisalScorer
+
+    class WholeRows(SurprisalScorer):
+        def _groups(self, rows):
+            return [Group(0, rows)]
+
+    return WholeRows
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Most memory that `run` took beyond what was taken when it began; for a short run before it, so that what stays
+    for good (libraries, buffers of the matrix product) is not counted.
+
+    On a GPU what PyTorch allocated there. On a CPU resident memory as Linux counts it (VmHWM, set back to VmRSS
+    before): PyTorch does not count there, and its profiler would miss what libraries take.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def apart(function: Callable, **options):
+    """function(**options) in a fresh process, its output kept off the table. Raises `RuntimeError` if it fails."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_quietly, function, options).result()
+
+
+def _quietly(function: Callable, options: dict):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # Unsloth leaves compiled files where it runs
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+        try:
+            return function(**options)
+        # It has to travel between processes, which not every exception can.
+        except Exception as error:
+            raise RuntimeError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from None
+        finally:
+            os.chdir("/")
+
+
+def grpo_step(
+    model: str, unsloth: bool, in_4bit: bool, prompts: list[str], group: int, batch: int, new_tokens: int, steps: int
+) -> dict[str, float]:
+    """Seconds of one GRPO step (the median after the first) with its parts, and its peak memory. Call it `apart`.
+
+    model: folder. prompts: of all steps. group: completions a prompt. batch: completions in one forward and backward
+    pass. Returns "step", "generation", "reward" and "rest" (log-probabilities, loss, backward, optimizer) in seconds;
+    "peak", bytes: on a GPU what PyTorch reserved there, weights included, on a CPU resident memory.
+    """
+    from ppl.models import add_lora, import_unsloth, load_model
+
+    if unsloth and (reason := import_unsloth()):
+        raise RuntimeError(reason)
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from ppl.reward import MultiLevelPPLRewardFunction
+
+    policy, tokenizer, refused = load_model(model, load_in_4bit=in_4bit, unsloth=unsloth, max_seq_length=2048)
+    if refused:
+        raise RuntimeError(refused)
+    policy = add_lora(policy, r=16, alpha=16, seed=0, unsloth=unsloth)
+    seconds = {"step": [], "generation": [], "reward": []}
+
+    def timed(name, function):
+        def call(*args, **kwargs):
+            start = now()
+            result = function(*args, **kwargs)
+            seconds[name][-1] += now() - start
+            return result
+
+        call.__name__ = name
+        return call
+
+    class StepTime(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            for values in seconds.values():
+                values.append(0.0)
+            self.start = now()
+
+        def on_step_end(self, *args, **kwargs):
+            seconds["step"][-1] = now() - self.start
+
+    cuda = torch.cuda.is_available()
+    trainer = GRPOTrainer(
+        model=policy,
+        args=GRPOConfig(
+            output_dir="grpo",
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=len(prompts) * group // (batch * steps),
+            num_generations=group,
+            max_completion_length=new_tokens,
+            max_steps=steps,
+            bf16=cuda,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        ),
+        reward_funcs=timed("reward", MultiLevelPPLRewardFunction(policy, tokenizer, use_cache=False)),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=tokenizer,
+        callbacks=[StepTime()],
+    )
+    trainer._generate = timed("generation", trainer._generate)
+    trainer.train()
+    found = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    found["rest"] = found["step"] - found["generation"] - found["reward"]
+    return found | {"peak": torch.cuda.max_memory_reserved() if cuda else _status("VmHWM")}
+
+
+def judged(value: float, target: float, least: bool = True, form: str = "{:.2f}") -> tuple[str, str]:
+    """Two cells of a table: the value, and its target with a word if that is missed."""
+    met = value >= target if least else value <= target
+    bound = f"{'>=' if least else '<='} {form.format(target)}"
+    return form.format(value), bound if met else f"{bound} [bold red]missed[/]"
+
+
+def print_table(title: str, columns: Sequence[str], sections: Sequence[Sequence[Sequence[str]]]) -> None:
+    """Sections of rows; in a file or a pipe the table is Markdown."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    table = Table(title=title, title_justify="left", box=box.ROUNDED if console.is_terminal else box.MARKDOWN)
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if 0 < place < len(columns) - 1 else "left")
+    for section in sections:
+        for row in section:
+            table.add_row(*row)  # the cells that a row lacks stay empty
+        table.add_section()
+    console.print(table)
+
+
+def _status(name: str) -> int:
+    """Bytes, of this process."""
+    return next(int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith(name))
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
