@@ -15,7 +15,7 @@ def units(text: str, language: str = "en", max_phrase_words: int = 4) -> dict[st
     """Per level (start, end) of every unit, also of those that will hold no token."""
     pieces = []
     without_panic = regex.sub(r"[^\S\x00-\x7f](?=\.)", " ", text)
-    starts = []
+    starts, previous = [], ""
     for sentence in sentencex.segment(language, without_panic):  # beyond 10,000 characters it leaves out blank lines
         starts.append(without_panic.index(sentence, starts[-1] + len(previous) if starts else 0))
         previous = sentence

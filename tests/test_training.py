@@ -49,7 +49,8 @@ def trained(tmp_path_factory, baselines):
     """A run of six steps, with W&B offline."""
     output = tmp_path_factory.mktemp("run")
     done = train(
-        *SHORT, "--output_dir", output / "out", "--baselines_path", baselines, "--max_steps", STEPS, "--save_steps", STEPS,
+        *SHORT, "--output_dir", output / "out", "--baselines_path", baselines,
+        "--max_steps", STEPS, "--save_steps", STEPS,
         "--learning_rate", "1e-3", "--warmup_steps", "1", "--lr_scheduler_type", "cosine", "--wandb_project", "ppl",
         WANDB_MODE="offline", WANDB_DIR=str(output), WANDB_SILENT="true",
     )  # fmt: skip
@@ -83,7 +84,7 @@ def test_its_rewards_are_those_of_the_thresholds(trained):
     assert [entry["step"] for entry in logs] == [1, 2, 3, 4, 5, 6]
     for entry in logs:
         # One prompt a step: its baseline is 5, which no completion reaches, or 240, which nearly every one does.
-        assert entry["reward_word"] < 0 and entry["reward"] == 0 or entry["reward_word"] > 0 and entry["reward"] > 0.5
+        assert entry["reward"] == 0 if entry["reward_word"] < 0 else entry["reward"] > 0.5
     assert {entry["reward"] > 0.5 for entry in logs} == {True, False}
 
 
