@@ -158,14 +158,12 @@ def mixed_texts(model, tokenizer, texts, rounds):
     table = [[f"[bold]{len(texts)} texts of {SHORTEST} to {LONGEST} tokens, {tokens} in all"]]
     for name, found in seconds.items():
         speed = f"{tokens / statistics.median(found):.0f} tokens/s"
-        if name == limit:
-            table.append([name, speed])
+        if name in limits:
+            table.append([name, speed, "", "", "the bare limit" if name == limit else ""])
         elif name == engine:
             table.append([name, speed, *judged(ratio(seconds[limit], found), 0.92), "its speed to the bare limit's"])
         else:
-            table.append(
-                [name, speed, *judged(ratio(found, seconds[engine]), targets[name]), "this engine's speed to its"]
-            )
+            table.append([name, speed, *judged(ratio(found, seconds[engine]), targets[name]), "our speed to its"])
     return table
 
 

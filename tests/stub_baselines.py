@@ -24,7 +24,7 @@ def load(args, columns, device, pause=0.0):
         texts = [f"{row.prompt}|{row.reference}".encode() for row in rows]
         digits = np.array([list(hashlib.sha256(text).digest()[:3]) for text in texts])
         lengths = np.array([len(text) for text in texts])
-        return Scores(1 + digits / 7, lengths, lengths + 1)
+        return Scores(1 + digits / 7, lengths, lengths + 1, int(lengths.max()) + 1)
 
     identity = {
         "target": args.target,

@@ -178,3 +178,20 @@ def test_a_configuration_file_fills_in_and_the_command_line_wins(tmp_path):
     [entry] = [entry for entry in log_history(tmp_path / "out", 1) if "reward" in entry]
     assert entry["learning_rate"] == 0.001 and "kl" in entry
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_baselines_as_columns_need_no_key_and_are_compared_with_the_scorer(tmp_path):
+    subprocess.run(
+        [
+            sys.executable, "compute_baselines_trl.py", "--num_samples", "12", "--output_path", tmp_path / "b.pkl",
+            "--output_dataset", tmp_path / "data",
+        ],
+        cwd=EXAMPLES, check=True, capture_output=True,
+    )  # fmt: skip
+    data = ["--dataset_name", tmp_path / "data", "--output_dir", tmp_path / "out", "--heldout_samples", "2"]
+    short = ["--max_steps", "1", "--max_new_tokens", "8", "--no_unsloth", "--save_steps", "1", "--logging_steps", "1"]
+    assert "load_in_4bit=False" in train(*data, *short).stdout  # as the baselines were made
+    [entry] = [entry for entry in log_history(tmp_path / "out", 1) if "reward" in entry]
+    assert entry["reward_word"] != 0  # zero-shot would give 0 at the first visit
+    refused = train(*data, *short, "--max_phrase_words", "3", code=2).stderr.strip().splitlines()[-1]
+    assert "max_phrase_words 4" in refused and "max_phrase_words 3" in refused

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from ppl import cli
-from ppl.baselines import Baselines
+from ppl.baselines import Baselines, check_meta, read_meta
 from ppl.data import find_columns, load_split, message_text
 from ppl.errors import InputError
 from ppl.models import add_lora, import_unsloth, load_model, model_path
@@ -113,6 +113,9 @@ def train(args: argparse.Namespace, rest: list[str]) -> int:
         int(os.environ.get("WORLD_SIZE", "1")),
     )
     baselines = Baselines.load(args.baselines_path) if args.baselines_path else None
+    # A data set that compute_baselines_trl.py wrote has them as columns, and says the same of how they were made.
+    columns_of = Baselines({}, read_meta(Path(args.dataset_name, ".baselines")), args.dataset_name)
+    meta = (baselines or columns_of).meta
     dataset = load_split(args.dataset_name, args.dataset_config, args.dataset_split)
     columns = find_columns(dataset.column_names, args.prompt_column, args.reference_column, args.id_column)
     if args.max_samples:
@@ -124,7 +127,7 @@ def train(args: argparse.Namespace, rest: list[str]) -> int:
 
     reason = "--no_unsloth" if args.no_unsloth else import_unsloth()
     config = grpo_config(args, rest, plan)
-    load = loading(args, baselines)
+    load = loading(args, meta)
     print(f"Loading {args.model_name} ({', '.join(f'{key}={value}' for key, value in load.items())}) ...", flush=True)
     model, tokenizer, refused = load_model(
         args.model_name, device=args.device, max_seq_length=args.max_seq_length, unsloth=reason is None, **load
@@ -142,6 +145,8 @@ def train(args: argparse.Namespace, rest: list[str]) -> int:
     from ppl.training_report import plot_training, print_comparison
 
     reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, baselines, **settings)
+    if baselines is None and not args.allow_baseline_mismatch:
+        check_meta(columns_of, reward_fn.identity)
     stop = StopOnSignal()
     trainer = GRPOTrainer(
         model=model,
@@ -206,9 +211,9 @@ def split_heldout(dataset, samples: int | None, seed: int):
     return parts["train"], parts["test"]
 
 
-def loading(args: argparse.Namespace, baselines: Baselines | None) -> dict:
+def loading(args: argparse.Namespace, meta: dict) -> dict:
     """4-bit unless asked otherwise or the baselines were made without: the scorer must be what they were made by."""
-    made_by = baselines.meta.get("model", {}) if baselines else {}
+    made_by = meta.get("model", {})
     in_4bit = args.load_in_4bit
     if in_4bit is None:
         in_4bit = made_by.get("quantization", "4bit") == "4bit"

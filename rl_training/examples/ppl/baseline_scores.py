@@ -21,6 +21,7 @@ class Scores(NamedTuple):
     perplexities: np.ndarray  # float64 [B, 3], nan where no token is scored
     tokens: np.ndarray  # int64 [B], scored ones
     read: np.ndarray  # int64 [B], with those of the context and BOS
+    longest: int  # text, in tokens
 
 
 class Scorer(NamedTuple):
@@ -74,6 +75,7 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
         ]
         encoded = encoder.encode(*zip(*pairs, strict=True))
         shape = (len(rows), args.generate)
+        sizes = np.array([len(text.ids) for text in encoded])
         perplexities = calculator.score_pairs(model, pairs).reshape(*shape, -1)
         scored = ~np.isnan(perplexities[..., 0])
         total = np.where(scored[..., None], perplexities, 0.0).sum(axis=1)
@@ -82,7 +84,8 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
         return Scores(
             means,
             np.array([len(text.positions) for text in encoded]).reshape(shape).sum(axis=1),
-            np.array([len(text.ids) for text in encoded]).reshape(shape).sum(axis=1),
+            sizes.reshape(shape).sum(axis=1),
+            int(sizes.max()),
         )
 
     def score(rows: Sequence[Row]) -> Scores:
@@ -94,7 +97,8 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
         return Scores(
             calculator.score_pairs(model, pairs),
             np.array([len(text.positions) for text in encoded]),
-            np.array([len(text.ids) for text in encoded]),
+            sizes := np.array([len(text.ids) for text in encoded]),
+            int(sizes.max()),
         )
 
     identity = {
@@ -133,7 +137,7 @@ def score_window(window: Window, score: Callable[[Sequence[Row]], Scores]) -> tu
     header = {"digest": window.digest, "rows": len(window.rows), "blank": window.blank}
     if window.rows:
         try:
-            perplexities, tokens, read = score(window.rows)
+            perplexities, tokens, read, longest = score(window.rows)
         except FloatingPointError as error:
             raise InputError(
                 f"in rows {window.rows[0].place} to {window.rows[-1].place}: {error}: try --dtype float32 or bfloat16"
@@ -143,5 +147,5 @@ def score_window(window: Window, score: Callable[[Sequence[Row]], Scores]) -> tu
                 raise InputError(f"row {row.place}, id {row.id!r}: perplexities {values}: leave the row out")
             if count:
                 records.append([row.place, row.id, *values, count, stable_id(row.prompt)])
-        header |= {"tokens": int(tokens.sum()), "read": int(read.sum()), "longest": int(read.max())}
+        header |= {"tokens": int(tokens.sum()), "read": int(read.sum()), "longest": longest}
     return {"tokens": 0, "read": 0, "longest": 0, **header, "unscored": len(window.rows) - len(records)}, records
