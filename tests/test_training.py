@@ -93,6 +93,11 @@ def test_it_says_how_held_out_prompts_fare_before_and_after(trained):
     assert "8 completions of 2 prompts" in printed
     for name in ("before", "after", "reward", "word PPL", "sentence improvement %", "distinct-2"):
         assert name in printed
+    held_out = json.loads((out / "out" / "heldout.json").read_text())
+    for side in ("before", "after"):
+        assert [len(group) for group in held_out[side]["completions"]] == [4, 4] and len(held_out[side]["prompts"]) == 2
+        rewards = [reward for group in held_out[side]["rewards"] for reward in group]
+        assert held_out[side]["scores"]["reward"] == pytest.approx(sum(rewards) / 8)
     assert (out / "out" / "reward.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -159,8 +164,8 @@ def test_bad_input_is_refused_in_one_line(tmp_path, flags, words):
 
 
 def test_a_misspelt_flag_is_refused_with_the_nearest_name(tmp_path):
-    errors = train("--warmup_step", "3", "--output_dir", tmp_path / "out", code=2).stderr
-    assert "unknown flag --warmup_step, did you mean --warmup_steps?" in errors.strip().splitlines()[-1]
+    line = refusal("--warmup_step", "3", "--output_dir", tmp_path / "out")
+    assert "unknown flag --warmup_step, did you mean --warmup_steps?" in line
     assert not (tmp_path / "out").exists()
 
 

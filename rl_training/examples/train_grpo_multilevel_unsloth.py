@@ -6,8 +6,6 @@ Every field of TRL's GRPOConfig is a flag as well (--warmup_steps 100 --beta 0.0
 """
 
 import argparse
-import dataclasses
-import difflib
 import os
 import re
 import sys
@@ -15,10 +13,10 @@ from pathlib import Path
 
 from ppl import cli
 from ppl.baselines import Baselines, check_meta, read_meta
-from ppl.data import find_columns, load_split, message_text
+from ppl.data import find_columns, load_split, message_text, split_heldout
 from ppl.errors import InputError
 from ppl.models import add_lora, import_unsloth, load_model, model_path
-from ppl.thresholds import DEFAULT_THRESHOLDS, Thresholds, checked_weights
+from ppl.train_config import check_flags, grpo_config, loading, reward_settings
 from ppl.train_plan import plan_batches
 
 
@@ -104,6 +102,7 @@ def main(argv=None) -> int:
 
 def train(args: argparse.Namespace, rest: list[str]) -> int:
     # What can be refused is refused before a model is loaded.
+    check_flags(rest, vars(args))
     model_path(args.model_name)
     settings = reward_settings(args)
     plan = plan_batches(
@@ -140,18 +139,21 @@ def train(args: argparse.Namespace, rest: list[str]) -> int:
     from trl import GRPOTrainer
 
     from ppl.callbacks import OneLineProgress, RewardState, StopOnSignal
-    from ppl.heldout import evaluate
+    from ppl.heldout import evaluate, write_heldout
     from ppl.reward import MultiLevelPPLRewardFunction
     from ppl.training_report import plot_training, print_comparison
 
     reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, baselines, **settings)
     if baselines is None and not args.allow_baseline_mismatch:
         check_meta(columns_of, reward_fn.identity)
+    # TRL adds the rewards up with these weights: a second reward function is one more pair.
+    rewards = [(reward_fn, 1.0)]
+    config.reward_weights = config.reward_weights or [weight for _, weight in rewards]
     stop = StopOnSignal()
     trainer = GRPOTrainer(
         model=model,
         args=config,
-        reward_funcs=[reward_fn],
+        reward_funcs=[function for function, _ in rewards],
         train_dataset=train_rows,
         processing_class=tokenizer,
         callbacks=[RewardState(reward_fn, config.resume_from_checkpoint), stop],
@@ -172,82 +174,15 @@ def train(args: argparse.Namespace, rest: list[str]) -> int:
             f"Stopped; go on with --resume_from_checkpoint {config.output_dir}/checkpoint-{trainer.state.global_step}"
         )
         return 128 + stop.received
-    after = evaluate(model, tokenizer, reward_fn, heldout_rows, **sampling, progress="held-out, after")
-
     trainer.save_model(config.output_dir)
     tokenizer.save_pretrained(config.output_dir)
+    after = evaluate(model, tokenizer, reward_fn, heldout_rows, **sampling, progress="held-out, after")
+    write_heldout(Path(config.output_dir, "heldout.json"), before, after)
     plot = Path(config.output_dir, "reward.png")
     plot_training(trainer.state.log_history, plot)
     print_comparison(before, after)
     print(f"Adapter and tokenizer: {config.output_dir}\nReward curve: {plot}")
     return 0
-
-
-def reward_settings(args: argparse.Namespace) -> dict:
-    """The keywords of `MultiLevelPPLRewardFunction` that the flags set, checked."""
-    thresholds = args.reward_thresholds or DEFAULT_THRESHOLDS
-    Thresholds(thresholds)
-    checked_weights(args.ppl_weights)
-    return {
-        "weights": tuple(args.ppl_weights),
-        "reward_thresholds": thresholds,
-        "normalize": args.normalize_rewards,
-        "target": args.target,
-        "interpolate": args.interpolate,
-        "missing": args.missing,
-        "allow_baseline_mismatch": args.allow_baseline_mismatch,
-        **cli.definitions(args),
-    }
-
-
-def split_heldout(dataset, samples: int | None, seed: int):
-    """(rows to train on, rows kept out), drawn with the seed."""
-    samples = samples or min(16, max(1, len(dataset) // 5))
-    if samples >= len(dataset):
-        raise InputError(
-            f"the data set has {len(dataset)} rows: too few to keep --heldout_samples {samples} out of training"
-        )
-    parts = dataset.train_test_split(test_size=samples, seed=seed)
-    return parts["train"], parts["test"]
-
-
-def loading(args: argparse.Namespace, meta: dict) -> dict:
-    """4-bit unless asked otherwise or the baselines were made without: the scorer must be what they were made by."""
-    made_by = meta.get("model", {})
-    in_4bit = args.load_in_4bit
-    if in_4bit is None:
-        in_4bit = made_by.get("quantization", "4bit") == "4bit"
-    dtype = made_by.get("dtype", "auto") if args.dtype == "auto" else args.dtype
-    return {"load_in_4bit": in_4bit, "dtype": dtype}
-
-
-def grpo_config(args: argparse.Namespace, rest: list[str], plan):
-    """TRL's GRPOConfig from our flags and `rest`, by TRL's own parser. Raises `InputError` for a flag nobody has."""
-    import torch
-    from trl import GRPOConfig, TrlParser
-
-    names = {field.name for field in dataclasses.fields(GRPOConfig)}
-    for flag in rest:
-        name = flag.removeprefix("--").partition("=")[0]
-        if flag.startswith("--") and name not in names and name.removeprefix("no_") not in names:
-            near = difflib.get_close_matches(name, [*names, *vars(args)], n=1)
-            raise InputError(f"unknown flag {flag}" + (f", did you mean --{near[0]}?" if near else ": see --help"))
-    cuda = torch.cuda.is_available()
-    parser = TrlParser([GRPOConfig])
-    parser.set_defaults(
-        **({name: value for name, value in vars(args).items() if name in names - {"debug"}} | plan._asdict()),
-        max_completion_length=args.max_new_tokens,
-        report_to="wandb" if args.wandb_project else "none",
-        bf16=cuda and torch.cuda.is_bf16_supported(),
-        fp16=cuda and not torch.cuda.is_bf16_supported(),
-    )
-    if args.wandb_project:
-        os.environ["WANDB_PROJECT"] = args.wandb_project
-    try:
-        (config,) = parser.parse_args_and_config(rest)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    return config
 
 
 if __name__ == "__main__":

@@ -145,3 +145,14 @@ def load_split(name: str, config: str | None = None, split: str = "train", strea
         elif not path.exists():
             reason += "; without a network use a folder, a .json, .jsonl, .csv or .parquet file, or tiny-stories"
         raise InputError(f"cannot load split {split!r} of data set {name!r}: {reason}") from error
+
+
+def split_heldout(dataset, samples: int | None, seed: int):
+    """(rows to train on, rows kept out), drawn with the seed. samples: how many; None: a fifth, at most 16."""
+    samples = samples or min(16, max(1, len(dataset) // 5))
+    if samples >= len(dataset):
+        raise InputError(
+            f"the data set has {len(dataset)} rows: too few to keep --heldout_samples {samples} out of training"
+        )
+    parts = dataset.train_test_split(test_size=samples, seed=seed)
+    return parts["train"], parts["test"]

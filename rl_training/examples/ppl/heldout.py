@@ -1,8 +1,12 @@
 """The same held-out prompts before and after training: what the model writes, and what the reward says of it."""
 
-from dataclasses import dataclass
+import json
+import math
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 
+from .baselines import write_atomically
 from .data import message_text
 from .reward import MultiLevelPPLRewardFunction, row_baselines
 from .sampling import sample_completions
@@ -11,10 +15,11 @@ from .units import LEVELS
 
 @dataclass(frozen=True)
 class HeldOut:
-    """prompts and completions: `num_generations` completions a prompt. scores: means over them, by name."""
+    """prompts; `num_generations` completions a prompt and their rewards, nan where skipped; scores: means, by name."""
 
     prompts: list
     completions: list[list[str]]
+    rewards: list[list[float]]
     scores: dict[str, float]
 
 
@@ -47,7 +52,23 @@ def evaluate(
         "distinct-2": distinct_2(texts),
         "words": sum(len(text.split()) for text in texts) / len(texts),
     }
-    return HeldOut(columns["prompt"], completions, scores)
+    rewards = details["rewards"].reshape(-1, num_generations).tolist()
+    return HeldOut(columns["prompt"], completions, rewards, scores)
+
+
+def write_heldout(path: Path, before: HeldOut, after: HeldOut | None) -> None:
+    """JSON `{"before": {"prompts", "completions", "rewards", "scores"}, "after": the same or null}`; null for nan."""
+    content = {name: side and asdict(side) for name, side in (("before", before), ("after", after))}
+    text = json.dumps(_without_nan(content), ensure_ascii=False, indent=1, allow_nan=False)
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "surrogatepass")))
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def distinct_2(texts: list[str]) -> float:
