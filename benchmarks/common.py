@@ -74,8 +74,11 @@ def whole_rows():
     from ppl.surprisal import SurprisalScorer
 
     class WholeRows(SurprisalScorer):
-        def _groups(self, rows):
-            return [Group(0, rows)]
+        def _score_packs(self, groups, surprisals):
+            super()._score_packs([Group(0, group.rows) for group in groups], surprisals)
+
+        def _compare_cache(self):
+            return False
 
     return WholeRows
 

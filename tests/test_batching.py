@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppl.batching import Group, Row, batches, share_prefixes, windows
+from ppl.batching import Group, Row, batches, packs, padded, share_prefixes, windows
 from ppl.tokens import Encoded
 
 
@@ -184,3 +184,58 @@ def test_every_row_is_in_one_batch_within_all_limits(sizes, max_tokens, overhead
         assert len(batch) == 1 or len(batch) * batch[0] <= max_tokens
         assert len(batch) <= (max_rows or len(sizes))
         assert sum(batch[0] - size for size in batch) <= overhead
+
+
+def test_a_padded_batch_and_the_places_that_are_read():
+    ids, rows, places = padded([row(1, 2, 3, 4, read=[2, 3]), row(1, 2, 9)], skip=1)
+    assert ids.tolist() == [[2, 3, 4], [2, 9, 0]]
+    assert (rows.tolist(), places.tolist()) == ([0, 0, 1], [1, 2, 1])
+
+
+# --- packs -----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_lie_end_to_end_behind_the_prefix_they_share():
+    a, b, c = row(1, 2, 3, 4, read=[2, 3]), row(1, 2, 5), row(7, 8, read=[0, 1])
+    [pack] = packs([Group(2, [a, b]), Group(0, [c])], 100)
+    assert pack.ids.tolist() == [1, 2, 3, 4, 5, 7, 8]
+    assert pack.positions.tolist() == [0, 1, 2, 3, 2, 0, 1]
+    assert pack.spans == [(0, 2, 0, 0), (2, 4, 0, 2), (4, 5, 0, 2), (5, 7, 5, 0)]
+    assert pack.read.tolist() == [2, 3, 4, 5, 6]
+    assert pack.rows == [a, b, c]
+
+
+def pack_sizes(sizes, *limits):
+    return [len(pack.ids) for pack in packs([Group(0, [row(*range(size)) for size in sizes])], *limits)]
+
+
+def test_a_pack_holds_at_most_max_tokens_and_the_largest_comes_first():
+    assert pack_sizes([4, 4, 4, 4, 4], 8) == [8, 8, 4]
+    assert pack_sizes([2, 9, 2], 4) == [9, 4]
+    assert pack_sizes([1, 1, 1], 100, 2) == [2, 1]
+
+
+def test_a_group_that_is_too_large_is_cut_and_has_its_prefix_again():
+    rows = [row(1, 2, 3, n) for n in range(5)]
+    found = packs([Group(3, rows)], 5)
+    assert [pack.ids.tolist() for pack in found] == [[1, 2, 3, 0, 1], [1, 2, 3, 2, 3], [1, 2, 3, 4]]
+
+
+@settings(max_examples=200)
+@given(rows_strategy, st.integers(0, 6), st.integers(1, 20), st.none() | st.integers(1, 3))
+def test_every_row_is_in_one_pack_as_it_is(rows, overhead, max_tokens, max_rows):
+    found = packs(share_prefixes(rows, overhead), max_tokens, max_rows)
+    assert sorted(map(id, rows)) == sorted(id(one) for pack in found for one in pack.rows)
+    for pack in found:
+        assert len(pack.rows) == 1 or len(pack.ids) <= max_tokens
+        assert len(pack.rows) <= (max_rows or len(rows))
+        ends = iter(pack.spans)
+        read = iter(pack.read.tolist())
+        for one in pack.rows:
+            start, end, prefix_start, prefix = next(
+                span for span in ends if span[3] or not any(other[3] and other[2] == span[0] for other in pack.spans)
+            )
+            seen = [*range(prefix_start, prefix_start + prefix), *range(start, end)]
+            assert pack.ids[seen].tolist() == one.inputs.tolist()
+            assert pack.positions[seen].tolist() == list(range(len(one.inputs)))
+            assert [seen.index(next(read)) for _ in one.read] == one.read.tolist()

@@ -1,5 +1,6 @@
 """The forward pass against the slow twin: architectures, windows, shared prefixes, adapters, dtypes, memory."""
 
+import functools
 import logging
 
 import brute_force
@@ -10,8 +11,11 @@ import torch
 import toys
 import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ppl import surprisal
+from ppl import packed, prefix_cache, surprisal
+from ppl.batching import Group
+from ppl.head import Head
 from ppl.surprisal import SurprisalScorer
 from ppl.tokens import TextEncoder
 
@@ -123,7 +127,7 @@ def test_the_scaling_of_logits_matters_in_these_tests(name, attribute, tokenizer
 
 def test_a_scaling_of_logits_that_is_unknown_here_falls_back_to_the_models_own(model, tokenizer, monkeypatch, caplog):
     expected = twin(model, tokenizer, MIXED)
-    monkeypatch.setattr(SurprisalScorer, "_logits", lambda self, hidden: self._base.lm_head(hidden).float() * 1.5)
+    monkeypatch.setattr(Head, "logits", lambda self, hidden: self.layer(hidden).float() * 1.5)
     assert_close(score(model, tokenizer, MIXED), expected)
     assert "LlamaForCausalLM does not compute its logits as decoder + LM head" in caplog.text
 
@@ -151,9 +155,11 @@ def test_a_text_longer_than_the_window_equals_the_slow_twin(tokenizer, window, c
 
 def test_learned_positions_are_never_exceeded(tokenizer):
     model = toys.gpt2(n_positions=16)
-    spy = Spy(model.transformer)
-    assert_close(score(model, tokenizer, [("", LONG)]), twin(model, tokenizer, [("", LONG)], 16))
-    assert max(length for _, length in spy.shapes) < 16
+    expected = twin(model, tokenizer, [("", LONG)], 16)
+    positions = []
+    model.transformer.wpe.register_forward_pre_hook(lambda module, args: positions.append(int(args[0].max())))
+    assert_close(score(model, tokenizer, [("", LONG)]), expected)
+    assert max(positions) == 14  # the 16th token of a window predicts nothing in it
 
 
 def test_unsloths_shorter_window_counts(tokenizer):
@@ -175,25 +181,72 @@ def test_an_empty_text_for_a_model_without_window_and_a_tokenizer_without_bos():
 # --- shared prefixes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limits", [{}, {"batch_size": 1}, {"max_batch_tokens": 24}])
-def test_sharing_a_prefix_changes_no_number(model, tokenizer, limits):
-    pairs = [*GROUP, *MIXED, (PROMPT[:150], " The fox."), *GROUP[:1]]
-    shared = SurprisalScorer(model, **limits)
-    alone = SurprisalScorer(model, **limits)
-    alone._cache_agrees = False
-    assert_close(score(model, tokenizer, pairs, shared), score(model, tokenizer, pairs, alone))
-    assert shared._cache_agrees
+class WithoutSharing(SurprisalScorer):
+    def _score_packs(self, groups, surprisals):
+        super()._score_packs([Group(0, group.rows) for group in groups], surprisals)
+
+    def _compare_cache(self):
+        return False
 
 
-def test_a_shared_prompt_runs_once(tokenizer):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])  # packed end to end; padded, with a cache of keys and values
+@pytest.mark.parametrize("limits", [{}, {"batch_size": 1}, {"max_batch_tokens": 24}, {"max_batch_tokens": 300}])
+def test_sharing_a_prefix_changes_no_number(tokenizer, limits, attention):
     model = toys.llama()
+    pairs = [*GROUP, *MIXED, (PROMPT[:150], " The fox."), *GROUP[:1]]
+    expected = score(model, tokenizer, pairs, WithoutSharing(model))
+    model.set_attn_implementation(attention)
+    shared = SurprisalScorer(model, **limits)
+    assert_close(score(model, tokenizer, pairs, shared), expected)
+    assert_close(score(model, tokenizer, pairs, WithoutSharing(model, **limits)), expected)
+    assert (shared._packs_agree, shared._cache_agrees) == ((True, None) if attention == "sdpa" else (False, True))
+    assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_shared_prompt_runs_once(tokenizer, attention):
+    model = toys.llama()
+    model.set_attn_implementation(attention)
     scorer = SurprisalScorer(model)
     score(model, tokenizer, GROUP, scorer)  # the probes have run
     spy = Spy(model.model)
     score(model, tokenizer, GROUP, scorer)
     lengths = [len(tokenizer(completion)["input_ids"]) for completion in COMPLETIONS]
-    # BOS and the prompt; then each completion without its last token, padded to the longest, behind what is shared
-    assert spy.shapes == [(1, len(tokenizer(PROMPT)["input_ids"])), (4, max(lengths))]
+    prompt = len(tokenizer(PROMPT)["input_ids"])
+    # BOS and the prompt; then each completion without its last token behind what is shared; padded to the longest
+    # where there is a cache
+    packed, cached = [(1, prompt + sum(lengths))], [(1, prompt), (4, max(lengths))]
+    assert spy.shapes == (packed if attention == "sdpa" else cached)
+
+
+def test_a_pack_has_no_padding(tokenizer):
+    model = toys.llama()
+    scorer = SurprisalScorer(model)
+    score(model, tokenizer, MIXED, scorer)
+    spy = Spy(model.model)
+    found = score(model, tokenizer, MIXED[:3], scorer)
+    context = len(tokenizer(MIXED[1][0])["input_ids"])
+    assert spy.shapes == [(1, sum(map(len, found)) + context)]
+
+
+def test_a_model_whose_packed_rows_see_their_neighbours_is_not_packed(tokenizer, monkeypatch):
+    model = toys.llama()
+    expected = twin(model, tokenizer, GROUP)
+    # Attention over the whole sequence, whatever the spans say.
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, packed.IMPLEMENTATION, ALL_ATTENTION_FUNCTIONS["sdpa"])
+    scorer = SurprisalScorer(model)
+    assert_close(score(model, tokenizer, GROUP, scorer), expected)
+    assert scorer._packs_agree is False
+
+
+def test_the_attention_is_put_back_after_an_exception(tokenizer, monkeypatch):
+    model = toys.llama()
+    scorer = SurprisalScorer(model)
+    score(model, tokenizer, MIXED, scorer)
+    monkeypatch.setattr(model.model.norm, "forward", lambda hidden: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        score(model, tokenizer, MIXED, scorer)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_references_behind_a_prompt_and_different_plans_equal_the_slow_twin(model, tokenizer):
@@ -201,10 +254,12 @@ def test_references_behind_a_prompt_and_different_plans_equal_the_slow_twin(mode
     assert_close(score(model, tokenizer, pairs), twin(model, tokenizer, pairs))
 
 
-def test_a_cache_that_does_not_continue_as_the_model_does_is_not_used(model, tokenizer, monkeypatch):
+def test_a_cache_that_does_not_continue_as_the_model_does_is_not_used(tokenizer, monkeypatch):
+    model = toys.llama()
+    model.set_attn_implementation("eager")
     expected = twin(model, tokenizer, GROUP)
-    update = surprisal._PrefixLayer.update
-    monkeypatch.setattr(surprisal._PrefixLayer, "update", lambda self, k, v, *rest: update(self, 1.1 * k, v, *rest))
+    update = prefix_cache.PrefixLayer.update
+    monkeypatch.setattr(prefix_cache.PrefixLayer, "update", lambda self, k, v, *rest: update(self, 1.1 * k, v, *rest))
     scorer = SurprisalScorer(model)
     assert_close(score(model, tokenizer, GROUP, scorer), expected)
     assert scorer._cache_agrees is False
@@ -315,6 +370,7 @@ def with_memory_for(model, tokens):
     asked = []
     forward = model.model.forward
 
+    @functools.wraps(forward)  # whose parameters tell whether it can be packed
     def limited(*args, **options):
         asked.append(tuple(options["input_ids"].shape))
         if options["input_ids"].numel() > tokens:
@@ -325,27 +381,34 @@ def with_memory_for(model, tokens):
     return asked
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("pairs", [MIXED[:2] * 2 + [("", f"The fox said {n}.") for n in range(9)], GROUP])
-def test_out_of_memory_halves_the_batches_and_changes_no_number(tokenizer, pairs):
+def test_out_of_memory_halves_the_batches_and_changes_no_number(tokenizer, pairs, attention):
     model = toys.llama()
     expected = score(model, tokenizer, pairs)
-    with_memory_for(model, 45 if pairs is not GROUP else 100)
+    model.set_attn_implementation(attention)
+    asked = with_memory_for(model, 45 if pairs is not GROUP else 100)
     assert_close(score(model, tokenizer, pairs), expected, rtol=1e-5)
+    assert max(rows * length for rows, length in asked) > 45
 
 
-def test_the_budget_stays_halved(tokenizer, caplog):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_budget_stays_halved(tokenizer, caplog, attention):
     model = toys.llama()
-    pairs = [("", f"The fox said {n}.") for n in range(8)]  # 8 rows of BOS, "The", " fox", " said", " ", "n": 6 tokens
-    asked = with_memory_for(model, 24)
+    model.set_attn_implementation(attention)
+    pairs = [("", f"{n} said the fox.") for n in range(8)]  # with no more in common than BOS
+    [length] = {len(tokenizer(text)["input_ids"]) for _, text in pairs}  # BOS, and all but the last token
+    asked = with_memory_for(model, 4 * length)
     scorer = SurprisalScorer(model)
     with caplog.at_level(logging.WARNING):
         score(model, tokenizer, pairs, scorer)
-    assert asked[2:] == [(8, 6), (4, 6), (4, 6)]  # behind the two passes of the probe
-    assert scorer.max_batch_tokens == 8 * 6 // 2
+    whole, half = ((1, 8 * length), (1, 4 * length)) if attention == "sdpa" else ((8, length), (4, length))
+    assert asked[-3:] == [whole, half, half]
+    assert scorer.max_batch_tokens == 8 * length // 2
     assert caplog.text.count("out of memory") == 1
     del asked[:]
     score(model, tokenizer, pairs, scorer)
-    assert asked == [(4, 6), (4, 6)]
+    assert asked == [half, half]
 
 
 def test_one_row_that_does_not_fit_raises(tokenizer):
@@ -373,7 +436,7 @@ def test_another_error_is_not_taken_for_memory(tokenizer, monkeypatch):
     assert len(calls) == 1
 
 
-def test_logits_are_made_in_slices(model, tokenizer, monkeypatch):
+def test_a_head_that_is_hooked_is_called_on_slices_of_the_rows(model, tokenizer, monkeypatch):
     expected = score(model, tokenizer, GROUP)
     monkeypatch.setitem(surprisal._SIZES, "cpu", (1024, 3 * 4 * toys.VOCABULARY, 48))  # three rows of logits at a time
     sliced = SurprisalScorer(model)

@@ -1,5 +1,6 @@
-"""Which tokens go through the model together: windows, shared prefixes, batches. Integers only, no model."""
+"""Which tokens go through the model together: windows, shared prefixes, packs and batches. Integers only, no model."""
 
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,6 +33,27 @@ class Group:
 
     prefix: int
     rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Groups end to end in one sequence, for a model that lets each row see nothing but its prefix and itself.
+
+    ids:       int64 [T], per group its prefix once, then what each row has behind it
+    positions: int64 [T], the place of each token in its own row
+    spans:     (start, end, prefix_start, prefix): tokens start .. end follow on tokens prefix_start .. + prefix
+    read:      int64 [m], ascending: places whose hidden states predict the labels of the rows, in order
+    """
+
+    groups: list[Group]
+    ids: np.ndarray
+    positions: np.ndarray
+    spans: list[tuple[int, int, int, int]]
+    read: np.ndarray
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for group in self.groups for row in group.rows]
 
 
 def windows(encoded: Encoded, window: int | None, text: int) -> Iterator[Row]:
@@ -119,3 +141,69 @@ def batches(group: Group, max_tokens: int, overhead: int, max_rows: int | None =
         batch.append(row)
     if batch:
         yield batch
+
+
+def padded(batch: Sequence[Row], skip: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """int64 ids [B, longest] of the rows from token `skip` on, zeros on the right; and of the hidden states that are
+    read, in the rows' order, their rows [m] and places [m] in it."""
+    ids = np.zeros((len(batch), max(len(row.inputs) for row in batch) - skip), dtype=np.int64)
+    for place, row in enumerate(batch):
+        ids[place, : len(row.inputs) - skip] = row.inputs[skip:]
+    rows = np.repeat(np.arange(len(batch)), [len(row.read) for row in batch])
+    return ids, rows, np.concatenate([row.read for row in batch]) - skip
+
+
+def packs(groups: Sequence[Group], max_tokens: int, max_rows: int | None = None) -> list[Pack]:
+    """Groups laid out in packs of at most `max_tokens` tokens and `max_rows` rows; a longer row stands alone.
+
+    A group that is too large is cut, and each part has the prefix of its own.
+    """
+    parts = [part for group in groups for part in _parts(group, max_tokens, max_rows)]
+    bins: list[tuple[int, int, list[Group]]] = []  # (tokens, number, parts), the emptiest first
+    for part in sorted(parts, key=_tokens, reverse=True):
+        tokens = _tokens(part)
+        if bins and (bins[0][0] + tokens <= max_tokens):
+            held, number, together = bins[0]
+            if max_rows is None or sum(len(one.rows) for one in together) + len(part.rows) <= max_rows:
+                heapq.heapreplace(bins, (held + tokens, number, [*together, part]))
+                continue
+        heapq.heappush(bins, (tokens, len(bins), [part]))
+    # Largest first: if memory runs out, it does so on the first one.
+    return [lay_out(together) for _, _, together in sorted(bins, key=lambda one: (-one[0], one[1]))]
+
+
+def lay_out(groups: list[Group]) -> Pack:
+    ids, positions, spans, read = [], [], [], []
+    end = 0
+    for group in groups:
+        shared = end
+        pieces = [(0, group.rows[0].inputs[: group.prefix])] if group.prefix else []
+        pieces += [(group.prefix, row.inputs[group.prefix :]) for row in group.rows]
+        for prefix, own in pieces:
+            ids.append(own)
+            positions.append(np.arange(prefix, prefix + len(own)))
+            spans.append((end, end + len(own), shared, prefix))
+            end += len(own)
+        behind = spans[-len(group.rows) :]
+        read += [row.read - group.prefix + span[0] for row, span in zip(group.rows, behind, strict=True)]
+    return Pack(list(groups), np.concatenate(ids), np.concatenate(positions), spans, np.concatenate(read))
+
+
+def _tokens(group: Group) -> int:
+    return group.prefix + sum(len(row.inputs) - group.prefix for row in group.rows)
+
+
+def _parts(group: Group, max_tokens: int, max_rows: int | None) -> Iterator[Group]:
+    if not group.prefix:
+        yield from (Group(0, [row]) for row in group.rows)
+        return
+    part: list[Row] = []
+    tokens = group.prefix
+    for row in sorted(group.rows, key=lambda row: -len(row.inputs)):
+        own = len(row.inputs) - group.prefix
+        if part and (tokens + own > max_tokens or len(part) == max_rows):
+            yield Group(group.prefix, part)
+            part, tokens = [], group.prefix
+        part.append(row)
+        tokens += own
+    yield Group(group.prefix, part)

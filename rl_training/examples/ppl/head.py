@@ -1,0 +1,69 @@
+"""Hidden states -> surprisals: the LM head and the log-sum-exp, a piece of the vocabulary at a time."""
+
+import torch
+
+
+class Head:
+    """The LM head of a transformers model, with the scalings of its logits that are known here.
+
+    slice_bytes: most bytes of float32 logits at once. A plain linear head is cut along the vocabulary, so that every
+    matrix product keeps all rows: half the time of cutting the rows, on a CPU. Any other head (quantised, adapted,
+    hooked) is called as it is, on some of the rows at a time.
+    """
+
+    def __init__(self, base: torch.nn.Module, slice_bytes: int) -> None:
+        self.layer = base.get_output_embeddings()
+        config = base.config.get_text_config(decoder=True)
+        self.vocabulary = config.vocab_size
+        self.rows = max(1, slice_bytes // (4 * self.vocabulary))  # logits of so many tokens fill a slice
+        self._slice_values = slice_bytes // 4
+        self._multiplier = getattr(config, "logit_scale", None)  # Cohere
+        self._divisor = getattr(config, "logits_scaling", None)  # Granite
+        self._cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [N, V] from hidden states [N, H]."""
+        weight = self.layer.weight
+        return self._scaled(self.layer(hidden.to(weight.dtype) if weight.is_floating_point() else hidden))
+
+    def surprisal(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """float32 [N], nats, of labels [N] from hidden states [N, H]."""
+        if not self._plain:
+            count = -(-len(labels) // self.rows)  # equal slices: a short last one would run at half the speed
+            slices = zip(hidden.tensor_split(count), labels.tensor_split(count), strict=True)
+            return torch.cat([surprisal(self.logits(states), wanted) for states, wanted in slices])
+        weight, bias = self.layer.weight, self.layer.bias
+        hidden = hidden.to(weight.dtype)
+        width = max(256, self._slice_values // len(labels))
+        totals, wanted = [], torch.zeros(len(labels), device=hidden.device)
+        for start in range(0, len(weight), width):
+            piece = slice(start, start + width)
+            logits = self._scaled(
+                torch.nn.functional.linear(hidden, weight[piece], None if bias is None else bias[piece])
+            )
+            inside = (labels >= start) & (labels < start + logits.shape[1])
+            places = (labels - start).clamp(0, logits.shape[1] - 1)[:, None]
+            wanted = torch.where(inside, logits.gather(1, places)[:, 0], wanted)
+            totals.append(logits.logsumexp(1))
+        return torch.stack(totals).logsumexp(0) - wanted
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the product with its weight is all that calling it would do."""
+        layer = self.layer
+        hooks = layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook")
+        return type(layer) is torch.nn.Linear and not hooks
+
+    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
+        if self._multiplier:
+            logits = logits * self._multiplier
+        if self._divisor:
+            logits = logits / self._divisor
+        if self._cap:
+            logits = torch.tanh(logits / self._cap) * self._cap
+        return logits.float()
+
+
+def surprisal(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """float32 [N], nats, from float32 logits [N, V] and labels [N]."""
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
