@@ -89,10 +89,11 @@ class MultiLevelPPLCalculator:
 
     def score_pairs(self, model, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """float64 [B, 3], perplexities in the order of `LEVELS`, of (context, target) strings; equal ones once."""
+        unique = list(dict.fromkeys(pairs))
+        # Also without any: a model that is spread over processes has to be asked in each of them.
+        encoded, surprisals = self._surprisals(model, unique)
         if not pairs:
             return np.empty((0, len(LEVELS)))
-        unique = list(dict.fromkeys(pairs))
-        encoded, surprisals = self._surprisals(model, unique)
         units = segment([target for _, target in unique], self.language, self.max_phrase_words)
         values = level_perplexities(units, [text.chars for text in encoded], surprisals, self.aggregation)
         places = {pair: place for place, pair in enumerate(unique)}

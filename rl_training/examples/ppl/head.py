@@ -2,6 +2,10 @@
 
 import torch
 
+# Bytes of a piece of the logits that stays in a core's caches; a GPU's pieces are as large as they may be.
+_CACHED = {"cpu": 4 << 20}
+_LEAST = torch.finfo(torch.float32).min
+
 
 class Head:
     """The LM head of a transformers model, with the scalings of its logits that are known here.
@@ -16,7 +20,7 @@ class Head:
         config = base.config.get_text_config(decoder=True)
         self.vocabulary = config.vocab_size
         self.rows = max(1, slice_bytes // (4 * self.vocabulary))  # logits of so many tokens fill a slice
-        self._slice_values = slice_bytes // 4
+        self._slice_bytes = slice_bytes
         self._multiplier = getattr(config, "logit_scale", None)  # Cohere
         self._divisor = getattr(config, "logits_scaling", None)  # Granite
         self._cap = getattr(config, "final_logit_softcapping", None)  # Gemma
@@ -34,7 +38,8 @@ class Head:
             return torch.cat([surprisal(self.logits(states), wanted) for states, wanted in slices])
         weight, bias = self.layer.weight, self.layer.bias
         hidden = hidden.to(weight.dtype)
-        width = max(256, self._slice_values // len(labels))
+        values = min(self._slice_bytes, _CACHED.get(hidden.device.type, self._slice_bytes)) // 4
+        width = max(256, values // len(labels))
         totals, wanted = [], torch.zeros(len(labels), device=hidden.device)
         for start in range(0, len(weight), width):
             piece = slice(start, start + width)
@@ -44,7 +49,9 @@ class Head:
             inside = (labels >= start) & (labels < start + logits.shape[1])
             places = (labels - start).clamp(0, logits.shape[1] - 1)[:, None]
             wanted = torch.where(inside, logits.gather(1, places)[:, 0], wanted)
-            totals.append(logits.logsumexp(1))
+            # As logsumexp does it, but in place. A piece that is -inf throughout has no largest logit to subtract.
+            most = logits.amax(1).clamp_(min=_LEAST)
+            totals.append(logits.sub_(most[:, None]).exp_().sum(1).log_().add_(most))
         return torch.stack(totals).logsumexp(0) - wanted
 
     @property

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 # Device type -> (tokens of one forward pass, padding included; bytes of one slice of logits; tokens that one more
 # forward pass costs). CPU, measured on GPT-2 124M: a forward pass costs its tokens and some 15 to 30 more, and above
 # 32 MiB glibc takes every slice anew from the system.
-_SIZES = {"cpu": (2048, 24 << 20, 32), "cuda": (16384, 256 << 20, 512)}
+_SIZES = {"cpu": (1024, 24 << 20, 32), "cuda": (16384, 256 << 20, 512)}
 _SPAN_TOKENS = 8  # what the attention of one more span of a pack costs
 
 

@@ -1,0 +1,41 @@
+"""A model whose weights are spread over two real processes (FSDP 2 on the CPU)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toys
+
+from ppl.sharded import is_sharded
+from ppl.surprisal import SurprisalScorer
+from ppl.tokens import TextEncoder
+
+HERE = Path(__file__).parent
+TEXTS = [["The fox said nothing at all.", "Mr. Brown paid 1,000 dollars for a house.", "The end."], ["It was far."]]
+
+
+@pytest.mark.parametrize("texts", [TEXTS, [[], TEXTS[0]]])
+def test_each_process_gets_its_numbers_in_as_many_passes_as_the_other(tmp_path, texts):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(HERE / "score_sharded.py"), json.dumps(texts), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "rl_training" / "examples")])},
+        capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for found, own in zip(results, texts, strict=True):
+        encoded = TextEncoder(toys.byte_level()).encode([""] * len(own), own)
+        expected = SurprisalScorer(toys.llama()).score(encoded)
+        assert len(found["surprisals"]) == len(expected)
+        for a, b in zip(found["surprisals"], expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4)
+    assert results[0]["passes"] == results[1]["passes"] > 1
+
+
+def test_a_model_in_one_process_is_not_sharded(model):
+    assert not is_sharded(model)
