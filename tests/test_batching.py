@@ -197,7 +197,7 @@ def test_a_padded_batch_and_the_places_that_are_read():
 
 def test_rows_lie_end_to_end_behind_the_prefix_they_share():
     a, b, c = row(1, 2, 3, 4, read=[2, 3]), row(1, 2, 5), row(7, 8, read=[0, 1])
-    [pack] = packs([Group(2, [a, b]), Group(0, [c])], 100)
+    [pack] = packs([Group(2, [a, b]), Group(0, [c])], 100, 100)
     assert pack.ids.tolist() == [1, 2, 3, 4, 5, 7, 8]
     assert pack.positions.tolist() == [0, 1, 2, 3, 2, 0, 1]
     assert pack.spans == [(0, 2, 0, 0), (2, 4, 0, 2), (4, 5, 0, 2), (5, 7, 5, 0)]
@@ -206,7 +206,8 @@ def test_rows_lie_end_to_end_behind_the_prefix_they_share():
 
 
 def pack_sizes(sizes, *limits):
-    return [len(pack.ids) for pack in packs([Group(0, [row(*range(size)) for size in sizes])], *limits)]
+    group = Group(0, [row(*range(size)) for size in sizes])
+    return [len(pack.ids) for pack in packs([group], limits[0], *limits)]
 
 
 def test_a_pack_holds_at_most_max_tokens_and_the_largest_comes_first():
@@ -217,14 +218,20 @@ def test_a_pack_holds_at_most_max_tokens_and_the_largest_comes_first():
 
 def test_a_group_that_is_too_large_is_cut_and_has_its_prefix_again():
     rows = [row(1, 2, 3, n) for n in range(5)]
-    found = packs([Group(3, rows)], 5)
+    found = packs([Group(3, rows)], 5, 5)
     assert [pack.ids.tolist() for pack in found] == [[1, 2, 3, 0, 1], [1, 2, 3, 2, 3], [1, 2, 3, 4]]
 
 
+def test_only_a_group_fills_more_than_enough():
+    rows, others = [row(1, 2, 3, n) for n in range(5)], [row(9, n) for n in range(4)]
+    found = packs([Group(3, rows), Group(0, others)], 8, 4)
+    assert [len(pack.ids) for pack in found] == [8, 4, 4]
+
+
 @settings(max_examples=200)
-@given(rows_strategy, st.integers(0, 6), st.integers(1, 20), st.none() | st.integers(1, 3))
-def test_every_row_is_in_one_pack_as_it_is(rows, overhead, max_tokens, max_rows):
-    found = packs(share_prefixes(rows, overhead), max_tokens, max_rows)
+@given(rows_strategy, st.integers(0, 6), st.integers(1, 20), st.integers(1, 20), st.none() | st.integers(1, 3))
+def test_every_row_is_in_one_pack_as_it_is(rows, overhead, max_tokens, enough, max_rows):
+    found = packs(share_prefixes(rows, overhead), max_tokens, enough, max_rows)
     assert sorted(map(id, rows)) == sorted(id(one) for pack in found for one in pack.rows)
     for pack in found:
         assert len(pack.rows) == 1 or len(pack.ids) <= max_tokens

@@ -438,7 +438,8 @@ def test_another_error_is_not_taken_for_memory(tokenizer, monkeypatch):
 
 def test_a_head_that_is_hooked_is_called_on_slices_of_the_rows(model, tokenizer, monkeypatch):
     expected = score(model, tokenizer, GROUP)
-    monkeypatch.setitem(surprisal._SIZES, "cpu", (1024, 3 * 4 * toys.VOCABULARY, 48))  # three rows of logits at a time
+    three_rows = surprisal._SIZES["cpu"]._replace(slice_bytes=3 * 4 * toys.VOCABULARY)
+    monkeypatch.setitem(surprisal._SIZES, "cpu", three_rows)
     sliced = SurprisalScorer(model)
     score(model, tokenizer, GROUP, sliced)  # the probes have run
     rows = []

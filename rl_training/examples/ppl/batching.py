@@ -153,16 +153,18 @@ def padded(batch: Sequence[Row], skip: int) -> tuple[np.ndarray, np.ndarray, np.
     return ids, rows, np.concatenate([row.read for row in batch]) - skip
 
 
-def packs(groups: Sequence[Group], max_tokens: int, max_rows: int | None = None) -> list[Pack]:
+def packs(groups: Sequence[Group], max_tokens: int, enough: int, max_rows: int | None = None) -> list[Pack]:
     """Groups laid out in packs of at most `max_tokens` tokens and `max_rows` rows; a longer row stands alone.
 
-    A group that is too large is cut, and each part has the prefix of its own.
+    A group that is too large is cut, and each part has the prefix of its own. What is not one group is put together
+    up to `enough` tokens only.
     """
+    enough = min(enough, max_tokens)
     parts = [part for group in groups for part in _parts(group, max_tokens, max_rows)]
     bins: list[tuple[int, int, list[Group]]] = []  # (tokens, number, parts), the emptiest first
     for part in sorted(parts, key=_tokens, reverse=True):
         tokens = _tokens(part)
-        if bins and (bins[0][0] + tokens <= max_tokens):
+        if bins and bins[0][0] + tokens <= enough:
             held, number, together = bins[0]
             if max_rows is None or sum(len(one.rows) for one in together) + len(part.rows) <= max_rows:
                 heapq.heapreplace(bins, (held + tokens, number, [*together, part]))

@@ -7,6 +7,7 @@ length share a padded batch, and rows with a common prefix its keys and values.
 
 import inspect
 import logging
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +24,18 @@ from .tokens import Encoded
 
 logger = logging.getLogger(__name__)
 
-# Device type -> (tokens of one forward pass, padding included; bytes of one slice of logits; tokens that one more
-# forward pass costs). CPU, measured on GPT-2 124M: a forward pass costs its tokens and some 15 to 30 more, and above
-# 32 MiB glibc takes every slice anew from the system.
-_SIZES = {"cpu": (1024, 24 << 20, 32), "cuda": (16384, 256 << 20, 512)}
+
+
+class _Sizes(NamedTuple):
+    most: int  # tokens of one forward pass, padding included
+    enough: int  # tokens; a longer pass takes as much time for each, unless it saves a prefix
+    slice_bytes: int  # of logits
+    overhead: int  # tokens that one more forward pass costs
+
+
+# By device type. CPU, measured on GPT-2 124M: beyond 1,024 tokens the activations leave the caches, a forward pass
+# costs its tokens and some 15 to 30 more, and above 32 MiB glibc takes every slice anew from the system.
+_SIZES = {"cpu": _Sizes(2048, 1024, 24 << 20, 32), "cuda": _Sizes(16384, 16384, 256 << 20, 512)}
 _SPAN_TOKENS = 8  # what the attention of one more span of a pack costs
 
 
@@ -40,8 +49,8 @@ class SurprisalScorer:
     def __init__(self, model, batch_size: int | None = None, max_batch_tokens: int | None = None) -> None:
         self.model = model
         self.batch_size = batch_size
-        default_tokens, self._slice_bytes, self._overhead = _SIZES.get(model.device.type, _SIZES["cuda"])
-        self.max_batch_tokens = max_batch_tokens or default_tokens
+        self._sizes = _SIZES.get(model.device.type, _SIZES["cuda"])
+        self.max_batch_tokens = max_batch_tokens or self._sizes.most
         # None: not compared yet
         self._head_agrees: bool | None = None
         self._packs_agree: bool | None = None
@@ -90,7 +99,7 @@ class SurprisalScorer:
 
     @property
     def _head(self) -> Head:
-        return Head(self._base, self._slice_bytes)
+        return Head(self._base, self._sizes.slice_bytes)
 
     def _hidden(self, ids: torch.Tensor, prefix=None) -> torch.Tensor:
         """[B, T, H], from ids [B, T] padded on the right: that cannot change earlier tokens of a causal model."""
@@ -160,7 +169,7 @@ class SurprisalScorer:
         if self._packs_agree:
             self._score_packs(share_prefixes(rows, _SPAN_TOKENS), surprisals)
             return
-        groups = share_prefixes(rows, 2 * self._overhead)
+        groups = share_prefixes(rows, 2 * self._sizes.overhead)
         if any(group.prefix for group in groups):
             if self._cache_agrees is None:
                 self._cache_agrees = self._compare_cache()
@@ -168,7 +177,7 @@ class SurprisalScorer:
                 groups = [Group(0, rows)]
         for group in groups:
             prefix = self._run_prefix(group) if group.prefix else None
-            for batch in batches(group, self._budget, self._overhead, self.batch_size):
+            for batch in batches(group, self._budget, self._sizes.overhead, self.batch_size):
                 self._score_batch(batch, group.prefix, prefix, surprisals)
 
     @property
@@ -184,7 +193,7 @@ class SurprisalScorer:
     # --- packed ------------------------------------------------------------------------------------------------------
 
     def _score_packs(self, groups: list[Group], surprisals: list[np.ndarray]) -> None:
-        left = packs(groups, self.max_batch_tokens, self.batch_size)
+        left = self._packs(groups)
         while left:
             pack = left[0]
             try:
@@ -195,7 +204,10 @@ class SurprisalScorer:
                 if len(pack.rows) == 1 or not should_reduce_batch_size(error):
                     raise
             self._halve(len(pack.ids))
-            left = packs([group for one in left for group in one.groups], self.max_batch_tokens, self.batch_size)
+            left = self._packs([group for one in left for group in one.groups])
+
+    def _packs(self, groups: list[Group]) -> list[Pack]:
+        return packs(groups, self.max_batch_tokens, self._sizes.enough, self.batch_size)
 
     def _score_pack(self, pack: Pack, surprisals: list[np.ndarray]) -> None:
         hidden = run_packed(self._decoder, pack)
@@ -242,7 +254,7 @@ class SurprisalScorer:
     def _score_in_step(self, rows: list[Row], surprisals: list[np.ndarray]) -> None:
         """By the model's own forward pass, which gathers its weights, and as often as the process with most to do."""
         budget = min(self.max_batch_tokens, self._head.rows)
-        for batch in in_step(list(batches(Group(0, rows), budget, self._overhead, self.batch_size))):
+        for batch in in_step(list(batches(Group(0, rows), budget, self._sizes.overhead, self.batch_size))):
             if batch is None:
                 self.model(input_ids=self._probe_ids()[:, :1], use_cache=False)
                 continue
