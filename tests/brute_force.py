@@ -2,6 +2,7 @@
 
 import copy
 import math
+import statistics
 
 import regex
 import sentencex
@@ -96,17 +97,32 @@ def _surprisal(model, ids: list[int], place: int, window: int | None) -> float:
 
 def all_levels(model, tokenizer, text, context="", window=None, aggregation="geometric", **options) -> dict[str, float]:
     scored = token_surprisals(model, tokenizer, text, context, window)
+    spans = units(text, **options)
+    found = {level: [(start, _rate(scored, start, end)) for start, end in spans[level]] for level in spans}
     result = {}
-    for level, spans in units(text, **options).items():
-        rates = []
-        for start, end in spans:
-            inside = [surprisal for char, surprisal in scored if start <= char < end]
-            if inside:
-                rates.append(math.fsum(inside) / len(inside))
+    for level, of_units in found.items():
+        rates = [rate for _, rate in of_units if rate is not None]
         if not rates:
             result[level] = math.nan
+        elif aggregation == "selective":
+            if level == "word":
+                rates = sorted(rates)[-math.ceil(len(rates) / 5) :]
+            elif level == "phrase":
+                rates = [statistics.median(rates)]
+            else:
+                firsts = []
+                for start, end in spans["sentence"]:
+                    inside = [rate for at, rate in found["word"] if start <= at < end and rate is not None]
+                    firsts += inside[:1]
+                rates = firsts
+            result[level] = math.exp(math.fsum(rates) / len(rates))
         elif aggregation == "geometric":
             result[level] = math.exp(math.fsum(rates) / len(rates))
         else:
             result[level] = math.fsum(math.exp(rate) for rate in rates) / len(rates)
     return result
+
+
+def _rate(scored, start: int, end: int) -> float | None:
+    inside = [surprisal for char, surprisal in scored if start <= char < end]
+    return math.fsum(inside) / len(inside) if inside else None

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator
-from ppl.levels import level_perplexities, unit_sums
+from ppl.levels import AGGREGATIONS, level_perplexities, unit_sums
 from ppl.tokens import TextEncoder
 from ppl.units import segment
 
@@ -53,6 +53,35 @@ def test_the_arithmetic_mean_takes_the_perplexities_of_the_units():
     found = by_hand("Go now.", [0, 0, 1, 3], [1.0, 2.0, 3.0, 8.0], "arithmetic")
     assert found["word"] == pytest.approx((math.exp(2) + math.exp(8)) / 2)
     assert found["sentence"] == pytest.approx(math.exp(14 / 4))
+
+
+def test_selective_takes_of_each_level_what_its_own_faults_show_in():
+    text = "A fox, a crow. Yes, we can."
+    # words:     A 9 | fox, 2 | a 1 | crow. 3 | Yes, 5 | we 8 | can. 4     the highest 2 of 7, a fifth rounded up: 9, 8
+    # phrases:   A fox, 5.5 | a crow. 2 | Yes, 5 | we can. 6                the median: (5 + 5.5) / 2
+    # sentences: A 9 | Yes, 5                                               the mean of their first words: 7
+    found = by_hand(text, [0, 2, 7, 9, 15, 20, 23], [9.0, 2, 1, 3, 5, 8, 4], "selective")
+    assert found == pytest.approx({"word": math.exp(8.5), "phrase": math.exp(5.25), "sentence": math.exp(7)})
+
+
+def test_selective_takes_the_first_word_of_a_sentence_that_a_token_starts_in():
+    # no token starts in "Yes, ": its sentence begins with "we "
+    assert by_hand("Go. Yes, we can.", [0, 9, 12], [1.0, 3, 9], "selective")["sentence"] == pytest.approx(math.exp(2))
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@given(
+    surprisals=st.lists(st.floats(0, 20), min_size=12, max_size=12),
+    more=st.floats(0, 20),
+    place=st.integers(0, 11),
+)
+def test_no_level_falls_when_a_token_becomes_more_surprising(aggregation, surprisals, more, place):
+    text = "A fox, a crow and I. Yes, we can go home."
+    chars = [0, 2, 5, 7, 9, 14, 18, 21, 26, 29, 33, 36]
+    before = by_hand(text, chars, surprisals, aggregation)
+    surprisals[place] += more
+    after = by_hand(text, chars, surprisals, aggregation)
+    assert all(after[level] >= before[level] * (1 - 1e-12) for level in LEVELS)
 
 
 def test_a_unit_without_a_token_has_no_vote():
@@ -123,7 +152,7 @@ def test_one_token_a_word_gives_the_ordinary_token_perplexity_of_words(surprisal
 
 
 @settings(max_examples=20)
-@given(text=toys.texts, context=toys.texts, aggregation=st.sampled_from(["geometric", "arithmetic"]))
+@given(text=toys.texts, context=toys.texts, aggregation=st.sampled_from(AGGREGATIONS))
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(any_tokenizer, text, context, aggregation):
     calculator = MultiLevelPPLCalculator(any_tokenizer, aggregation=aggregation)
     [one] = calculator._encoder.encode([context], [text])
@@ -188,7 +217,16 @@ def test_levels_of_any_text_equal_the_slow_twin(model, calculator, text, context
     assert calculator.compute_all_levels(model, text, context) == pytest.approx(twin, rel=1e-4, nan_ok=True)
 
 
-@pytest.mark.parametrize("aggregation", ["geometric", "arithmetic"])
+@settings(max_examples=30)
+@given(texts=st.lists(toys.texts, min_size=2, max_size=4))
+def test_selective_levels_of_any_texts_equal_the_slow_twin(model, tokenizer, texts):
+    found = MultiLevelPPLCalculator(tokenizer, aggregation="selective").compute_all_levels(model, texts)
+    twins = [brute_force.all_levels(model, tokenizer, text, aggregation="selective") for text in texts]
+    for level in LEVELS:
+        np.testing.assert_allclose(found[level], [twin[level] for twin in twins], rtol=1e-4)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("max_phrase_words", [1, 3])
 @pytest.mark.parametrize("language", ["en", "de"])
 def test_options_reach_the_definition(model, tokenizer, aggregation, max_phrase_words, language):

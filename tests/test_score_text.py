@@ -100,6 +100,7 @@ def test_help_is_instant():
     [
         ([], {}),
         (["--aggregation", "arithmetic"], {"aggregation": "arithmetic"}),
+        (["--aggregation", "selective"], {"aggregation": "selective"}),
         (["--max_phrase_words", "2", "--language", "de"], {"max_phrase_words": 2, "language": "de"}),
         (["--context", "Tell me a story. "], {"context": "Tell me a story. "}),
     ],

@@ -77,7 +77,7 @@ def score(args: argparse.Namespace) -> int:
             f"no token of {text!r:.40} can be scored: special tokens never are, nor is the first of all where the "
             "tokenizer has no BOS token; give a longer text, or a --context"
         )
-    perplexities = {level: perplexity(units, args.aggregation) for level, units in explained.items()}
+    perplexities = level_perplexities(explained, args.aggregation)
 
     if page is not None:
         write_page(page, args, model, text, explained, perplexities)
@@ -129,18 +129,21 @@ def page_path(name: str) -> Path:
     return path
 
 
-def perplexity(units: list[dict], aggregation: str) -> float:
-    """A level's perplexity from its units: what `compute_all_levels` gives, without a second forward pass."""
+def level_perplexities(explained: dict[str, list[dict]], aggregation: str) -> dict[str, float]:
+    """Each level's perplexity from its units: what `compute_all_levels` gives, without a second forward pass."""
     import numpy as np
 
-    from ppl.levels import level_perplexities
-    from ppl.units import Units
+    from ppl.levels import aggregate
 
-    starts = np.array([unit["start"] for unit in units])
-    # A unit with one token of its mean surprisal has the unit's perplexity.
-    means = np.array([unit["surprisal"] / unit["n_tokens"] for unit in units])
-    as_one_text = Units(np.array([0, units[-1]["end"]]), {"level": starts})
-    return float(level_perplexities(as_one_text, [starts], [means], aggregation)[0, 0])
+    rates = {
+        level: (
+            np.array([unit["start"] for unit in units]),
+            np.array([unit["surprisal"] / unit["n_tokens"] for unit in units]),
+        )
+        for level, units in explained.items()
+    }
+    ends = np.array([0, explained["word"][-1]["end"]])
+    return dict(zip(explained, aggregate(ends, rates, aggregation)[0].tolist(), strict=True))
 
 
 def as_json(args, model, text: str, explained, perplexities) -> dict:

@@ -19,7 +19,9 @@ class MultiLevelPPLCalculator:
     """Perplexity of a text at the level of its words, phrases and sentences, from one forward pass.
 
     A unit's perplexity is exp(S_u / n_u), its surprisal in nats over its number of tokens. A level's is the geometric
-    mean of its units' perplexities, exp(mean_u S_u / n_u), or with `aggregation="arithmetic"` their mean.
+    mean of its units' perplexities, exp(mean_u S_u / n_u), or with `aggregation="arithmetic"` their mean. With
+    `aggregation="selective"` each level takes the geometric mean of what its own faults show in: the most surprising
+    fifth of the words, the median phrase, the first words of sentences.
 
     tokenizer: any fast tokenizer. max_phrase_words: most words of a phrase. language: the ISO 639 code that sentencex
     splits sentences by. batch_size, max_batch_tokens: limits of one forward pass (None: chosen for the device).

@@ -66,8 +66,10 @@ def add_definition_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max_phrase_words", type=positive_int, default=4, help="most words of a phrase")
     group.add_argument("--language", default="en", help="ISO 639 code for splitting sentences")
     group.add_argument(
-        "--aggregation", choices=("geometric", "arithmetic"), default="geometric", help="mean over a level's units"
-    )
+        "--aggregation", choices=("geometric", "arithmetic", "selective"), default="geometric",
+        help="mean over a level's units; selective: of the most surprising fifth of the words, the median phrase, and "
+        "the first words of sentences",
+    )  # fmt: skip
 
 
 def definitions(args: argparse.Namespace) -> dict:
