@@ -131,7 +131,8 @@ def grpo_step(
 
     model: folder. prompts: of all steps. group: completions a prompt. batch: completions in one forward and backward
     pass. Returns "step", "generation", "reward" and "rest" (log-probabilities, loss, backward, optimizer) in seconds;
-    "peak", bytes: on a GPU what PyTorch reserved there, weights included, on a CPU resident memory.
+    "peak", bytes: on a GPU what PyTorch reserved there, weights included, on a CPU resident memory; "perplexity", that
+    of the first prompt's words under the starting model, asked after the training.
     """
     from ppl.models import add_lora, import_unsloth, load_model
 
@@ -142,6 +143,7 @@ def grpo_step(
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    from ppl.calculator import MultiLevelPPLCalculator
     from ppl.reward import MultiLevelPPLRewardFunction
 
     policy, tokenizer, refused = load_model(model, load_in_4bit=in_4bit, unsloth=unsloth, max_seq_length=2048)
@@ -194,6 +196,7 @@ def grpo_step(
     trainer.train()
     found = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     found["rest"] = found["step"] - found["generation"] - found["reward"]
+    found["perplexity"] = MultiLevelPPLCalculator(tokenizer).compute_all_levels(policy, prompts[0])["word"]
     return found | {"peak": torch.cuda.max_memory_reserved() if cuda else _status("VmHWM")}
 
 

@@ -303,14 +303,14 @@ def grpo_rows(name: str, sizes: Sizes, folder: str) -> list:
     }
     size = f"{sizes.grpo_prompts} prompts x 8 completions x {sizes.grpo_tokens} tokens"
     rows = [[f"[bold]GRPO step of {name} in 4-bit with LoRA, {size}"]]
-    step = {}
+    step, perplexity = {}, {}
     for title, more in runs.items():
         try:
             found = apart(grpo_step, **options, **more)
         except RuntimeError as error:
             rows.append([f"{title}: [bold red]failed[/]", "", "", "", str(error)])
             continue
-        step[title] = found["step"]
+        step[title], perplexity[title] = found["step"], found["perplexity"]
         rows.append([f"{title}: step", f"{found['step']:.2f} s"])
         for part in ("generation", "reward", "rest"):
             share = found[part] / found["step"]
@@ -321,6 +321,8 @@ def grpo_rows(name: str, sizes: Sizes, folder: str) -> list:
     if {"Unsloth", "transformers + PEFT"} <= set(step):
         speedup = step["transformers + PEFT"] / step["Unsloth"]
         rows.append(["Unsloth against transformers + PEFT", "", *judged(speedup, 1.5), "their step times"])
+        off = 100 * abs(perplexity["Unsloth"] / perplexity["transformers + PEFT"] - 1)
+        rows.append(["Unsloth's perplexities against transformers': deviation", f"{off:.2g} %"])
     return rows
 
 
