@@ -98,6 +98,10 @@ def test_it_says_how_held_out_prompts_fare_before_and_after(trained):
         assert [len(group) for group in held_out[side]["completions"]] == [4, 4] and len(held_out[side]["prompts"]) == 2
         rewards = [reward for group in held_out[side]["rewards"] for reward in group]
         assert held_out[side]["scores"]["reward"] == pytest.approx(sum(rewards) / 8)
+        assert 0 <= held_out[side]["scores"]["repetition"] < 1
+    # The adapter starts as nothing; lora_B has moved since.
+    kl = {side: held_out[side]["scores"]["KL"] for side in ("before", "after")}
+    assert kl["before"] == pytest.approx(0, abs=1e-4) and abs(kl["after"]) > 1e-4
     assert (out / "out" / "reward.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 

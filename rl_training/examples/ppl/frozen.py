@@ -14,8 +14,10 @@ _UNSLOTH = {"UNSLOTH_RETURN_LOGITS": "1", "UNSLOTH_RETURN_HIDDEN_STATES": "0"}
 
 
 @contextmanager
-def frozen(model: torch.nn.Module) -> Iterator[None]:
+def frozen(model: torch.nn.Module, adapters: bool = False) -> Iterator[None]:
     """Within it, `model` computes what it computed before any adapter was trained, without dropout or gradients.
+
+    adapters: leave them as they are instead: the model as it stands, without dropout or gradients.
 
     Restores, also after an exception: train/eval of every module, which adapters are on, `requires_grad`, the
     environment. Raises `InputError` if an adapter is merged into the weights, where it cannot be turned off.
@@ -28,7 +30,7 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
         stack.callback(lambda: [setattr(module, "training", True) for module in training])
         for module in training:
             module.training = False
-        for layer in _enabled_adapters(model):
+        for layer in [] if adapters else _enabled_adapters(model):
             stack.callback(_enable, layer, [(p, p.requires_grad) for p in layer.parameters()])
             layer.enable_adapters(False)
         stack.enter_context(torch.no_grad())

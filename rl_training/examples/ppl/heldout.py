@@ -2,14 +2,18 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+
 from .baselines import write_atomically
-from .data import message_text
+from .data import Text, message_text, render_prompt
 from .reward import MultiLevelPPLRewardFunction, row_baselines
 from .sampling import sample_completions
+from .surprisal import SurprisalScorer
+from .tokens import TextEncoder
 from .units import LEVELS
 
 
@@ -49,7 +53,9 @@ def evaluate(
         "reward": float(details["rewards"].nanmean()),
         **{f"{level} improvement %": float(details["improvements"][level].nanmean()) for level in LEVELS},
         **{f"{level} PPL": float(details["ppls"][level].nanmean()) for level in LEVELS},
-        "distinct-2": distinct_2(texts),
+        "KL": kl_to_frozen(model, tokenizer, repeated(columns["prompt"]), texts),
+        "distinct-2": distinct(texts, 2),
+        "repetition": 1 - distinct(texts, 3),
         "words": sum(len(text.split()) for text in texts) / len(texts),
     }
     rewards = details["rewards"].reshape(-1, num_generations).tolist()
@@ -71,15 +77,27 @@ def _without_nan(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def distinct_2(texts: list[str]) -> float:
-    """Mean over texts of their distinct word pairs over all their word pairs: 1 says nothing twice.
+def kl_to_frozen(model, tokenizer, prompts: Sequence[Text], completions: Sequence[str]) -> float:
+    """How far the adapters have moved the model from where it started: an estimate of KL(model || frozen) a token.
+
+    The mean over the completions' tokens of the frozen model's surprisal minus the model's own, in nats; unbiased if
+    the model wrote them at temperature 1. 0 without adapters, nan if no token can be scored.
+    """
+    encoded = TextEncoder(tokenizer).encode([render_prompt(prompt, tokenizer) for prompt in prompts], completions)
+    own, of_frozen = (np.concatenate(SurprisalScorer(model, adapters=on).score(encoded)) for on in (True, False))
+    return float((of_frozen - own).mean()) if len(own) else float("nan")
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Mean over texts of their distinct runs of n words over all their runs of n words: 1 says nothing twice.
 
     Source: Li et al., "A Diversity-Promoting Objective Function", https://arxiv.org/abs/1510.03055, within each text.
+    nan if no text has n words.
     """
     shares = []
     for text in texts:
         words = message_text(text).lower().split()
-        pairs = list(pairwise(words))
-        if pairs:
-            shares.append(len(set(pairs)) / len(pairs))
+        runs = [tuple(words[place : place + n]) for place in range(len(words) - n + 1)]
+        if runs:
+            shares.append(len(set(runs)) / len(runs))
     return sum(shares) / len(shares) if shares else float("nan")

@@ -44,10 +44,14 @@ class SurprisalScorer:
 
     `model`: plain, PEFT-wrapped, bitsandbytes or Unsloth. `batch_size`: most texts in one forward pass (None: as many
     as fit). `max_batch_tokens`: most tokens in one, padding included; halved for good when memory runs out.
+    `adapters`: leave them on.
     """
 
-    def __init__(self, model, batch_size: int | None = None, max_batch_tokens: int | None = None) -> None:
+    def __init__(
+        self, model, batch_size: int | None = None, max_batch_tokens: int | None = None, adapters: bool = False
+    ) -> None:
         self.model = model
+        self.adapters = adapters
         self.batch_size = batch_size
         self._sizes = _SIZES.get(model.device.type, _SIZES["cuda"])
         self.max_batch_tokens = max_batch_tokens or self._sizes.most
@@ -65,10 +69,10 @@ class SurprisalScorer:
         surprisals = [np.zeros(len(text.positions)) for text in texts]
         rows = [row for number, text in enumerate(texts) for row in windows(text, self.window, number)]
         if is_sharded(self.model):
-            with frozen(self.model):
+            with frozen(self.model, self.adapters):
                 self._score_in_step(rows, surprisals)
         elif rows:
-            with frozen(self.model):
+            with frozen(self.model, self.adapters):
                 self._score_rows(rows, surprisals)
         for number, found in enumerate(surprisals):
             if np.isnan(found).any():

@@ -1,0 +1,48 @@
+"""What is said of held-out completions: numbers by hand, and the KL beside a forward pass a token."""
+
+import math
+
+import brute_force
+import peft
+import pytest
+import toys
+
+from ppl.heldout import distinct, kl_to_frozen
+
+PROMPTS = ["Once upon a time", "The fox said: ", "The fox said: "]
+COMPLETIONS = [" there was a small fox.", "I am hungry; I want to eat.", "they walked home"]
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    options = {"r": 4, "lora_dropout": 0.5, "init_lora_weights": False, "target_modules": "all-linear"}
+    return peft.get_peft_model(toys.llama(), peft.LoraConfig(**options, task_type="CAUSAL_LM"))
+
+
+def test_kl_is_the_mean_difference_of_the_surprisals_with_and_without_adapters(adapted, tokenizer):
+    def slow():
+        pairs = zip(PROMPTS, COMPLETIONS, strict=True)
+        return [s for p, c in pairs for _, s in brute_force.token_surprisals(adapted, tokenizer, c, context=p)]
+
+    adapted.eval()
+    own = slow()
+    with adapted.disable_adapter():
+        frozen = slow()
+    expected = (sum(frozen) - sum(own)) / len(own)
+    assert abs(expected) > 0.02
+    adapted.train()  # dropout would show
+    assert kl_to_frozen(adapted, tokenizer, PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-4)
+    assert adapted.training
+
+
+def test_kl_is_0_without_adapters_and_nan_without_tokens(model, adapted, tokenizer):
+    assert kl_to_frozen(model, tokenizer, PROMPTS, COMPLETIONS) == 0
+    assert math.isnan(kl_to_frozen(adapted, tokenizer, ["Once"], [" "]))
+
+
+def test_distinct_is_the_share_of_runs_that_are_not_said_twice():
+    assert distinct(["a b a b a"], 2) == 2 / 4  # ab ba ab ba
+    assert distinct(["a b a b a"], 3) == 2 / 3  # aba bab aba
+    assert distinct(["A b. a B.", "x y z"], 2) == pytest.approx((2 / 3 + 1) / 2)  # ab. b.a ab. | xy yz
+    assert distinct(["one two", "a b c"], 3) == 1  # the first has no run of three
+    assert math.isnan(distinct(["one", ""], 2))
