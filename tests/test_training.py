@@ -1,37 +1,15 @@
 """The training script as its users run it: real Unsloth 4-bit, real TRL, the embedded model."""
 
 import json
-import os
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from training_runs import EXAMPLES, SHORT, log_history, refusal, train
 
-EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
 STEPS = 6
-SHORT = ["--max_samples", "20", "--heldout_samples", "2", "--max_new_tokens", "12", "--logging_steps", "1"]
-
-
-def train(*flags: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, "train_grpo_multilevel_unsloth.py", *map(str, flags)],
-        cwd=EXAMPLES,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == code, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done
-
-
-def refusal(*flags: str) -> str:
-    """The one line on stderr of a run that is refused with exit code 2."""
-    lines = train(*flags, code=2).stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +33,6 @@ def trained(tmp_path_factory, baselines):
         WANDB_MODE="offline", WANDB_DIR=str(output), WANDB_SILENT="true",
     )  # fmt: skip
     return output, done.stdout
-
-
-def log_history(output: Path, step: int) -> list[dict]:
-    return json.loads((output / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
 
 
 def test_it_trains_a_real_4bit_unsloth_model(trained):

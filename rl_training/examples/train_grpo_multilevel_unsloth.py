@@ -3,26 +3,26 @@
     python train_grpo_multilevel_unsloth.py --baselines_path baselines.pkl --output_dir output
 
 Every field of TRL's GRPOConfig is a flag as well (--warmup_steps 100 --beta 0.04 ...), here or in --config run.yaml.
+They are listed at https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig
 """
 
 import argparse
 import os
-import re
 import sys
 from pathlib import Path
 
-from ppl import cli
+from ppl import cli, train_flags
 from ppl.baselines import Baselines, check_meta, read_meta
 from ppl.data import find_columns, load_split, message_text, split_heldout
-from ppl.errors import InputError
 from ppl.models import add_lora, import_unsloth, load_model, model_path
-from ppl.train_config import check_flags, grpo_config, loading, reward_settings
+from ppl.resume import LATEST, find_checkpoint, resume_command
+from ppl.train_config import grpo_config, loading, reward_settings
 from ppl.train_plan import plan_batches
 
 
 def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     """(our flags, the rest: flags of GRPOConfig)."""
-    parser = cli.parser(__doc__.splitlines()[0], epilog=__doc__.splitlines()[-1])
+    parser = cli.parser(__doc__.splitlines()[0], epilog=" ".join(__doc__.splitlines()[-2:]))
     cli.add_model_flags(parser)
     cli.add_unsloth_flags(parser)
     cli.add_data_flags(parser)
@@ -71,17 +71,19 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     training.add_argument("--seed", type=int, default=42, help="of everything random")
     training.add_argument("--wandb_project", help="log to Weights & Biases (without it, nothing is sent anywhere)")
     training.add_argument("--run_name", help="name of the run")
-    try:
-        argv = cli.with_config_file(sys.argv[1:] if argv is None else argv)
-    except InputError as error:
-        parser.error(str(error))
-    # argparse would take the threshold -50:0 for a flag; with a space in front it does not.
-    return parser.parse_known_args([f" {word}" if re.match(r"-[\d.]+:", word) else word for word in argv])
+    training.add_argument(
+        "--resume_from_checkpoint", nargs="?", const=LATEST, metavar="PATH",
+        help="go on with this checkpoint, without PATH with the newest in --output_dir",
+    )  # fmt: skip
+    return train_flags.parse(parser, argv)
 
 
 def _threshold(text: str) -> tuple[float, float]:
     improvement, _, reward = text.partition(":")
-    return float(improvement), float(reward)
+    try:
+        return float(improvement), float(reward)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected PERCENT:REWARD such as 0.5:0.7") from error
 
 
 def prepare_dataset(dataset, columns):
@@ -97,13 +99,14 @@ def prepare_dataset(dataset, columns):
 
 def main(argv=None) -> int:
     args, rest = parse_args(argv)
-    return cli.run(args, lambda args: train(args, rest))
+    command = sys.argv[1:] if argv is None else argv
+    return cli.run(args, lambda args: train(args, rest, command))
 
 
-def train(args: argparse.Namespace, rest: list[str]) -> int:
+def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     # What can be refused is refused before a model is loaded.
-    check_flags(rest, vars(args))
     model_path(args.model_name)
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     settings = reward_settings(args)
     plan = plan_batches(
         args.per_device_train_batch_size,
@@ -125,7 +128,7 @@ def train(args: argparse.Namespace, rest: list[str]) -> int:
     train_rows, heldout_rows = split_heldout(dataset, args.heldout_samples, args.seed)
 
     reason = "--no_unsloth" if args.no_unsloth else import_unsloth()
-    config = grpo_config(args, rest, plan)
+    config, asked, defaults = grpo_config(args, rest, plan)
     load = loading(args, meta)
     print(f"Loading {args.model_name} ({', '.join(f'{key}={value}' for key, value in load.items())}) ...", flush=True)
     model, tokenizer, refused = load_model(
@@ -136,10 +139,10 @@ def train(args: argparse.Namespace, rest: list[str]) -> int:
     model = add_lora(model, args.lora_r, args.lora_alpha, args.seed, unsloth=reason is None)
 
     from transformers import PrinterCallback, ProgressCallback
-    from trl import GRPOTrainer
 
-    from ppl.callbacks import OneLineProgress, RewardState, StopOnSignal
-    from ppl.heldout import evaluate, write_heldout
+    from ppl.callbacks import OneLineProgress, RewardState, SafeStops
+    from ppl.grpo_trainer import ResumableGRPOTrainer
+    from ppl.heldout import evaluate, read_before, write_heldout
     from ppl.reward import MultiLevelPPLRewardFunction
     from ppl.training_report import plot_training, print_comparison
 
@@ -149,39 +152,50 @@ def train(args: argparse.Namespace, rest: list[str]) -> int:
     # TRL adds the rewards up with these weights: a second reward function is one more pair.
     rewards = [(reward_fn, 1.0)]
     config.reward_weights = config.reward_weights or [weight for _, weight in rewards]
-    stop = StopOnSignal()
-    trainer = GRPOTrainer(
+    stops = SafeStops()
+    trainer = ResumableGRPOTrainer(
         model=model,
         args=config,
         reward_funcs=[function for function, _ in rewards],
         train_dataset=train_rows,
         processing_class=tokenizer,
-        callbacks=[RewardState(reward_fn, config.resume_from_checkpoint), stop],
+        callbacks=[RewardState(reward_fn, checkpoint), stops],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(OneLineProgress)
+
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    chosen = {**vars(args), **load, "heldout_samples": len(heldout_rows)}
+    chosen["reward_thresholds"] = settings["reward_thresholds"]
+    train_flags.write_config(output / train_flags.CONFIG_FILE, chosen, asked, defaults)
     sampling = {
         "num_generations": 4,
         "max_new_tokens": config.max_completion_length,
         "temperature": config.temperature,
         "seed": config.seed,
     }
-    before = evaluate(model, tokenizer, reward_fn, heldout_rows, **sampling, progress="held-out, before")
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    if stop.received is not None:
-        print(
-            f"Stopped; go on with --resume_from_checkpoint {config.output_dir}/checkpoint-{trainer.state.global_step}"
-        )
-        return 128 + stop.received
+    held_out = output / "heldout.json"
+    before = read_before(Path(checkpoint).parent / held_out.name, heldout_rows, sampling) if checkpoint else None
+    if before is None:
+        before = evaluate(model, tokenizer, reward_fn, heldout_rows, **sampling, progress="held-out, before")
+    write_heldout(held_out, sampling, before)
+
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if stops.received is not None:
+        if trainer.is_world_process_zero():
+            checkpoint = str(output / f"checkpoint-{trainer.state.global_step}")
+            print(f"Stopped at step {trainer.state.global_step}. Go on with\n  {resume_command(command, checkpoint)}")
+        return 128 + stops.received
     trainer.save_model(config.output_dir)
     tokenizer.save_pretrained(config.output_dir)
+
     after = evaluate(model, tokenizer, reward_fn, heldout_rows, **sampling, progress="held-out, after")
-    write_heldout(Path(config.output_dir, "heldout.json"), before, after)
-    plot = Path(config.output_dir, "reward.png")
-    plot_training(trainer.state.log_history, plot)
+    write_heldout(held_out, sampling, before, after)
+    plot_training(trainer.state.log_history, output / "reward.png")
     print_comparison(before, after)
-    print(f"Adapter and tokenizer: {config.output_dir}\nReward curve: {plot}")
+    print(f"Adapter and tokenizer: {output}\nReward curve: {output / 'reward.png'}")
     return 0
 
 

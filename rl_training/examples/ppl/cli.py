@@ -77,33 +77,6 @@ def definitions(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in ("max_phrase_words", "language", "aggregation")}
 
 
-def with_config_file(argv: list[str]) -> list[str]:
-    """`argv` with the flags of its `--config FILE` put in front, so that those of the command line win.
-
-    A YAML mapping of names to values: a list is several values, true a flag without one (for GRPOConfig's fields, too),
-    null is left out. Raises `InputError` for a file that is none.
-    """
-    if "--config" not in argv[:-1]:
-        return argv
-    import yaml
-
-    path = argv[argv.index("--config") + 1]
-    try:
-        with open(path, encoding="utf-8") as file:
-            settings = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--config {path}: {' '.join(str(error).split())}: expected a YAML file of flags") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"--config {path}: expected 'name: value' lines, found {settings!r:.80}")
-    flags = []
-    for name, value in settings.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        flags += [f"--{name}", *map(str, values)]
-    return flags + argv
-
-
 def positive_int(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least 1")

@@ -62,11 +62,27 @@ def evaluate(
     return HeldOut(columns["prompt"], completions, rewards, scores)
 
 
-def write_heldout(path: Path, before: HeldOut, after: HeldOut | None) -> None:
-    """JSON `{"before": {"prompts", "completions", "rewards", "scores"}, "after": the same or null}`; null for nan."""
-    content = {name: side and asdict(side) for name, side in (("before", before), ("after", after))}
+def write_heldout(path: Path, sampling: dict, before: HeldOut, after: HeldOut | None = None) -> None:
+    """JSON `{"sampling", "before": {"prompts", "completions", "rewards", "scores"}, "after": the same or null}`.
+
+    sampling: how `evaluate` sampled. What is nan becomes null.
+    """
+    content = {"sampling": sampling, "before": asdict(before), "after": after and asdict(after)}
     text = json.dumps(_without_nan(content), ensure_ascii=False, indent=1, allow_nan=False)
     write_atomically(path, lambda file: file.write(text.encode("utf-8", "surrogatepass")))
+
+
+def read_before(path: Path, rows, sampling: dict) -> HeldOut | None:
+    """What a run that is resumed has measured before its first step; None if it was with other prompts or sampling."""
+    if not path.exists():
+        return None
+    kept = json.loads(path.read_text(encoding="utf-8", errors="surrogatepass"))
+    if kept["sampling"] != sampling or kept["before"]["prompts"] != list(rows["prompt"]):
+        return None
+    before = kept["before"]
+    rewards = [[math.nan if reward is None else reward for reward in group] for group in before["rewards"]]
+    scores = {name: math.nan if score is None else score for name, score in before["scores"].items()}
+    return HeldOut(before["prompts"], before["completions"], rewards, scores)
 
 
 def _without_nan(value):

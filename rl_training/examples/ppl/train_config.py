@@ -1,13 +1,8 @@
 """Flags of the training script -> how the model is loaded, the reward's settings, TRL's GRPOConfig."""
 
 import argparse
-import ast
-import dataclasses
-import difflib
-import importlib.util
 import os
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 from . import cli
 from .errors import InputError
@@ -41,43 +36,24 @@ def loading(args: argparse.Namespace, meta: Mapping) -> dict:
     return {"load_in_4bit": in_4bit, "dtype": dtype}
 
 
-def check_flags(rest: Iterable[str], ours: Iterable[str]) -> None:
-    """Refuse a flag that is neither one of `ours` nor a field of GRPOConfig, with the nearest name there is.
-
-    rest: the words of the command line that are not ours. Reads TRL's source instead of importing it, which takes
-    seconds. Raises `InputError`.
-    """
-    names = grpo_fields()
-    for flag in rest:
-        name = flag.removeprefix("--").partition("=")[0]
-        known = name in names or name.removeprefix("no_") in names or name.startswith("unsloth_")  # Unsloth adds some
-        if flag.startswith("--") and not known:
-            near = difflib.get_close_matches(name, [*names, *ours], n=1)
-            raise InputError(f"unknown flag {flag}" + (f", did you mean --{near[0]}?" if near else ": see --help"))
-
-
-def grpo_fields() -> set[str]:
-    """The names of GRPOConfig's fields, its parents' too, as the installed TRL and transformers have them."""
-    names = set()
-    for package, *parts in (("trl", "trainer", "grpo_config.py"), ("trl", "trainer", "base_config.py"),
-                            ("transformers", "training_args.py")):  # fmt: skip
-        folder = importlib.util.find_spec(package).submodule_search_locations[0]
-        tree = ast.parse(Path(folder, *parts).read_text(encoding="utf-8"))
-        for node in (node for node in tree.body if isinstance(node, ast.ClassDef)):
-            names |= {line.target.id for line in node.body if isinstance(line, ast.AnnAssign)}
-    return names
-
-
 def grpo_config(args: argparse.Namespace, rest: list[str], plan):
-    """TRL's GRPOConfig from our flags and `rest`, by TRL's own parser. Raises `InputError` for what TRL refuses."""
+    """(TRL's GRPOConfig, its fields as they were asked for, its fields' defaults), by TRL's own parser.
+
+    args: our flags, of which those that are fields of GRPOConfig are its values. rest: the other words of the command
+    line. Raises `InputError` for what TRL refuses.
+    """
     import torch
     from trl import GRPOConfig, TrlParser
 
-    names = {field.name for field in dataclasses.fields(GRPOConfig)}
+    class Parser(TrlParser):
+        def error(self, message: str):  # the usage of 189 flags would hide it
+            raise InputError(f"{message}: see --help")
+
+    parser = Parser([GRPOConfig], allow_abbrev=False)
+    defaults = vars(parser.parse_args([]))
     cuda = torch.cuda.is_available()
-    parser = TrlParser([GRPOConfig])
     parser.set_defaults(
-        **({name: value for name, value in vars(args).items() if name in names - {"debug"}} | plan._asdict()),
+        **({name: value for name, value in vars(args).items() if name in defaults.keys() - {"debug"}} | plan._asdict()),
         max_completion_length=args.max_new_tokens,
         report_to="wandb" if args.wandb_project else "none",
         bf16=cuda and torch.cuda.is_bf16_supported(),
@@ -86,7 +62,9 @@ def grpo_config(args: argparse.Namespace, rest: list[str], plan):
     if args.wandb_project:
         os.environ["WANDB_PROJECT"] = args.wandb_project
     try:
+        asked = vars(parser.parse_args(rest))
         (config,) = parser.parse_args_and_config(rest)
-    except ValueError as error:
+    # What GRPOConfig finds when it is made: values that do not go together, a file of DeepSpeed that is not there.
+    except (ValueError, TypeError, OSError) as error:
         raise InputError(str(error)) from error
-    return config
+    return config, asked, defaults

@@ -1,0 +1,42 @@
+"""TRL's GRPOTrainer, with what a resumed run needs to go on as if it had never stopped. Import Unsloth before this."""
+
+from collections.abc import Callable
+
+import torch
+from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
+
+
+class ResumableGRPOTrainer(GRPOTrainer):
+    """Two differences: adapters keep their precision, and every epoch's order of prompts follows from its number.
+
+    On 4-bit weights TRL turns adapters into bfloat16, where a step of 5e-5 is lost beside a weight of 0.1, and where a
+    checkpoint that is loaded again makes them float32; Unsloth's own trainer leaves them in float32, and so does this.
+    """
+
+    def __init__(self, model, *args, **kwargs) -> None:
+        trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+        super().__init__(model, *args, **kwargs)
+        for parameter, data in trained:
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        return _OrderOfEpoch(sampler, lambda: int(self.state.epoch or 0))
+
+
+class _OrderOfEpoch(RepeatSampler):
+    """TRL's sampler draws each epoch's order after the last one's: a new process would begin with the first again."""
+
+    def __init__(self, sampler: RepeatSampler, epoch: Callable[[], int]) -> None:
+        shape = (sampler.mini_repeat_count, sampler.batch_size, sampler.repeat_count)
+        super().__init__(sampler.data_source, *shape, sampler.shuffle, sampler.seed)
+        self.epoch = epoch
+
+    def __iter__(self):
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(self.epoch()):
+                torch.randperm(self.num_samples, generator=self.generator)
+        return super().__iter__()

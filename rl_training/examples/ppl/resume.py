@@ -1,0 +1,47 @@
+"""Where a stopped run goes on: its newest whole checkpoint, and the command for it."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import InputError
+
+STATE_FILE = "reward_state.json"  # of `ppl.callbacks.RewardState`: written last
+LATEST = "latest"
+
+
+def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
+    """The checkpoint to resume from; None if none is asked for. asked: its folder, or `LATEST` of `output_dir`.
+
+    Raises `InputError` if there is none, or if it is not whole: a killed process leaves half of one.
+    """
+    if asked is None:
+        return None
+    if asked == LATEST:
+        states = Path(output_dir).glob(f"checkpoint-*/{STATE_FILE}")
+        newest = max(states, key=lambda path: path.stat().st_mtime, default=None)
+        if newest is None:
+            raise InputError(f"--resume_from_checkpoint: no whole checkpoint in --output_dir {output_dir}")
+        return str(newest.parent)
+    for name in ("trainer_state.json", STATE_FILE):
+        if not Path(asked, name).is_file():
+            raise InputError(
+                f"--resume_from_checkpoint {asked} holds no {name}: expected a checkpoint-N folder of this script, "
+                "written to its end; without a value, the newest in --output_dir is taken"
+            )
+    return asked
+
+
+def resume_command(argv: Sequence[str], checkpoint: str) -> str:
+    """The command line of this process with the checkpoint to go on from in place of an earlier one."""
+    words = list(argv)
+    for place, word in enumerate(words):
+        if word.partition("=")[0] == "--resume_from_checkpoint":
+            has_value = "=" not in word and place + 1 < len(words) and not words[place + 1].startswith("--")
+            del words[place : place + 1 + has_value]
+            break
+    processes = os.environ.get("WORLD_SIZE", "1")
+    launcher = ["python"] if processes == "1" else ["accelerate", "launch", "--num_processes", processes]
+    return shlex.join([*launcher, sys.argv[0], *words, "--resume_from_checkpoint", checkpoint])

@@ -1,0 +1,180 @@
+"""A run that is stopped by signals and goes on ends where an undisturbed one does, to the last bit."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_runs import EXAMPLES, log_history, refusal, train
+
+from ppl.errors import InputError
+from ppl.resume import LATEST, STATE_FILE, find_checkpoint, resume_command
+
+STEPS = 18
+# Five prompts, each of them two optimizer steps from one sampling: an epoch is ten steps. Without baselines, the first
+# epoch's completions become them.
+FLAGS = [
+    "--max_samples", "7", "--heldout_samples", "2", "--max_new_tokens", "12", "--logging_steps", "1",
+    "--max_steps", str(STEPS), "--num_iterations", "2", "--save_steps", "3", "--learning_rate", "1e-3",
+    "--lr_scheduler_type", "cosine",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    train(*FLAGS, "--output_dir", output)
+    return output
+
+
+def stop_at(command: list[str], step: int, number: int) -> tuple[int, str]:
+    """(exit code, output) of a run that gets the signal once it has logged this step or a later one."""
+    process = subprocess.Popen(
+        command,
+        cwd=EXAMPLES,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    output = ""
+    for line in process.stdout:
+        output += line
+        if number and (logged := re.search(r"step (\d+):", line)) and int(logged.group(1)) >= step:
+            process.send_signal(number)
+            number = 0
+    return process.wait(timeout=300), output
+
+
+def printed_command(output: str) -> list[str]:
+    [line] = re.findall(r"Go on with\n +python (.*)", output)
+    return [sys.executable, *shlex.split(line)]
+
+
+@pytest.fixture(scope="module")
+def stopped_twice(tmp_path_factory):
+    """In the second epoch by SIGTERM, then by Ctrl-C, each time gone on with by the command that was printed."""
+    output = tmp_path_factory.mktemp("stopped") / "out"
+    command = [sys.executable, "train_grpo_multilevel_unsloth.py", *FLAGS, "--output_dir", str(output)]
+    runs = []
+    for step, number in ((11, signal.SIGTERM), (13, signal.SIGINT)):
+        runs.append(stop_at(command, step, number))
+        command = printed_command(runs[-1][1])
+    runs.append(stop_at(command, STEPS, 0))
+    return output, runs
+
+
+def test_a_signal_saves_and_ends_with_its_exit_code(stopped_twice):
+    output, runs = stopped_twice
+    assert [code for code, _ in runs] == [128 + 15, 128 + 2, 0]
+    stops = [int(re.search(r"Stopped at step (\d+)", printed).group(1)) for _, printed in runs[:2]]
+    for step in stops:
+        assert step % 2 == 0 and (output / f"checkpoint-{step}" / STATE_FILE).exists()
+    assert 12 <= stops[0] < stops[1] < STEPS
+
+
+def test_it_ends_with_the_same_adapter_and_reward_state(undisturbed, stopped_twice):
+    output, _ = stopped_twice
+    for name in ("adapter_model.safetensors", f"checkpoint-{STEPS}/{STATE_FILE}"):
+        assert (undisturbed / name).read_bytes() == (output / name).read_bytes(), name
+    state = json.loads((output / f"checkpoint-{STEPS}" / STATE_FILE).read_text())
+    assert len(state["first_visits"]) == 7  # five prompts, and the two that are held out
+
+
+def test_it_logs_the_same_steps(undisturbed, stopped_twice):
+    logs = []
+    for output in (undisturbed, stopped_twice[0]):
+        entries = [entry for entry in log_history(output, STEPS) if "reward" in entry]
+        logs.append([(e["step"], e["reward"], e["reward_word"], e["loss"], e["entropy"]) for e in entries])
+    assert logs[0] == logs[1] and [entry[0] for entry in logs[0]] == list(range(1, STEPS, 2))  # where it samples
+    assert {entry[1] for entry in logs[0][:5]} == {0.0} and any(entry[1] > 0 for entry in logs[0][5:])
+
+
+def test_what_was_measured_before_training_is_kept(undisturbed, stopped_twice):
+    output, runs = stopped_twice
+    assert [("held-out, before" in printed, "held-out, after" in printed) for _, printed in runs] == [
+        (True, False), (False, False), (False, True),
+    ]  # fmt: skip
+    expected, found = (json.loads((folder / "heldout.json").read_text()) for folder in (undisturbed, output))
+    assert found["before"] == expected["before"] and found["after"]["completions"] == expected["after"]["completions"]
+    # A text scored in another batch differs in the last digits.
+    assert found["after"]["scores"] == pytest.approx(expected["after"]["scores"])
+
+
+def test_checkpoints_wait_for_the_next_sampling(undisturbed):
+    """Due after 3, 6, 9, ... steps; completions are sampled every other step."""
+    steps = sorted(int(path.name.partition("-")[2]) for path in undisturbed.glob("checkpoint-*"))
+    assert steps == [4, 6, 10, 12, 16, 18]
+
+
+def test_the_settings_beside_the_model_give_the_same_run(undisturbed):
+    from ppl.train_config import grpo_config
+    from ppl.train_plan import BatchPlan
+    from train_grpo_multilevel_unsloth import parse_args
+
+    asked, ours = [], []
+    for argv in ([*FLAGS, "--output_dir", str(undisturbed)], ["--config", str(undisturbed / "training_config.yaml")]):
+        args, rest = parse_args(argv)
+        asked.append(grpo_config(args, rest, BatchPlan(2, 8))[1])
+        ours.append(vars(args))
+    assert asked[0] == asked[1] and asked[1]["num_iterations"] == 2 and asked[1]["max_completion_length"] == 12
+    filled_in = {name for name in ours[0] if ours[0][name] != ours[1][name]}
+    assert filled_in == {
+        "config",
+        "load_in_4bit",
+        "gradient_accumulation_steps",
+        "num_generations",
+        "reward_thresholds",
+    }
+    assert ours[1]["load_in_4bit"] is True and ours[1]["reward_thresholds"][0] == (0.05, 0.2)
+
+
+def whole(folder: Path, step: int, age: float) -> Path:
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{}")
+    (checkpoint / STATE_FILE).write_text("{}")
+    os.utime(checkpoint / STATE_FILE, (age, age))
+    return checkpoint
+
+
+def test_the_latest_checkpoint_is_the_newest_whole_one(tmp_path):
+    assert find_checkpoint(None, str(tmp_path)) is None
+    with pytest.raises(InputError, match="no whole checkpoint"):
+        find_checkpoint(LATEST, str(tmp_path))
+    whole(tmp_path, 500, age=1)  # of an earlier run
+    newest = whole(tmp_path, 20, age=2)
+    (tmp_path / "checkpoint-30").mkdir()  # the process was killed while writing it
+    assert find_checkpoint(LATEST, str(tmp_path)) == str(newest)
+    with pytest.raises(InputError, match=r"checkpoint-30 holds no trainer_state.json"):
+        find_checkpoint(str(tmp_path / "checkpoint-30"), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--a", "b c"],
+        ["--resume_from_checkpoint", "--a", "b c"],
+        ["--a", "b c", "--resume_from_checkpoint", "old"],
+        ["--resume_from_checkpoint=old", "--a", "b c"],
+    ],
+)
+def test_the_command_to_go_on(argv, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert resume_command(argv, "out/checkpoint-3") == (
+        "python train.py --a 'b c' --resume_from_checkpoint out/checkpoint-3"
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert resume_command(argv, "c").startswith("accelerate launch --num_processes 2 train.py ")
+
+
+def test_resuming_from_nothing_is_refused(tmp_path):
+    out = tmp_path / "out"
+    assert "no whole checkpoint" in refusal("--resume_from_checkpoint", "--output_dir", out)
+    assert "nowhere holds no trainer_state.json" in refusal("--resume_from_checkpoint", "nowhere", "--output_dir", out)
+    assert not out.exists()
