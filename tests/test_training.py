@@ -65,7 +65,7 @@ def test_its_rewards_are_those_of_the_thresholds(trained):
 def test_it_says_how_held_out_prompts_fare_before_and_after(trained):
     out, printed = trained
     assert "8 completions of 2 prompts" in printed
-    for name in ("before", "after", "reward", "word PPL", "sentence improvement %", "distinct-2"):
+    for name in ("before", "after", "reward", "word PPL", "sentence improvement %", "distinct-2", "loop penalty"):
         assert name in printed
     held_out = json.loads((out / "out" / "heldout.json").read_text())
     for side in ("before", "after"):
@@ -121,6 +121,7 @@ def test_without_unsloth_it_says_why_and_trains_with_peft(tmp_path):
     ("flags", "words"),
     [
         (["--num_generations", "6", "--gradient_accumulation_steps", "2"], ["= 8 completions", "--num_generations 4"]),
+        (["--repetition_penalty", "-1"], ["--repetition_penalty is -1.0", "0 (no guard"]),
         (["--ppl_weights", "0", "0", "0"], ["weights", "(0.0, 0.0, 0.0)", "not all 0"]),
         (["--ppl_weights", "-1", "1", "1"], ["weights", "-1.0", "none negative"]),
         (["--reward_thresholds", "1:0.5", "1:0.7"], ["1 % twice"]),

@@ -14,6 +14,7 @@ from pathlib import Path
 from ppl import cli, train_flags
 from ppl.baselines import Baselines, check_meta, read_meta
 from ppl.data import find_columns, load_split, message_text, split_heldout
+from ppl.guard import WEIGHT, check_reward_weights, loop_guard
 from ppl.models import add_lora, import_unsloth, load_model, model_path
 from ppl.resume import LATEST, find_checkpoint, resume_command
 from ppl.train_config import grpo_config, loading, reward_settings
@@ -49,6 +50,10 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     )  # fmt: skip
     reward.add_argument("--interpolate", action="store_true", help="linear between the thresholds instead of steps")
     reward.add_argument("--normalize_rewards", action="store_true", help="mean 0, standard deviation 1 in each call")
+    reward.add_argument(
+        "--repetition_penalty", type=float, default=WEIGHT, metavar="W",
+        help="what loops cost, in ranges of the reward; 0: nothing",
+    )  # fmt: skip
     reward.add_argument("--missing", choices=("error", "skip"), default="error", help="rows without a baseline")
     reward.add_argument("--allow_baseline_mismatch", action="store_true", help="use baselines made otherwise")
 
@@ -129,6 +134,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
 
     reason = "--no_unsloth" if args.no_unsloth else import_unsloth()
     config, asked, defaults = grpo_config(args, rest, plan)
+    check_reward_weights(config.reward_weights, guarded=args.repetition_penalty > 0)
     load = loading(args, meta)
     print(f"Loading {args.model_name} ({', '.join(f'{key}={value}' for key, value in load.items())}) ...", flush=True)
     model, tokenizer, refused = load_model(
@@ -149,8 +155,12 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, baselines, **settings)
     if baselines is None and not args.allow_baseline_mismatch:
         check_meta(columns_of, reward_fn.identity)
-    # TRL adds the rewards up with these weights: a second reward function is one more pair.
+    # TRL adds the rewards up with these weights: one more reward function is one more pair.
     rewards = [(reward_fn, 1.0)]
+    if args.repetition_penalty:
+        in_one_call = config.per_device_train_batch_size * config.steps_per_generation
+        normalized_over = in_one_call if args.normalize_rewards else None
+        rewards.append(loop_guard(args.repetition_penalty, settings["reward_thresholds"], normalized_over))
     config.reward_weights = config.reward_weights or [weight for _, weight in rewards]
     stops = SafeStops()
     trainer = ResumableGRPOTrainer(
@@ -170,6 +180,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     chosen = {**vars(args), **load, "heldout_samples": len(heldout_rows)}
     chosen["reward_thresholds"] = settings["reward_thresholds"]
     train_flags.write_config(output / train_flags.CONFIG_FILE, chosen, asked, defaults)
+    penalties = rewards[1:]
     sampling = {
         "num_generations": 4,
         "max_new_tokens": config.max_completion_length,
@@ -179,7 +190,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     held_out = output / "heldout.json"
     before = read_before(Path(checkpoint).parent / held_out.name, heldout_rows, sampling) if checkpoint else None
     if before is None:
-        before = evaluate(model, tokenizer, reward_fn, heldout_rows, **sampling, progress="held-out, before")
+        before = evaluate(model, tokenizer, reward_fn, heldout_rows, penalties, **sampling, progress="held-out, before")
     write_heldout(held_out, sampling, before)
 
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -191,7 +202,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     trainer.save_model(config.output_dir)
     tokenizer.save_pretrained(config.output_dir)
 
-    after = evaluate(model, tokenizer, reward_fn, heldout_rows, **sampling, progress="held-out, after")
+    after = evaluate(model, tokenizer, reward_fn, heldout_rows, penalties, **sampling, progress="held-out, after")
     write_heldout(held_out, sampling, before, after)
     plot_training(trainer.state.log_history, output / "reward.png")
     print_comparison(before, after)

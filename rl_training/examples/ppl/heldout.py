@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,11 +28,19 @@ class HeldOut:
 
 
 def evaluate(
-    model, tokenizer, reward_fn: MultiLevelPPLRewardFunction, rows, *, num_generations: int, **sampling
+    model,
+    tokenizer,
+    reward_fn: MultiLevelPPLRewardFunction,
+    rows,
+    penalties: Sequence[tuple[Callable, float]] = (),
+    *,
+    num_generations: int,
+    **sampling,
 ) -> HeldOut:
     """Sample completions for the prompts of `rows` and score them with the reward, before its `normalize`.
 
-    rows: a data set of `prepare_dataset`. sampling: keywords of `sample_completions`.
+    rows: a data set of `prepare_dataset`. penalties: the reward functions of completion ids beside it, with their
+    weights (`ppl.guard`); their mean is the score "loop penalty". sampling: keywords of `sample_completions`.
     """
     columns = {name: list(rows[name]) for name in rows.column_names}
     completions = sample_completions(model, tokenizer, columns["prompt"], num_generations=num_generations, **sampling)
@@ -58,6 +66,10 @@ def evaluate(
         "repetition": 1 - distinct(texts, 3),
         "words": sum(len(text.split()) for text in texts) / len(texts),
     }
+    if penalties:
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        means = [weight * float(np.mean(penalty(completion_ids=ids))) for penalty, weight in penalties]
+        scores["loop penalty"] = sum(means)
     rewards = details["rewards"].reshape(-1, num_generations).tolist()
     return HeldOut(columns["prompt"], completions, rewards, scores)
 

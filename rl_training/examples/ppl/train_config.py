@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from . import cli
 from .errors import InputError
+from .guard import check_weight
 from .thresholds import DEFAULT_THRESHOLDS, Thresholds, checked_weights
 
 
@@ -14,6 +15,7 @@ def reward_settings(args: argparse.Namespace) -> dict:
     thresholds = args.reward_thresholds or DEFAULT_THRESHOLDS
     Thresholds(thresholds)
     checked_weights(args.ppl_weights)
+    check_weight(args.repetition_penalty)
     return {
         "weights": tuple(args.ppl_weights),
         "reward_thresholds": thresholds,
