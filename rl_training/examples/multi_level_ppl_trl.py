@@ -25,8 +25,21 @@ _EXPORTS = {
 __all__ = list(_EXPORTS)
 
 
+def _configured_reward():
+    """`trl grpo --reward_funcs multi_level_ppl_trl.multi_level_ppl`: the reward that PPL_REWARD_CONFIG describes.
+
+    What is wrong with the file is said now, before the trainer loads a model.
+    """
+    from ppl.reward_config import multi_level_ppl, read_settings
+
+    read_settings()
+    return multi_level_ppl
+
+
 def __getattr__(name: str):
     # On first use: torch takes seconds to import, and --help is to be instant.
+    if name == "multi_level_ppl":
+        return _configured_reward()
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
