@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 
 from ppl import train_flags
+from ppl.train_config import grpo_config
+from ppl.train_plan import plan_batches
 from train_grpo_multilevel_unsloth import parse_args
 
 
@@ -42,6 +44,13 @@ def test_a_flag_nobody_has_is_refused_with_the_nearest_one(capsys, tmp_path, fla
 def test_flags_of_grpo_config_are_left_to_it():
     flags = ["--beta", "0.04", "--no_gradient_checkpointing", "--warmup_steps=3", "--use_vllm"]
     assert parse_args(flags)[1] == flags
+
+
+def test_what_a_loop_costs_does_not_reach_the_sampling(tmp_path):
+    """GRPOConfig has a repetition_penalty, too: with 20 in it the policy would write no two words."""
+    args, rest = parse_args(["--repetition_penalty", "20", "--output_dir", str(tmp_path)])
+    config, _, defaults = grpo_config(args, rest, plan_batches(4, None, None))
+    assert args.repetition_penalty == 20 and config.repetition_penalty == defaults["repetition_penalty"] == 1
 
 
 @pytest.mark.parametrize(

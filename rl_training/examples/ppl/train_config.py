@@ -54,8 +54,10 @@ def grpo_config(args: argparse.Namespace, rest: list[str], plan):
     parser = Parser([GRPOConfig], allow_abbrev=False)
     defaults = vars(parser.parse_args([]))
     cuda = torch.cuda.is_available()
+    # GRPOConfig has fields of these names, too: its repetition_penalty would divide the logits while sampling.
+    shared = defaults.keys() - {"debug", "repetition_penalty"}
     parser.set_defaults(
-        **({name: value for name, value in vars(args).items() if name in defaults.keys() - {"debug"}} | plan._asdict()),
+        **({name: value for name, value in vars(args).items() if name in shared} | plan._asdict()),
         max_completion_length=args.max_new_tokens,
         report_to="wandb" if args.wandb_project else "none",
         bf16=cuda and torch.cuda.is_bf16_supported(),
