@@ -103,7 +103,7 @@ def test_what_was_measured_before_training_is_kept(undisturbed, stopped_twice):
     expected, found = (json.loads((folder / "heldout.json").read_text()) for folder in (undisturbed, output))
     assert found["before"] == expected["before"] and found["after"]["completions"] == expected["after"]["completions"]
     # A text scored in another batch differs in the last digits.
-    assert found["after"]["scores"] == pytest.approx(expected["after"]["scores"])
+    assert found["after"]["scores"] == pytest.approx(expected["after"]["scores"], rel=1e-4)
 
 
 def test_checkpoints_wait_for_the_next_sampling(undisturbed):

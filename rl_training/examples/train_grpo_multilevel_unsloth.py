@@ -147,6 +147,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     from transformers import PrinterCallback, ProgressCallback
 
     from ppl.callbacks import OneLineProgress, RewardState, SafeStops
+    from ppl.diagnostics import Diagnostics
     from ppl.grpo_trainer import ResumableGRPOTrainer
     from ppl.heldout import evaluate, read_before, write_heldout
     from ppl.reward import MultiLevelPPLRewardFunction
@@ -155,6 +156,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, baselines, **settings)
     if baselines is None and not args.allow_baseline_mismatch:
         check_meta(columns_of, reward_fn.identity)
+    reward_fn.observer = Diagnostics()
     # TRL adds the rewards up with these weights: one more reward function is one more pair.
     rewards = [(reward_fn, 1.0)]
     if args.repetition_penalty:
@@ -169,7 +171,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
         reward_funcs=[function for function, _ in rewards],
         train_dataset=train_rows,
         processing_class=tokenizer,
-        callbacks=[RewardState(reward_fn, checkpoint), stops],
+        callbacks=[RewardState(reward_fn, checkpoint), reward_fn.observer, stops],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

@@ -10,6 +10,7 @@ import torch
 from transformers import ProgressCallback, TrainerCallback
 
 from .baselines import write_atomically
+from .diagnostics import in_one_line
 from .resume import STATE_FILE
 from .units import LEVELS
 
@@ -27,6 +28,7 @@ class OneLineProgress(ProgressCallback):
                     f"step {state.global_step}{', eval' if prefix else ''}: reward {logs[f'{prefix}reward']:.3f} "
                     f"(spread {logs[f'{prefix}reward_std']:.3f}), {levels}, "
                     f"{logs[f'{prefix}completions/mean_length']:.0f} tokens, entropy {logs[f'{prefix}entropy']:.2f}"
+                    f"{in_one_line(logs, prefix)}"
                 )
 
 

@@ -90,6 +90,7 @@ class MultiLevelPPLRewardFunction:
         self._weights_version: int | None = None
         self._warned_of_training = False
         self._last: _LastCall | None = None
+        self.observer = None  # `ppl.diagnostics.Diagnostics`: is shown every call of a trainer
 
     @property
     def device(self) -> torch.device:
@@ -128,7 +129,10 @@ class MultiLevelPPLRewardFunction:
                 raise FloatingPointError(f"{self.__name__} gave a reward of {reward}, expected a finite number")
         if self._last and (log_metric := columns.get("log_metric")):
             self._log(log_metric)
-        return [None if skip else reward for reward, skip in zip(rewards, skipped, strict=True)]
+        rewards = [None if skip else reward for reward, skip in zip(rewards, skipped, strict=True)]
+        if self._last and self.observer is not None:
+            self.observer.observe(self._last, self.thresholds, prompts, texts, rewards, columns.get("log_metric"))
+        return rewards
 
     def compute_rewards(
         self,
@@ -200,7 +204,7 @@ class MultiLevelPPLRewardFunction:
         }
         if self.normalize:
             rewards[~skipped] = normalized(rewards[~skipped])
-        self._last = _LastCall(details, skipped, ~(skipped | unscorable))
+        self._last = _LastCall(details, skipped, ~(skipped | unscorable), first_visit)
         result = torch.from_numpy(rewards).float().to(self.device)
         return (result, details) if return_details else result
 
@@ -209,11 +213,14 @@ class MultiLevelPPLRewardFunction:
         return {**self.__dict__, "_weights_version": None}
 
     def state_dict(self) -> dict:
-        """What a resumed run needs: the zero-shot baselines recorded so far."""
-        return {"first_visits": {key: value.tolist() for key, value in self.first_visits.items()}}
+        """What a resumed run needs: the zero-shot baselines recorded so far, and the observer's state."""
+        state = {"first_visits": {key: value.tolist() for key, value in self.first_visits.items()}}
+        return state if self.observer is None else {**state, "diagnostics": self.observer.state_dict()}
 
     def load_state_dict(self, state: Mapping) -> None:
         self.first_visits = {key: np.array(value) for key, value in state["first_visits"].items()}
+        if self.observer is not None and "diagnostics" in state:
+            self.observer.load_state_dict(state["diagnostics"])
 
     def _perplexities(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """float64 [B, 3], from the cache where it has them."""
@@ -306,6 +313,7 @@ class _LastCall(NamedTuple):
     details: dict
     skipped: np.ndarray  # bool [B]: rows without a baseline or a reference
     scored: np.ndarray  # bool [B]: rows with a perplexity and a baseline
+    first_visit: np.ndarray  # bool [B]: rows that make their prompt's baseline
 
 
 def _key(ids, prompts, references, place: int):

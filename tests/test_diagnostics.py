@@ -1,0 +1,183 @@
+"""A run that learns nothing is told why: the real reward function in each failure, and the real script in one."""
+
+import json
+import random
+import types
+
+import pytest
+import torch
+from training_runs import train
+
+from ppl.data import TINY_STORIES
+from ppl.diagnostics import WINDOW, Diagnostics, in_one_line
+from ppl.reward import MultiLevelPPLRewardFunction
+
+STATE = types.SimpleNamespace(is_world_process_zero=True, global_step=0)
+WORDS = ["fox", "mill", "river", "stone", "bread", "crow", "cheese", "winter", "lamp", "garden", "boat", "song"]
+
+
+def level(value):
+    return dict.fromkeys(("word", "phrase", "sentence"), value)
+
+
+def writing(rng, words=12):
+    return " " + " ".join(rng.choices(WORDS, k=words))
+
+
+def run(reward_fn, steps=WINDOW, prompts=None, write=writing, group=4):
+    """The verdicts after so many steps of real reward calls, and the metrics of the last one."""
+    rng = random.Random(0)
+    watch = reward_fn.observer = Diagnostics()
+    for step in range(steps):
+        watch.on_step_begin(None, STATE, None)
+        prompt = prompts(step) if prompts else f"Prompt {step % 3}"
+        logged = {}
+        texts = [write(rng) for _ in range(group)]
+        reward_fn([prompt] * group, texts, id=[prompt] * group, log_metric=logged.__setitem__)
+        watch.on_step_end(None, STATE, None)
+    return watch, logged
+
+
+@pytest.fixture
+def function(model, tokenizer):
+    def make(baselines, **options):
+        return MultiLevelPPLRewardFunction(model, tokenizer, baselines, **options)
+
+    return make
+
+
+EVERY = [f"Prompt {place}" for place in range(3)]
+
+
+def test_saturated(function, capsys):
+    watch, logged = run(function(dict.fromkeys(EVERY, level(1e9))))
+    assert list(watch.verdicts()) == watch.named == ["saturated"]
+    assert (logged["diagnostics/at_top"], logged["diagnostics/no_spread"]) == (1, 1)
+    printed = capsys.readouterr().out
+    assert printed.count("SATURATED: 100%") == 1 and "--generate" in printed and "--temperature 1" in printed
+
+
+def test_all_zero_because_the_baselines_are_out_of_reach(function, capsys):
+    watch, logged = run(function(dict.fromkeys(EVERY, level(1.01))))
+    assert watch.named == ["all zero"] and logged["diagnostics/at_zero"] == 1
+    printed = capsys.readouterr().out
+    assert "ALL ZERO: 100%" in printed and "cannot match yet" in printed and "--generate" in printed
+
+
+def test_all_zero_because_every_visit_is_the_first(function, capsys):
+    watch, logged = run(function(None), prompts=lambda step: f"Prompt {step}")
+    assert watch.named == ["all zero"] and logged["diagnostics/first_visit"] == 1
+    assert "100%: first visit" in (printed := capsys.readouterr().out) and "--num_train_epochs" in printed
+
+
+def test_all_zero_because_there_are_no_baselines(function, capsys):
+    watch, logged = run(function({"another": level(9.0)}, missing="skip"))
+    assert watch.named == ["all zero"] and logged["diagnostics/missing"] == 1
+    assert "100%: no baseline" in capsys.readouterr().out
+
+
+def test_all_zero_because_nothing_is_written(function, capsys):
+    watch, logged = run(function(dict.fromkeys(EVERY, level(9.0))), write=lambda rng: " ")
+    assert watch.named == ["all zero"] and logged["diagnostics/unscorable"] == 1
+    assert "100%: blank" in capsys.readouterr().out
+
+
+def test_no_spread_for_another_reason(function, capsys):
+    between = [(-1e8, 0.5), (99.9, 1.0)]  # everything is at 0.5
+    watch, logged = run(function(dict.fromkeys(EVERY, level(9.0)), reward_thresholds=between))
+    assert watch.named == ["no spread"]
+    assert (logged["diagnostics/at_zero"], logged["diagnostics/at_top"], logged["diagnostics/no_spread"]) == (0, 0, 1)
+    assert "NO SPREAD" in (printed := capsys.readouterr().out) and "--interpolate" in printed
+
+
+@pytest.mark.parametrize("spoilt", ["loops", "brevity"])
+def test_gamed(function, capsys, spoilt):
+    made = iter(range(10_000))
+
+    def worse(rng):
+        if next(made) < 40:
+            return writing(rng)
+        return " the fox" * 6 if spoilt == "loops" else " the fox"
+
+    baselines = dict.fromkeys(EVERY, level(500.0))
+    watch, logged = run(
+        function(baselines, interpolate=True, reward_thresholds=[(-1e6, 0), (100, 1)]), steps=30, write=worse
+    )
+    assert "gamed" in watch.named
+    name = "distinct_2_of_start" if spoilt == "loops" else "length_of_start"
+    assert logged[f"diagnostics/{name}"] < 0.5
+    assert capsys.readouterr().out.count("GAMED") == 1
+
+
+def test_a_run_that_learns_is_told_nothing(function, capsys):
+    interpolated = function(
+        dict.fromkeys(EVERY, level(500.0)), interpolate=True, reward_thresholds=[(-1e6, 0), (100, 1)]
+    )
+    watch, logged = run(interpolated, steps=2 * WINDOW)
+    assert watch.named == [] and logged["diagnostics/no_spread"] == 0
+    assert logged["diagnostics/distinct_2_of_start"] == pytest.approx(1, abs=0.1)
+    assert capsys.readouterr().out == ""
+
+
+def test_not_before_its_twenty_steps_and_not_from_evaluations(function):
+    saturated = function(dict.fromkeys(EVERY, level(1e9)))
+    watch, _ = run(saturated, steps=WINDOW - 1)
+    assert watch.verdicts() == {}
+    saturated([EVERY[0]] * 2, [" fox", " mill"], id=[EVERY[0]] * 2)  # no step is going on
+    assert len(watch._calls) == WINDOW - 1
+
+
+def test_names_are_the_same_at_every_call(function):
+    _, one = run(function(dict.fromkeys(EVERY, level(1e9))), steps=1)
+    _, other = run(function({"another": level(1.0)}, missing="skip"), steps=1, write=lambda rng: "")
+    assert set(one) == set(other) and all(value == value for value in [*one.values(), *other.values()])
+
+
+def test_it_goes_on_where_it_stopped(function):
+    reward_fn = function(dict.fromkeys(EVERY, level(1e9)))
+    watch, _ = run(reward_fn)
+    state = reward_fn.state_dict()
+    reward_fn.observer = Diagnostics()
+    reward_fn.load_state_dict(state)
+    assert (reward_fn.observer.start, reward_fn.observer.named) == (watch.start, ["saturated"])
+
+
+def test_the_progress_line():
+    logs = {"diagnostics/at_zero": 0.25, "diagnostics/at_top": 0.5, "diagnostics/no_spread": 1.0}
+    assert in_one_line(logs) == ", at 0 25%, at top 50%, groups alike 100%"
+    assert in_one_line({}) == ""
+
+
+def _half_a_group(rank, folder):
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    import accelerate
+    import toys
+
+    accelerate.PartialState(cpu=True)
+    tokenizer, model = toys.byte_level(), toys.llama()
+    # Rewards 1 in one process, 0 in the other: only together has the group a spread.
+    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, {"p": level(1e9 if rank else 1.01)})
+    watch = reward_fn.observer = Diagnostics()
+    watch.on_step_begin(None, STATE, None)
+    logged = {}
+    reward_fn(["p"] * 2, [" fox", " mill"], id=["p"] * 2, log_metric=logged.__setitem__)
+    assert (logged["diagnostics/no_spread"], logged["diagnostics/at_top"]) == (0, 0.5), logged
+
+
+def test_two_processes_with_a_half_of_a_group_each(tmp_path):
+    torch.multiprocessing.spawn(_half_a_group, (str(tmp_path),), nprocs=2)
+
+
+def test_a_real_run_that_is_saturated_says_so(tmp_path):
+    printed = train(
+        "--max_samples", 12, "--heldout_samples", 2, "--max_new_tokens", 12, "--max_steps", WINDOW, "--save_steps", 100,
+        "--reward_thresholds", "-1000000:1", "--baselines_path", easy(tmp_path), "--no_unsloth", "--no-load_in_4bit",
+        "--output_dir", tmp_path / "out",
+    ).stdout  # fmt: skip
+    assert "SATURATED" in printed and "groups alike 100%" in printed
+
+
+def easy(tmp_path):
+    stories = json.loads((TINY_STORIES / "train.json").read_text())[:12]
+    (tmp_path / "easy.json").write_text(json.dumps({story["id"]: level(1e6) for story in stories}))
+    return tmp_path / "easy.json"
