@@ -34,6 +34,7 @@ def playground(tmp_path_factory) -> Path:
     examples = tmp_path_factory.mktemp("clone") / "rl_training" / "examples"
     ignored = shutil.ignore_patterns("__pycache__", "output*", "*.pkl*")
     shutil.copytree(ROOT / "rl_training" / "examples", examples, ignore=ignored)
+    shutil.copytree(ROOT / "studies", examples.parent.parent / "studies", ignore=ignored)
     stories = json.loads((examples / "tiny_stories" / "train.json").read_text())
     llama = examples / "unsloth" / "llama-3-8b-bnb-4bit"
     shutil.copytree(examples / "tiny_stories", llama, ignore=shutil.ignore_patterns("*.py", "train.json", "test.json"))

@@ -1,0 +1,39 @@
+"""What the studies share: where the scripts are, tables that are Markdown in a pipe, files that are whole."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "rl_training" / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """The first column to the left, the others to the right; in a file or a pipe the table is Markdown."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    table = Table(title=title, title_justify="left", box=box.ROUNDED if console.is_terminal else box.MARKDOWN)
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def write_json(path: Path, content: dict) -> None:
+    from ppl.baselines import write_atomically
+
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_figure(path: Path, figure) -> None:
+    from ppl.baselines import write_atomically
+
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))

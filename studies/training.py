@@ -1,0 +1,301 @@
+"""Does training with the reward work, and what do the levels add? GRPO through the training script, arm by arm.
+
+    python training.py --output_dir study_training
+
+An arm is the configuration of `make demo` with some flags changed; each is run with every seed, a process a run. A run
+that is finished is not run again: a stopped study goes on with the same command.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from common import EXAMPLES, print_table, write_figure, write_json
+
+from ppl import cli
+from ppl.errors import InputError
+from ppl.units import LEVELS
+
+DEMO = "--max_new_tokens 64 --learning_rate 2e-3 --per_device_train_batch_size 16"
+BASELINES = "--load_in_4bit --generate 4 --max_new_tokens 64"
+# The levels are compared without the guard, which would hide what they do on their own.
+ARMS = {
+    "default": "",
+    "no loop guard": "--repetition_penalty 0",
+    "word only": "--repetition_penalty 0 --ppl_weights 1 0 0",
+    "phrase only": "--repetition_penalty 0 --ppl_weights 0 1 0",
+    "sentence only": "--repetition_penalty 0 --ppl_weights 0 0 1",
+    "selective": "--repetition_penalty 0 --aggregation selective",
+    "selective, sentence only": "--repetition_penalty 0 --aggregation selective --ppl_weights 0 0 1",
+    "reference": "--repetition_penalty 0 --target reference",
+}
+QUICK = {"arms": ["default", "sentence only"], "seeds": [0], "max_steps": 2}
+QUICK_FLAGS = "--max_samples 20 --heldout_samples 4 --max_new_tokens 12"
+QUICK_BASELINES = "--num_samples 20 --generate 2 --max_new_tokens 12"
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = cli.parser(__doc__.splitlines()[0], epilog=__doc__.rpartition("\n\n")[2])
+    parser.add_argument("--output_dir", default="study_training", help="numbers, picture, and a folder for each run")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="what to compare")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run of each arm for each")
+    parser.add_argument("--max_steps", type=cli.positive_int, default=100, help="optimizer steps of a run")
+    parser.add_argument("--jobs", type=cli.positive_int, default=2, help="runs at a time")
+    parser.add_argument("--quick", action="store_true", help="two arms, one seed, two steps of short texts: a try")
+    parser.add_argument("--model_name", default="tiny-stories", help="as for the training script")
+    parser.add_argument("--dataset_name", default="tiny-stories", help="as for the training script")
+    parser.add_argument(
+        "--flags", default="", metavar="'FLAGS'", help="for every run, after those of the demo: '--learning_rate 1e-3'"
+    )
+    args = parser.parse_args(argv)
+    if args.quick:
+        vars(args).update(QUICK, flags=f"{QUICK_FLAGS} {args.flags}")
+    return args
+
+
+def main(argv=None) -> int:
+    return cli.run(parse_args(argv), study)
+
+
+def study(args: argparse.Namespace) -> int:
+    output = Path(args.output_dir).resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    common = ["--model_name", resolved(args.model_name), "--dataset_name", resolved(args.dataset_name)]
+    runs = {}
+    for arm in args.arms:
+        flags = [*common, *DEMO.split(), *ARMS[arm].split(), *args.flags.split(), "--max_steps", str(args.max_steps)]
+        if "reference" not in flags:  # for which the reward computes them itself
+            definitions = ["--aggregation", "selective"] if "selective" in flags else []
+            short = QUICK_BASELINES.split() if args.quick else []
+            path = compute_baselines(output, [*common, *BASELINES.split(), *short, *definitions])
+            flags += ["--baselines_path", str(path)]
+        for seed in args.seeds:
+            runs[arm, seed] = (output / re.sub(r"\W+", "_", arm) / f"seed_{seed}", flags)
+    run_all(runs, args.jobs)
+    found = {run: json.loads((folder / "heldout.json").read_text("utf-8")) for run, (folder, _) in runs.items()}
+    scores = common_scores(args, found)
+    settings = ("model_name", "dataset_name", "seeds", "max_steps", "flags")
+    numbers = {
+        "settings": {name: getattr(args, name) for name in settings},
+        "arms": {
+            arm: {"flags": ARMS[arm], "seeds": {str(seed): scores[arm, seed] for seed in args.seeds}}
+            for arm in args.arms
+        },
+    }
+    for arm in numbers["arms"].values():
+        arm["summary"] = summary(list(arm["seeds"].values()))
+    write_json(output / "training.json", numbers)
+    write_figure(output / "training.png", figure(numbers))
+    show(numbers)
+    print(f"Numbers: {output / 'training.json'}\nPicture: {output / 'training.png'}")
+    return 0
+
+
+def resolved(name: str) -> str:
+    """A folder or file by its whole path, since every run works in a folder of its own."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def compute_baselines(output: Path, flags: list[str]) -> Path:
+    """The baselines of the model's own writing, computed once for all arms that share their flags."""
+    name = "baselines-selective.json" if "selective" in flags else "baselines.json"
+    path = output / name
+    if not path.exists():
+        print(f"{name}: sampling and scoring ...", file=sys.stderr)
+        call("compute_baselines_trl.py", [*flags, "--output_path", str(path)], output / f"{name}.log")
+    return path
+
+
+def run_all(runs: dict[tuple[str, int], tuple[Path, list[str]]], jobs: int) -> None:
+    """Run what is not finished, `jobs` at a time. Raises `InputError`, at the end, for runs that failed."""
+    from tqdm import tqdm
+
+    open_runs = {key: run for key, run in runs.items() if not finished(*run)}
+    if len(open_runs) < len(runs):
+        print(f"{len(runs) - len(open_runs)} of {len(runs)} runs are finished already", file=sys.stderr)
+    failed = []
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        waiting = {pool.submit(run_one, folder, flags, seed): arm for (arm, seed), (folder, flags) in open_runs.items()}
+        with tqdm(total=len(waiting), unit="run", disable=not waiting) as bar:
+            for done in as_completed(waiting):
+                try:
+                    done.result()
+                except InputError as error:
+                    failed.append(error)
+                    bar.write(str(error), file=sys.stderr)
+                bar.set_postfix_str(waiting[done])
+                bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, which the running ones get, too
+    if failed:
+        raise InputError(f"{len(failed)} of {len(open_runs)} runs failed, the first: {failed[0]}")
+
+
+def finished(folder: Path, flags: list[str]) -> bool:
+    """Whether the folder holds the results of a run with these flags."""
+    made_with = folder / "flags.json"
+    return (folder / "heldout.json").exists() and made_with.exists() and json.loads(made_with.read_text()) == flags
+
+
+def run_one(folder: Path, flags: list[str], seed: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("flags.json", "heldout.json"):
+        (folder / name).unlink(missing_ok=True)
+    start = time.monotonic()
+    seeded = ["--seed", str(seed), "--output_dir", str(folder), "--save_strategy", "no"]
+    call("train_grpo_multilevel_unsloth.py", [*flags, *seeded], folder / "log.txt")
+    write_json(folder / "seconds.json", {"seconds": round(time.monotonic() - start)})
+    write_json(folder / "flags.json", flags)
+
+
+def call(script: str, flags: list[str], log: Path) -> None:
+    """A script in a process of its own. Raises `InputError` with the last line of its log if it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # A folder of its own: Unsloth leaves compiled files where it runs, and two runs would write the same ones.
+    with tempfile.TemporaryDirectory() as folder, open(log, "wb") as file:
+        command = [sys.executable, str(EXAMPLES / script), *flags]
+        code = subprocess.run(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+    if code:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
+        raise InputError(f"{script} ended with code {code}: {lines[-1]} ({log})")
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def common_scores(args: argparse.Namespace, found: dict) -> dict:
+    """Per run {"before", "after"}: what the run says of its held-out completions, and on one scale for all arms the
+    geometric mean over the completions of their own geometric perplexities ("word", "phrase", "sentence")."""
+    import numpy as np
+
+    from ppl.calculator import MultiLevelPPLCalculator
+    from ppl.models import load_model
+
+    model, tokenizer, _ = load_model(args.model_name)
+    pairs, places = [], []
+    for key, sides in found.items():
+        for side in ("before", "after"):
+            prompts, completions = sides[side]["prompts"], sides[side]["completions"]
+            of_side = [(prompt, text) for prompt, group in zip(prompts, completions, strict=True) for text in group]
+            pairs += of_side
+            places += [(*key, side)] * len(of_side)
+    contexts, texts = zip(*pairs, strict=True)
+    levels = MultiLevelPPLCalculator(tokenizer).compute_all_levels(model, list(texts), list(contexts))
+    scores = {}
+    for (arm, seed), sides in found.items():
+        scores[arm, seed] = {}
+        for side in ("before", "after"):
+            mine = np.array([place == (arm, seed, side) for place in places])
+            ppls = {level: float(np.exp(np.nanmean(levels[level].log().numpy()[mine]))) for level in LEVELS}
+            scores[arm, seed][side] = sides[side]["scores"] | ppls
+    return scores
+
+
+def summary(runs: list[dict]) -> dict:
+    """{name: {"mean", "sd"}} over the seeds' runs, of what the table shows; sd is None for one seed."""
+    import statistics
+
+    values = {
+        "reward before": [run["before"]["reward"] for run in runs],
+        "reward after": [run["after"]["reward"] for run in runs],
+        "reward change": [run["after"]["reward"] - run["before"]["reward"] for run in runs],
+        **{
+            f"{level} PPL kept": [run["after"][level] / run["before"][level] for run in runs]
+            for level in LEVELS
+        },
+        "distinct-2 kept": [run["after"]["distinct-2"] / run["before"]["distinct-2"] for run in runs],
+        "repetition": [run["after"]["repetition"] for run in runs],
+        "KL": [run["after"]["KL"] for run in runs],
+        "words": [run["after"]["words"] for run in runs],
+    }
+    return {
+        name: {"mean": statistics.mean(of_runs), "sd": statistics.stdev(of_runs) if len(of_runs) > 1 else None}
+        for name, of_runs in values.items()
+    }
+
+
+def show(numbers: dict) -> None:
+    columns = {
+        "reward before": "{:.2f}",
+        "reward after": "{:.2f}",
+        "word PPL kept": "{:.2f}",
+        "phrase PPL kept": "{:.2f}",
+        "sentence PPL kept": "{:.2f}",
+        "distinct-2 kept": "{:.3f}",
+        "repetition": "{:.3f}",
+        "KL": "{:.2f}",
+        "words": "{:.0f}",
+    }
+    rows = []
+    for arm, of_arm in numbers["arms"].items():
+        cells = []
+        for name, form in columns.items():
+            mean, sd = of_arm["summary"][name].values()
+            cells.append(form.format(mean) + ("" if sd is None else " ± " + form.format(sd)))
+        rows.append([arm, *cells])
+    seeds = numbers["settings"]["seeds"]
+    print_table(f"Held-out completions after training, mean ± sd over {len(seeds)} seeds", ["arm", *columns], rows)
+
+
+def figure(numbers: dict):
+    """A panel for each question, a row for each arm, a dot for each seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    from ppl.report import COLORS
+
+    arms = list(numbers["arms"])
+    made = Figure(figsize=(11, 1.4 + 0.42 * len(arms)), layout="constrained")
+    FigureCanvasAgg(made)
+    reward, ppl, distinct, kl = made.subplots(1, 4, sharey=True, width_ratios=[3, 3, 2, 2])
+    for row, of_arm in enumerate(numbers["arms"].values()):
+        runs = list(of_arm["seeds"].values())
+        for run in runs:
+            ends = [run["before"]["reward"], run["after"]["reward"]]
+            reward.plot(ends, [row, row], color="0.75", linewidth=1, zorder=1)
+            reward.scatter(ends[:1], [row], color="white", edgecolor="0.3", s=26, zorder=2)
+            reward.scatter(ends[1:], [row], color="0.15", s=26, zorder=2)
+            for shift, level in zip((-0.2, 0, 0.2), LEVELS, strict=True):
+                kept = run["after"][level] / run["before"][level]
+                ppl.scatter([kept], [row + shift], color=COLORS[level], s=16, linewidth=0)
+            distinct.scatter([run["after"]["distinct-2"] / run["before"]["distinct-2"]], [row], color="0.15", s=26)
+            kl.scatter([run["after"]["KL"]], [row], color="0.15", s=26)
+    reward.set_yticks(range(len(arms)), arms)
+    reward.invert_yaxis()
+    reward.set_xlim(-0.02, 1.02)
+    reward.set_xlabel("its own reward: ○ before, ● after")
+    ppl.set_xlabel("perplexity after / before")
+    ppl.set_xscale("log")
+    ppl.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ppl.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ppl.xaxis.set_minor_formatter("")
+    ppl.axvline(1, color="0.6", linewidth=0.8)
+    for level in LEVELS:
+        ppl.scatter([], [], color=COLORS[level], s=16, label=level)
+    made.legend(*ppl.get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
+    distinct.axvline(0.9, color="0.6", linewidth=0.8, linestyle="--")
+    distinct.axvline(1, color="0.6", linewidth=0.8)
+    distinct.set_xlabel("distinct-2 after / before")
+    kl.set_xlabel("KL to the start, nats")
+    made.suptitle("Held-out completions before and after training, a dot a seed", x=0.01, ha="left", fontsize=12)
+    for axes in (reward, ppl, distinct, kl):
+        axes.grid(axis="x", alpha=0.25)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(main())

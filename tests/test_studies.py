@@ -1,0 +1,138 @@
+"""The studies at toy size, run as their users run them: what they damage, and the numbers they write."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TEST = ROOT / "rl_training" / "examples" / "tiny_stories" / "test.json"
+STORIES = [story["completion"] for story in json.loads(TEST.read_text(encoding="utf-8"))]
+LEVELS = ("word", "phrase", "sentence")
+
+
+def run(script: str, *flags: str) -> str:
+    done = subprocess.run(
+        [sys.executable, ROOT / "studies" / script, *map(str, flags)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+# --- damages ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def damage():
+    sys.path.insert(0, str(ROOT / "studies"))
+    try:
+        import damage
+
+        yield damage
+    finally:
+        sys.path.remove(str(ROOT / "studies"))
+
+
+@pytest.fixture(scope="module")
+def damaged(damage):
+    """[(story, {kind: damaged story})]"""
+    damages = damage.Damages(STORIES, seed=0)
+    return [(story, damages.all(place)) for place, story in enumerate(STORIES)]
+
+
+def words(text: str) -> list[str]:
+    return ["".join(filter(str.isalnum, word)).lower() for word in text.split()]
+
+
+def test_every_story_is_damaged_in_every_way_and_the_same_way_again(damage, damaged):
+    assert all(set(kinds) == set(damage.DAMAGES) for _, kinds in damaged)
+    assert damage.Damages(STORIES, seed=0).all(3) == damaged[3][1]
+    assert damage.Damages(STORIES, seed=1).all(3) != damaged[3][1]
+
+
+def test_one_word_in_twelve_is_replaced(damage, damaged):
+    for story, kinds in damaged:
+        pairs = list(zip(words(story), words(kinds["words replaced"]), strict=True))
+        changed = sum(before != after for before, after in pairs)
+        assert 0 < changed <= round(len(pairs) / damage.REPLACED)  # a word may be replaced by itself
+
+
+def test_words_shuffled_stay_in_their_phrase_and_sentences_keep_their_first(damage, damaged):
+    for story, kinds in damaged:
+        shuffled = kinds["words shuffled in phrases"]
+        for level in ("phrase", "sentence"):
+            start = 0
+            for before in damage.units_of(story, level):
+                # By place: sentencex may find other sentences once "a." ends one.
+                after = shuffled[start : start + len(before)]
+                assert Counter(words(after)) == Counter(words(before))
+                if level == "sentence":
+                    assert words(after)[0] == words(before)[0]
+                start += len(before)
+
+
+def test_sentences_are_moved_whole_or_come_from_elsewhere(damage, damaged):
+    for story, kinds in damaged:
+        before = [unit.strip() for unit in damage.units_of(story, "sentence")]
+        shuffled = kinds["sentences shuffled"]
+        assert len(shuffled) == len(story) and all(sentence in shuffled for sentence in before)
+        stranger = kinds["a stranger's sentence"]
+        missing = [sentence for sentence in before if sentence not in stranger]
+        assert len(missing) == 1 and stranger.startswith(story[: story.index(missing[0])])
+        loop = kinds["a loop"]
+        assert len(loop) >= len(story) and any(loop.count(sentence) > 1 for sentence in before)
+
+
+def test_a_text_that_cannot_be_damaged_is_left_out(damage):
+    damages = damage.Damages(["Go.", "He ran home. She saw him."], seed=0)
+    assert set(damages.all(0)) == {"words replaced"}
+    assert damages.sentences_shuffled(1, random.Random(0)) == "She saw him. He ran home."
+
+
+# --- scripts ---------------------------------------------------------------------------------------------------------
+
+
+def test_which_level_sees_what(tmp_path):
+    printed = run("levels.py", "--quick", "--output_dir", tmp_path)
+    numbers = json.loads((tmp_path / "levels.json").read_text())
+    assert set(numbers["aggregations"]) == {"geometric", "arithmetic", "selective"} and numbers["texts"] == 12
+    for name, found in numbers["aggregations"].items():
+        assert len(found["damages"]) == 5 and len(found["correlations"]) == 3
+        for of_damage in found["damages"].values():
+            assert of_damage["pairs"] == 24
+            assert all(one["low"] <= one["effect"] <= one["high"] for one in (of_damage[level] for level in LEVELS))
+        replaced = found["damages"]["words replaced"]["word"]
+        assert replaced["effect"] > 0.5 and replaced["ranked"] > 0.9, name
+    selective = numbers["aggregations"]["selective"]["damages"]
+    for kind, best in (("words replaced", "word"), ("words shuffled in phrases", "phrase")):
+        effects = {level: selective[kind][level]["effect"] for level in LEVELS}
+        assert max(effects, key=effects.get) == best
+    assert "| geometric: words replaced" in printed  # Markdown, in a pipe
+    assert (tmp_path / "levels.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.slow
+def test_does_training_work_and_a_finished_run_is_not_run_again(tmp_path):
+    printed = run("training.py", "--quick", "--output_dir", tmp_path)
+    numbers = json.loads((tmp_path / "training.json").read_text())
+    assert set(numbers["arms"]) == {"default", "sentence only"}
+    for arm in numbers["arms"].values():
+        [of_seed] = arm["seeds"].values()
+        assert abs(of_seed["before"]["KL"]) < 1e-4 and of_seed["before"]["distinct-2"] > 0.5
+        change = of_seed["after"]["reward"] - of_seed["before"]["reward"]
+        assert arm["summary"]["reward change"] == {"mean": pytest.approx(change), "sd": None}
+    starts = [arm["seeds"]["0"]["before"]["word"] for arm in numbers["arms"].values()]
+    assert starts[0] == starts[1]  # the same completions of the same model
+    assert "| sentence only" in printed
+    assert (tmp_path / "training.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/seed_0/heldout.json")}
+    assert len(made) == 2
+    run("training.py", "--quick", "--output_dir", tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert json.loads((tmp_path / "training.json").read_text()) == numbers
