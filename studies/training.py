@@ -219,9 +219,14 @@ def summary(runs: list[dict]) -> dict:
         "KL": [run["after"]["KL"] for run in runs],
         "words": [run["after"]["words"] for run in runs],
     }
+    # A policy that collapsed to a word or two has no three-word run to repeat.
+    known = {name: [value for value in of_runs if value is not None] for name, of_runs in values.items()}
     return {
-        name: {"mean": statistics.mean(of_runs), "sd": statistics.stdev(of_runs) if len(of_runs) > 1 else None}
-        for name, of_runs in values.items()
+        name: {
+            "mean": statistics.mean(of_runs) if of_runs else None,
+            "sd": statistics.stdev(of_runs) if len(of_runs) > 1 else None,
+        }
+        for name, of_runs in known.items()
     }
 
 
@@ -242,7 +247,7 @@ def show(numbers: dict) -> None:
         cells = []
         for name, form in columns.items():
             mean, sd = of_arm["summary"][name].values()
-            cells.append(form.format(mean) + ("" if sd is None else " ± " + form.format(sd)))
+            cells.append("" if mean is None else form.format(mean) + ("" if sd is None else " ± " + form.format(sd)))
         rows.append([arm, *cells])
     seeds = numbers["settings"]["seeds"]
     print_table(f"Held-out completions after training, mean ± sd over {len(seeds)} seeds", ["arm", *columns], rows)

@@ -136,3 +136,13 @@ def test_does_training_work_and_a_finished_run_is_not_run_again(tmp_path):
     run("training.py", "--quick", "--output_dir", tmp_path)
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert json.loads((tmp_path / "training.json").read_text()) == numbers
+
+
+def test_a_score_that_a_collapsed_policy_lacks_is_left_out_of_the_mean(damage):
+    from training import summary
+
+    scores = dict.fromkeys(("reward", "word", "phrase", "sentence", "distinct-2", "repetition", "KL", "words"), 0.5)
+    runs = [{"before": scores, "after": scores | {"repetition": value}} for value in (None, 0.25)]
+    assert summary(runs)["repetition"] == {"mean": 0.25, "sd": None}
+    assert summary(runs[:1])["repetition"] == {"mean": None, "sd": None}
+    assert summary(runs)["reward change"] == {"mean": 0, "sd": 0}
