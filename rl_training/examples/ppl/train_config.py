@@ -8,6 +8,7 @@ from . import cli
 from .errors import InputError
 from .guard import check_weight
 from .thresholds import DEFAULT_THRESHOLDS, Thresholds, checked_weights
+from .train_flags import NAMESAKES
 
 
 def reward_settings(args: argparse.Namespace) -> dict:
@@ -54,8 +55,8 @@ def grpo_config(args: argparse.Namespace, rest: list[str], plan):
     parser = Parser([GRPOConfig], allow_abbrev=False)
     defaults = vars(parser.parse_args([]))
     cuda = torch.cuda.is_available()
-    # GRPOConfig has fields of these names, too: its repetition_penalty would divide the logits while sampling.
-    shared = defaults.keys() - {"debug", "repetition_penalty"}
+    # Its repetition_penalty would divide the logits while sampling.
+    shared = defaults.keys() - set(NAMESAKES)
     parser.set_defaults(
         **({name: value for name, value in vars(args).items() if name in shared} | plan._asdict()),
         max_completion_length=args.max_new_tokens,

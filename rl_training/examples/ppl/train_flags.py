@@ -16,6 +16,7 @@ from .baselines import write_atomically
 from .errors import InputError
 
 CONFIG_FILE = "training_config.yaml"
+NAMESAKES = ("debug", "repetition_penalty")  # flags of ours that are another thing than GRPOConfig's field of that name
 _NOT_KEPT = ("debug", "config", "resume_from_checkpoint")  # of one call, not of the run
 _OF_THE_MACHINE = ("bf16", "fp16")  # told in the file, chosen again where it is used
 
@@ -104,7 +105,11 @@ def write_config(path: Path, ours: Mapping, asked: Mapping, defaults: Mapping) -
     ours: our flags. asked, defaults: GRPOConfig's fields as they were asked for, and as they are otherwise
     (`ppl.train_config`).
     """
-    ours = {name: asked.get(name, value) for name, value in ours.items() if name not in _NOT_KEPT}
+    ours = {
+        name: value if name in NAMESAKES else asked.get(name, value)
+        for name, value in ours.items()
+        if name not in _NOT_KEPT
+    }
     ours["max_new_tokens"] = asked["max_completion_length"]
     hidden = {*ours, *_NOT_KEPT, *_OF_THE_MACHINE, "max_completion_length", "hub_token"}  # a secret is not written down
     theirs = {name: value for name, value in asked.items() if name not in hidden}
