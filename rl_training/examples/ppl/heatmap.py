@@ -1,13 +1,11 @@
 """A text coloured by how much each of its words, phrases and sentences surprises the model, as one HTML file."""
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-import jinja2
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
+from .page import ENVIRONMENT
 from .units import LEVELS
 
 # A colour for each half doubling of perplexity, so that a step is half a bit a token and the scale is the same for
@@ -39,14 +37,15 @@ def heatmap(
     *,
     caption: str = "",
     context: str = "",
+    context_name: str = "Context, not scored",
     language: str | None = None,
     top: int = 10,
 ) -> Markup:
     """One text as a fragment for `page`: every level's units coloured, its perplexity, its most surprising units.
 
     explained: of `MultiLevelPPLCalculator.explain`. text: the text it explains. perplexities: per level, of
-    `compute_all_levels`. context: shown before the text, not coloured. language: the text's, for hyphens and voices.
-    top: rows of the table of surprising units. Whatever the strings hold is shown as text.
+    `compute_all_levels`. context: shown before the text under `context_name`, not coloured. language: the text's, for
+    hyphens and voices. top: rows of the table of surprising units. Whatever the strings hold is shown as text.
     """
     levels = [
         {
@@ -59,7 +58,7 @@ def heatmap(
         }
         for level in LEVELS
     ]
-    return _template().heatmap(levels, caption, context, language)
+    return _template().heatmap(levels, caption, context, context_name, language)
 
 
 def page(title: str, heatmaps: Sequence[Markup], facts: Mapping[str, str] | None = None) -> str:
@@ -109,20 +108,9 @@ def _pieces(units: Sequence[dict], text: str):
     yield text[place:], None
 
 
-def _characters(text: str) -> Markup:
-    """Text that an HTML parser reads back as it was: it would turn a bare CR into LF, and drop a NUL."""
-    return Markup(str(escape(text)).replace("\r", "&#13;").replace("\0", "�"))
-
-
-@functools.cache
 def _template():
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.globals.update(LEVELS=LEVELS, LIGHT=LIGHT, DARK=DARK, STEPS_PER_DOUBLING=STEPS_PER_DOUBLING)
-    environment.filters.update(characters=_characters, colour=colour, number=number, one_line=one_line)
-    return environment.get_template("heatmap.html.j2").module
+    return ENVIRONMENT.get_template("heatmap.html.j2").module
+
+
+ENVIRONMENT.globals.update(LEVELS=LEVELS, LIGHT=LIGHT, DARK=DARK, STEPS_PER_DOUBLING=STEPS_PER_DOUBLING)
+ENVIRONMENT.filters.update(colour=colour, number=number, one_line=one_line)
