@@ -133,15 +133,18 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     train_rows, heldout_rows = split_heldout(dataset, args.heldout_samples, args.seed)
 
     reason = "--no_unsloth" if args.no_unsloth else import_unsloth()
+    from ppl.processes import is_first
+
     config, asked, defaults = grpo_config(args, rest, plan)
     check_reward_weights(config.reward_weights, guarded=args.repetition_penalty > 0)
     load = loading(args, meta)
-    print(f"Loading {args.model_name} ({', '.join(f'{key}={value}' for key, value in load.items())}) ...", flush=True)
+    say = print if is_first() else lambda *_, **__: None
+    say(f"Loading {args.model_name} ({', '.join(f'{key}={value}' for key, value in load.items())}) ...", flush=True)
     model, tokenizer, refused = load_model(
         args.model_name, device=args.device, max_seq_length=args.max_seq_length, unsloth=reason is None, **load
     )
     reason = reason or refused
-    print(f"Training with transformers and PEFT: {reason}" if reason else "Training with Unsloth")
+    say(f"Training with transformers and PEFT: {reason}" if reason else "Training with Unsloth")
     model = add_lora(model, args.lora_r, args.lora_alpha, args.seed, unsloth=reason is None)
 
     from transformers import PrinterCallback, ProgressCallback
@@ -160,7 +163,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     # TRL adds the rewards up with these weights: one more reward function is one more pair.
     rewards = [(reward_fn, 1.0)]
     if args.repetition_penalty:
-        in_one_call = config.per_device_train_batch_size * config.steps_per_generation
+        in_one_call = config.per_device_train_batch_size * config.world_size * config.steps_per_generation
         normalized_over = in_one_call if args.normalize_rewards else None
         rewards.append(loop_guard(args.repetition_penalty, settings["reward_thresholds"], normalized_over))
     config.reward_weights = config.reward_weights or [weight for _, weight in rewards]
@@ -181,7 +184,8 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     output.mkdir(parents=True, exist_ok=True)
     chosen = {**vars(args), **load, "heldout_samples": len(heldout_rows)}
     chosen["reward_thresholds"] = settings["reward_thresholds"]
-    train_flags.write_config(output / train_flags.CONFIG_FILE, chosen, asked, defaults)
+    if is_first():
+        train_flags.write_config(output / train_flags.CONFIG_FILE, chosen, asked, defaults)
     penalties = rewards[1:]
     sampling = {
         "num_generations": 4,
@@ -193,7 +197,8 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     before = read_before(Path(checkpoint).parent / held_out.name, heldout_rows, sampling) if checkpoint else None
     if before is None:
         before = evaluate(model, tokenizer, reward_fn, heldout_rows, penalties, **sampling, progress="held-out, before")
-    write_heldout(held_out, sampling, before)
+    if is_first():
+        write_heldout(held_out, sampling, before)
 
     trainer.train(resume_from_checkpoint=checkpoint)
     if stops.received is not None:
@@ -202,13 +207,13 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
             print(f"Stopped at step {trainer.state.global_step}. Go on with\n  {resume_command(command, checkpoint)}")
         return 128 + stops.received
     trainer.save_model(config.output_dir)
-    tokenizer.save_pretrained(config.output_dir)
 
     after = evaluate(model, tokenizer, reward_fn, heldout_rows, penalties, **sampling, progress="held-out, after")
-    write_heldout(held_out, sampling, before, after)
-    plot_training(trainer.state.log_history, output / "reward.png")
-    print_comparison(before, after)
-    print(f"Adapter and tokenizer: {output}\nReward curve: {output / 'reward.png'}")
+    if is_first():
+        write_heldout(held_out, sampling, before, after)
+        plot_training(trainer.state.log_history, output / "reward.png")
+        print_comparison(before, after)
+        print(f"Adapter and tokenizer: {output}\nReward curve: {output / 'reward.png'}")
     return 0
 
 

@@ -83,9 +83,13 @@ class SafeStops(TrainerCallback):
 
     def _receive(self, number: int, frame) -> None:
         self.received = number
+        # After Ctrl-C a launcher sends its processes the signal that the terminal sent them already; it is the launcher
+        # that ends them if they take too long.
+        launched = torch.distributed.is_initialized()
         for known in self._before:
-            signal.signal(known, signal.SIG_DFL)
-        print("Finishing this step and saving a checkpoint; a second signal ends the run at once.", file=sys.stderr)
+            signal.signal(known, signal.SIG_IGN if launched else signal.SIG_DFL)
+        more = "" if launched else "; a second signal ends the run at once"
+        print(f"Finishing this step and saving a checkpoint{more}.", file=sys.stderr)
 
     def on_substep_end(self, args, state, control, **kwargs) -> None:
         self._batches += 1

@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from .baselines import write_atomically
 from .data import Text, message_text, render_prompt
+from .processes import from_all, share
 from .reward import MultiLevelPPLRewardFunction, row_baselines
 from .sampling import sample_completions
+from .sharded import is_sharded
 from .surprisal import SurprisalScorer
 from .tokens import TextEncoder
 from .units import LEVELS
@@ -39,10 +42,14 @@ def evaluate(
 ) -> HeldOut:
     """Sample completions for the prompts of `rows` and score them with the reward, before its `normalize`.
 
+    Several processes must all call; each does its share of the rows, and all get the whole.
+
     rows: a data set of `prepare_dataset`. penalties: the reward functions of completion ids beside it, with their
     weights (`ppl.guard`); their mean is the score "loop penalty". sampling: keywords of `sample_completions`.
     """
-    columns = {name: list(rows[name]) for name in rows.column_names}
+    # Weights spread over processes are gathered for every forward pass, so all must sample equally often.
+    places = share(len(rows), padded=is_sharded(model))
+    columns = {name: [rows[name][place] for place in places] for name in rows.column_names}
     completions = sample_completions(model, tokenizer, columns["prompt"], num_generations=num_generations, **sampling)
     texts = [text for group in completions for text in group]
 
@@ -57,11 +64,19 @@ def evaluate(
         baselines=repeated(row_baselines(columns)),
         return_details=True,
     )
+    moved = kl_by_text(model, tokenizer, repeated(columns["prompt"]), texts)
+    levels = [details[name][level] for name in ("improvements", "ppls") for level in LEVELS]
+    table = np.stack([np.asarray(column) for column in (details["rewards"], *levels)], axis=1)
+    table = np.concatenate([table, np.reshape(moved, (-1, 2))], axis=1).reshape(len(places), num_generations, -1)
+    found = dict(zip(from_all(places), from_all(zip(completions, table.tolist(), strict=True)), strict=True))
+    completions, table = zip(*(found[place] for place in range(len(rows))), strict=True)
+    texts = [text for group in completions for text in group]
+    rewards, *levels, moved, tokens = np.moveaxis(np.array(table), -1, 0)
+    means = [float(torch.from_numpy(values.ravel()).nanmean()) for values in (rewards, *levels)]
+    names = ["reward", *(f"{level} improvement %" for level in LEVELS), *(f"{level} PPL" for level in LEVELS)]
     scores = {
-        "reward": float(details["rewards"].nanmean()),
-        **{f"{level} improvement %": float(details["improvements"][level].nanmean()) for level in LEVELS},
-        **{f"{level} PPL": float(details["ppls"][level].nanmean()) for level in LEVELS},
-        "KL": kl_to_frozen(model, tokenizer, repeated(columns["prompt"]), texts),
+        **dict(zip(names, means, strict=True)),
+        "KL": float(moved.sum() / tokens.sum()) if tokens.sum() else float("nan"),
         "distinct-2": distinct(texts, 2),
         "repetition": 1 - distinct(texts, 3),
         "words": sum(len(text.split()) for text in texts) / len(texts),
@@ -70,8 +85,7 @@ def evaluate(
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         means = [weight * float(np.mean(penalty(completion_ids=ids))) for penalty, weight in penalties]
         scores["loop penalty"] = sum(means)
-    rewards = details["rewards"].reshape(-1, num_generations).tolist()
-    return HeldOut(columns["prompt"], completions, rewards, scores)
+    return HeldOut(list(rows["prompt"]), list(completions), rewards.tolist(), scores)
 
 
 def write_heldout(path: Path, sampling: dict, before: HeldOut, after: HeldOut | None = None) -> None:
@@ -111,9 +125,15 @@ def kl_to_frozen(model, tokenizer, prompts: Sequence[Text], completions: Sequenc
     The mean over the completions' tokens of the frozen model's surprisal minus the model's own, in nats; unbiased if
     the model wrote them at temperature 1. 0 without adapters, nan if no token can be scored.
     """
+    total, tokens = np.reshape(kl_by_text(model, tokenizer, prompts, completions), (-1, 2)).sum(axis=0)
+    return float(total / tokens) if tokens else float("nan")
+
+
+def kl_by_text(model, tokenizer, prompts: Sequence[Text], completions: Sequence[str]) -> list[tuple[float, int]]:
+    """Per completion the sum that `kl_to_frozen` is the mean of, and its number of tokens."""
     encoded = TextEncoder(tokenizer).encode([render_prompt(prompt, tokenizer) for prompt in prompts], completions)
-    own, of_frozen = (np.concatenate(SurprisalScorer(model, adapters=on).score(encoded)) for on in (True, False))
-    return float((of_frozen - own).mean()) if len(own) else float("nan")
+    own, of_frozen = (SurprisalScorer(model, adapters=on).score(encoded) for on in (True, False))
+    return [((b - a).sum(), len(a)) for a, b in zip(own, of_frozen, strict=True)]
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import extract_model_from_parallel
 
 from .baselines import BaselineError, Baselines, check_meta
 from .calculator import MultiLevelPPLCalculator
@@ -16,6 +17,7 @@ from .data import Text, message_text, render_prompt, stable_id
 from .errors import InputError, one_of
 from .frozen import base_parameters
 from .models import describe_model, tokenizer_fingerprint
+from .processes import from_all, of_this
 from .surprisal import SurprisalScorer
 from .thresholds import DEFAULT_THRESHOLDS, Thresholds, checked_weights, normalized
 from .units import LEVELS
@@ -32,6 +34,9 @@ class MultiLevelPPLRewardFunction:
     the reward is that of the highest of `reward_thresholds` reached. "current" is the perplexity of the completion
     given its prompt (`target="completion"`), or of the row's reference given prompt and completion
     (`target="reference"`: VR-CLI, https://arxiv.org/abs/2503.22828, where the thresholds come from).
+
+    Under several processes each calls for its share of the completions, all of them equally often, and gets what one
+    process would: first visits and `normalize` are over the completions of all.
 
     baseline_model: the scorer; used with adapters off, in eval mode, and left as it was. It may be the policy.
     baselines: a file of compute_baselines_trl.py, a dict `{id or prompt: {"word", "phrase", "sentence"}}`, or None:
@@ -67,6 +72,7 @@ class MultiLevelPPLRewardFunction:
         **calculator_options,
     ) -> None:
         self.__name__ = "multi_level_ppl"
+        baseline_model = extract_model_from_parallel(baseline_model, keep_torch_compile=True)
         if device is not None and torch.device(device) != baseline_model.device:
             baseline_model = baseline_model.to(device)
         self.model = baseline_model
@@ -203,7 +209,8 @@ class MultiLevelPPLRewardFunction:
             "baselines": _by_level(baseline),
         }
         if self.normalize:
-            rewards[~skipped] = normalized(rewards[~skipped])
+            every, mine = of_this(rewards[~skipped].tolist())
+            rewards[~skipped] = normalized(np.array(every))[mine]
         self._last = _LastCall(details, skipped, ~(skipped | unscorable), first_visit)
         result = torch.from_numpy(rewards).float().to(self.device)
         return (result, details) if return_details else result
@@ -254,14 +261,17 @@ class MultiLevelPPLRewardFunction:
         for place in np.flatnonzero(absent):
             groups.setdefault(stable_id(contexts[place]), []).append(place)
         first_visit = np.zeros(len(contexts), dtype=bool)
-        for key, places in groups.items():
-            scored = current[places][~np.isnan(current[places]).any(axis=1)]
-            if key not in self.first_visits:
-                first_visit[places] = True
-                if len(scored) == 0:
-                    continue
+        # A group may be split over processes: what they found for a prompt becomes one mean, the same in each of them.
+        found: dict[str, list[np.ndarray]] = {}
+        new = {key: current[places] for key, places in groups.items() if key not in self.first_visits}
+        for key, rows in from_all(new.items()):
+            found.setdefault(key, []).append(rows[~np.isnan(rows).any(axis=1)])
+        for key, parts in found.items():
+            if len(scored := np.concatenate(parts)):
                 self.first_visits[key] = scored.mean(axis=0)
-            baseline[places] = self.first_visits[key]
+        for key, places in groups.items():
+            first_visit[places] = key in new
+            baseline[places] = self.first_visits.get(key, np.nan)
         return first_visit
 
     def _refuse(self, absent, prompts, references, ids) -> None:
@@ -272,29 +282,32 @@ class MultiLevelPPLRewardFunction:
         )
 
     def _forget_if_trained(self) -> None:
-        """Drop what was computed before the scorer's own weights changed, and say so once."""
-        version = sum(parameter._version for parameter in base_parameters(self.model))
+        """Drop what was computed before the scorer's own weights changed, and say so once if they are being trained."""
+        parameters = list(base_parameters(self.model))
+        version = sum(parameter._version for parameter in parameters)
         if self._weights_version is not None and version != self._weights_version:
-            if not self._warned_of_training:
+            # What needs no gradient is written, too: with the same values when DDP starts.
+            trained = any(parameter.requires_grad for parameter in parameters)
+            if trained and not self._warned_of_training:
                 warnings.warn(
                     "the scorer's own weights change during training, so its baselines lose their meaning: train "
                     "adapters (LoRA), or pass a frozen copy of the model as baseline_model",
                     stacklevel=3,
                 )
-            self._warned_of_training = True
+                self._warned_of_training = True
             self._cache.clear()
         self._weights_version = version
 
     def _log(self, log_metric) -> None:
-        """The same names at every call on every process; a call without a scored row logs 0."""
+        """Means over all processes, the same names at every call on every process; without a scored row 0."""
         call = self._last
-        for level in LEVELS:
-            for name, values in {
-                f"reward_{level}": call.details["improvements"][level],
-                f"ppl/{level}": call.details["ppls"][level],
-            }.items():
-                scored = values[torch.from_numpy(call.scored)]
-                log_metric(name, float(scored.mean()) if len(scored) else 0.0)
+        columns = {f"reward_{level}": call.details["improvements"][level] for level in LEVELS}
+        columns |= {f"ppl/{level}": call.details["ppls"][level] for level in LEVELS}
+        rows = np.stack([column.numpy()[call.scored] for column in columns.values()], axis=1)
+        means = np.array(from_all(rows.tolist())).reshape(-1, len(columns))
+        means = means.mean(axis=0) if len(means) else np.zeros(len(columns))
+        for name, mean in zip(columns, means, strict=True):
+            log_metric(name, float(mean))
 
 
 def row_baselines(columns: Mapping[str, Sequence]) -> list[dict | None] | None:

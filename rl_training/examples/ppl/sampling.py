@@ -6,6 +6,7 @@ import torch
 from tqdm import tqdm
 
 from .data import Text, render_prompt
+from .processes import is_first
 
 
 def sample_completions(
@@ -34,7 +35,7 @@ def sample_completions(
         model.eval()
         try:
             starts = range(0, len(jobs), batch_size)
-            for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None):
+            for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None or not is_first()):
                 texts.extend(_sample(model, tokenizer, jobs[start : start + batch_size], max_new_tokens, temperature))
         finally:
             for module in training:

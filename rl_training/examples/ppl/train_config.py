@@ -63,6 +63,8 @@ def grpo_config(args: argparse.Namespace, rest: list[str], plan):
         report_to="wandb" if args.wandb_project else "none",
         bf16=cuda and torch.cuda.is_bf16_supported(),
         fp16=cuda and not torch.cuda.is_bf16_supported(),
+        use_cpu=not cuda,  # without it, several processes on a CPU do not find each other
+        ddp_find_unused_parameters=False,  # every adapter is used in every pass
     )
     if args.wandb_project:
         os.environ["WANDB_PROJECT"] = args.wandb_project

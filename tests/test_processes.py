@@ -1,0 +1,126 @@
+"""Two real processes under accelerate launch against one: the same rewards, one set of files, one end."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import reward_in_processes
+import toys
+import yaml
+from training_runs import EXAMPLES, SHORT, log_history
+
+HERE = Path(__file__).parent
+CONFIGS = HERE.parent / "accelerate_configs"
+
+
+def launch(*words) -> subprocess.Popen:
+    command = [Path(sys.executable).parent / "accelerate", "launch", "--config_file", CONFIGS / "cpu.yaml", *words]
+    path = os.pathsep.join(map(str, (HERE, EXAMPLES)))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return subprocess.Popen(
+        [*map(str, command)], cwd=EXAMPLES, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finished(process: subprocess.Popen) -> str:
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 0, f"{output[-3000:]}\n{error[-3000:]}"
+    return output
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rewards")
+    finished(launch(HERE / "reward_in_processes.py", folder))
+    return [json.loads((folder / f"{index}.json").read_text()) for index in range(2)]
+
+
+@pytest.mark.parametrize("name", [*reward_in_processes.OPTIONS, "inner handle"])
+def test_two_processes_reward_as_one_does(halves, name):
+    # The plain model is what the policy in DDP is with its adapters off.
+    options = reward_in_processes.OPTIONS.get(name, {})
+    one = reward_in_processes.rewards(toys.llama(), slice(None), **options)
+    first, second = (half[name] for half in halves)
+    for call, expected in enumerate(one["rewards"]):
+        assert first["rewards"][call] + second["rewards"][call] == pytest.approx(expected, abs=1e-5)
+        for half in (first, second):
+            assert half["logged"][call] == pytest.approx(one["logged"][call], rel=1e-4, abs=1e-3)
+    assert first["state"] == second["state"]  # to the last bit
+    assert first["state"]["first_visits"].keys() == one["state"]["first_visits"].keys()
+    for key, levels in one["state"]["first_visits"].items():
+        assert first["state"]["first_visits"][key] == pytest.approx(levels, rel=1e-4)
+    if name == "zero-shot":
+        assert len(one["state"]["first_visits"]) == 3
+        assert set(one["rewards"][0]) == {0.0} and len(set(one["rewards"][1])) > 5
+
+
+def test_a_run_in_two_processes_leaves_what_a_run_in_one_leaves(tmp_path):
+    baselines = tmp_path / "baselines.json"
+    stories = json.loads((EXAMPLES / "tiny_stories" / "train.json").read_text())[:20]
+    baselines.write_text(json.dumps({story["id"]: {"word": 50, "phrase": 50, "sentence": 50} for story in stories}))
+    out = tmp_path / "out"
+    printed = finished(
+        launch(
+            "train_grpo_multilevel_unsloth.py", *SHORT, "--heldout_samples", "3", "--max_steps", "2",
+            "--save_steps", "2", "--output_dir", out, "--baselines_path", baselines, "--interpolate",
+            "--repetition_penalty", "0", "--reward_thresholds", "-1000:0", "100:1",
+        )
+    )  # fmt: skip
+    assert printed.count("Training with Unsloth") == printed.count("12 completions of 3 prompts") == 1
+    for entry in (entry for entry in log_history(out, 2) if "reward" in entry):
+        # A group of 8 is split, 4 to a process. The reward is linear in the improvement, and of both; a blank
+        # completion has the reward 0 and no improvement.
+        improvement = 0.2 * entry["reward_word"] + 0.3 * entry["reward_phrase"] + 0.5 * entry["reward_sentence"]
+        scored = 8 * entry["reward"] / ((improvement + 1000) / 1100)
+        assert round(scored) >= 6 and scored == pytest.approx(round(scored), abs=1e-3)
+        assert entry["num_tokens"] > 0 and entry["reward_std"] > 0
+    for name in ("adapter_model.safetensors", "tokenizer.json", "training_config.yaml", "reward.png"):
+        assert (out / name).stat().st_size > 0
+    held_out = json.loads((out / "heldout.json").read_text())
+    for side in ("before", "after"):
+        assert [len(group) for group in held_out[side]["completions"]] == [4, 4, 4]
+        rewards = [reward for group in held_out[side]["rewards"] for reward in group]
+        assert held_out[side]["scores"]["reward"] == pytest.approx(sum(rewards) / 12)
+    assert (out / "checkpoint-2" / "reward_state.json").exists()
+
+
+def test_a_signal_stops_both_processes_at_the_same_step(tmp_path):
+    out = tmp_path / "out"
+    process = launch(
+        "train_grpo_multilevel_unsloth.py", *SHORT, "--no_unsloth", "--no-load_in_4bit", "--max_steps", "5000",
+        "--num_train_epochs", "1000", "--save_steps", "1", "--save_total_limit", "2", "--output_dir", out,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not any(out.glob("checkpoint-*/reward_state.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output, error = process.communicate(timeout=120)
+    assert process.returncode != 0, error[-2000:]
+    [step] = re.findall(r"Stopped at step (\d+)", output)
+    state = json.loads((out / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    assert state["global_step"] == int(step)
+    assert (out / f"checkpoint-{step}" / "reward_state.json").exists()
+    # Each process of a checkpoint leaves its own random state: both stopped there.
+    assert {path.name for path in (out / f"checkpoint-{step}").glob("rng_state*")} == {
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    }
+
+
+def test_every_configuration_is_one_that_accelerate_reads():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = {path.stem: load_config_from_file(str(path)) for path in CONFIGS.glob("*.yaml")}
+    kinds = {name: config.distributed_type.value for name, config in found.items()}
+    assert kinds == {"cpu": "MULTI_GPU", "single_gpu": "NO", "multi_gpu": "MULTI_GPU", "fsdp": "FSDP",
+                     "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}  # fmt: skip
+    for name, stage in {"zero2": 2, "zero3": 3}.items():
+        assert yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["deepspeed_config"]["zero_stage"] == stage
+    assert found["fsdp"].fsdp_config["fsdp_version"] == 2
