@@ -2,6 +2,7 @@
 policy inside DDP as the scorer, and writes as JSON what it found."""
 
 import json
+import os
 import sys
 import warnings
 
@@ -60,7 +61,10 @@ def main() -> None:
         result["inner handle"] = rewards(model, mine)
     with open(f"{sys.argv[1]}/{state.process_index}.json", "w", encoding="utf-8") as file:
         json.dump(result, file)
-    state.destroy_process_group()
+    state.wait_for_everyone()
+    # Without the teardown of gloo and DDP, in which a process has been seen to hang after its work was done.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
