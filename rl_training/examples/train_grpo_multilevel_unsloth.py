@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ppl import cli, train_flags
 from ppl.baselines import Baselines, check_meta, read_meta
-from ppl.data import find_columns, load_split, message_text, split_heldout
+from ppl.data import check_references, find_columns, load_split, message_text, split_heldout
 from ppl.guard import WEIGHT, check_reward_weights, loop_guard
 from ppl.models import add_lora, import_unsloth, load_model, model_path
 from ppl.resume import LATEST, find_checkpoint, resume_command
@@ -40,6 +40,12 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
         "--baselines_path", help="of compute_baselines_trl.py (default: each prompt's first completions)"
     )
     reward.add_argument("--target", choices=("completion", "reference"), default="completion", help="whose perplexity")
+    reward.add_argument(
+        "--extract", metavar="REGEX",
+        help="with --target reference, the part of a completion that counts: the first group or the match, such as "
+        "'In summary:(.*)' (default, and without a match: all of it)",
+    )  # fmt: skip
+    cli.add_template_flag(reward)
     reward.add_argument(
         "--ppl_weights", type=float, nargs=3, metavar=("W", "P", "S"), default=[0.2, 0.3, 0.5],
         help="weights of word, phrase and sentence",
@@ -128,6 +134,8 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     if args.max_samples:
         dataset = dataset.select(range(min(args.max_samples, len(dataset))))
     dataset = prepare_dataset(dataset, columns)
+    if args.target == "reference":
+        check_references(dataset, columns, blank_is_wrong=args.missing == "error")
     if baselines is not None and args.missing == "error":
         baselines.check_coverage(dataset["id"], dataset["prompt"])
     train_rows, heldout_rows = split_heldout(dataset, args.heldout_samples, args.seed)

@@ -13,6 +13,7 @@ from .baselines import SUFFIXES, differences, read_meta
 from .data import Columns, find_columns, load_split
 from .errors import InputError
 from .models import model_path
+from .placement import DEFAULT_TEMPLATE, Placement
 from .shards import Parts
 
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
@@ -36,12 +37,13 @@ def prepare(args: argparse.Namespace, survey: bool = True) -> Job:
     output = output_path(args)
     parts = Parts(output)
     model_path(args.model_name)
+    check_template(args)
     if args.plot is not None:
         plot = check_file(args.plot, "--plot", PLOT_SUFFIXES)
         if plot.exists() and not args.overwrite and parts.settings().get("plot") != args.plot:
             raise InputError(f"{plot} exists: replace it with --overwrite, or choose another --plot")
     flags = ("model_name", "load_in_4bit", "dtype", "max_seq_length", "dataset_name", "dataset_config", "dataset_split")
-    flags += ("num_samples", "target", "max_phrase_words", "language", "aggregation")
+    flags += ("num_samples", "target", "template", "max_phrase_words", "language", "aggregation")
     settings = {**{name: getattr(args, name) for name in flags}, "generated": generation(args)}
     parts.check(settings)
     if output.exists() and not args.overwrite and not is_complete(parts, output):
@@ -78,6 +80,12 @@ def prepare(args: argparse.Namespace, survey: bool = True) -> Job:
             f"column {columns.reference or columns.prompt}: name another with --reference_column or --prompt_column"
         )
     return job._replace(texts=texts)
+
+
+def check_template(args: argparse.Namespace) -> None:
+    Placement(template=args.template)
+    if args.target == "completion" and args.template != DEFAULT_TEMPLATE:
+        raise InputError("--template says what stands before a reference: it needs --target reference")
 
 
 def output_path(args: argparse.Namespace) -> Path:

@@ -15,6 +15,7 @@ from .baselines import versions
 from .data import Columns, message_text, render_prompt, stable_id
 from .errors import InputError
 from .models import describe_model, load_model, model_path, tokenizer_fingerprint
+from .placement import Placement
 
 
 class Scores(NamedTuple):
@@ -56,6 +57,7 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
 
     calculator = MultiLevelPPLCalculator(tokenizer, batch_size=args.batch_size, **cli.definitions(args))
     encoder = TextEncoder(tokenizer)
+    placement = Placement(template=args.template)
 
     def score_own_writing(rows: Sequence[Row]) -> Scores:
         """Per row the mean over completions that the model samples now: what a policy that starts from it can do."""
@@ -92,7 +94,10 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
         if columns.reference is None:
             pairs = [("", message_text(row.prompt)) for row in rows]
         else:
-            pairs = [(render_prompt(row.prompt, tokenizer), message_text(row.reference)) for row in rows]
+            contexts = [render_prompt(row.prompt, tokenizer) for row in rows]
+            if args.target == "reference":
+                contexts = list(map(placement.context, contexts))
+            pairs = [(context, message_text(row.reference)) for context, row in zip(contexts, rows, strict=True)]
         encoded = encoder.encode(*zip(*pairs, strict=True))
         return Scores(
             calculator.score_pairs(model, pairs),
@@ -103,7 +108,10 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
 
     identity = {
         "target": args.target,
-        "definitions": calculator.definitions,
+        "definitions": {
+            **calculator.definitions,
+            **({"template": args.template} if args.target == "reference" else {}),
+        },
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "model": {**describe_model(model), "name": args.model_name},
         "generated": generation(args),

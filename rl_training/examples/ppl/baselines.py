@@ -21,6 +21,7 @@ import numpy as np
 from . import safe_pickle
 from .data import Text, stable_id
 from .errors import InputError
+from .placement import DEFAULT_TEMPLATE
 from .units import LEVELS
 
 SUFFIXES = (".pkl", ".json", ".parquet")
@@ -159,6 +160,7 @@ def _command(baselines: Baselines, expected: Mapping, differing: Iterable[str]) 
     if made_from.get("num_samples"):
         flags["num_samples"] = made_from["num_samples"]
     usual = {"target": "completion", "max_phrase_words": 4, "language": "en", "aggregation": "geometric"}
+    usual["template"] = DEFAULT_TEMPLATE
     wanted = {"target": expected.get("target"), **expected.get("definitions", {})}
     flags |= {key: wanted[key] for key in usual if wanted.get(key) not in (None, usual[key])}
     flags |= {"output_path": baselines.source, "overwrite": None}

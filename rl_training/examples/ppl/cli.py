@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from .errors import InputError
+from .placement import DEFAULT_TEMPLATE
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -69,6 +70,13 @@ def add_definition_flags(parser: argparse.ArgumentParser) -> None:
         "--aggregation", choices=("geometric", "arithmetic", "selective"), default="geometric",
         help="mean over a level's units; selective: of the most surprising fifth of the words, the median phrase, and "
         "the first words of sentences",
+    )  # fmt: skip
+
+
+def add_template_flag(parser) -> None:
+    parser.add_argument(
+        "--template", default=DEFAULT_TEMPLATE, metavar="TEXT",
+        help="how they are put together with --target reference; a baseline has an empty completion",
     )  # fmt: skip
 
 

@@ -99,6 +99,21 @@ def find_columns(
     return Columns(prompt, reference, row_id or ("id" if "id" in names else None))
 
 
+def check_references(rows, columns: Columns, blank_is_wrong: bool) -> None:
+    """Raises `InputError` if there is no reference to measure, or, where that is wrong, if some are blank."""
+    if columns.reference is None:
+        raise InputError(
+            "--target reference needs a column with the text to measure, reference or completion: name it with "
+            "--reference_column NAME"
+        )
+    blank = sum(not message_text(text).strip() for text in rows["reference"])
+    if blank == len(rows) or (blank and blank_is_wrong):
+        raise InputError(
+            f"{blank} of {len(rows)} rows have a blank text in column {columns.reference}, which --target reference "
+            "would measure: drop them, skip them with --missing skip, or name another column with --reference_column"
+        )
+
+
 def load_split(name: str, config: str | None = None, split: str = "train", streaming: bool = False):
     """One split of a data set: tiny-stories, a folder, a file, or a name on the hub.
 

@@ -17,6 +17,7 @@ from .data import Text, message_text, render_prompt, stable_id
 from .errors import InputError, one_of
 from .frozen import base_parameters
 from .models import describe_model, tokenizer_fingerprint
+from .placement import DEFAULT_TEMPLATE, Placement
 from .processes import from_all, of_this
 from .surprisal import SurprisalScorer
 from .thresholds import DEFAULT_THRESHOLDS, Thresholds, checked_weights, normalized
@@ -47,6 +48,8 @@ class MultiLevelPPLRewardFunction:
     device: moves the model there; None: it stays. use_cache: keep perplexities already computed, by content.
     target, interpolate (linear between the thresholds instead of steps), missing ("error" or "skip" a row that
         `baselines` lacks), allow_baseline_mismatch (use a file made by another model or with other definitions).
+    extract, template: for references, the part of a completion that counts and how the three texts are put together:
+        see `ppl.placement.Placement`.
     Further keywords go to `MultiLevelPPLCalculator`.
 
     Raises `InputError` (a `ValueError`) for settings or columns that make no sense, `BaselineError` for baselines.
@@ -69,6 +72,8 @@ class MultiLevelPPLRewardFunction:
         interpolate: bool = False,
         missing: str = "error",
         allow_baseline_mismatch: bool = False,
+        extract: str | None = None,
+        template: str = DEFAULT_TEMPLATE,
         **calculator_options,
     ) -> None:
         self.__name__ = "multi_level_ppl"
@@ -84,6 +89,9 @@ class MultiLevelPPLRewardFunction:
         self.use_cache = use_cache
         self.target = one_of("target", target, TARGETS)
         self.missing = one_of("missing", missing, MISSING)
+        self.placement = Placement(extract, template)
+        if target == "completion" and (extract or template != DEFAULT_TEMPLATE):
+            raise InputError("extract and template say what stands before a reference: they need target='reference'")
         if isinstance(baselines, str | Path):
             baselines = Baselines.load(baselines)
         elif baselines is not None and not isinstance(baselines, Baselines):
@@ -107,7 +115,10 @@ class MultiLevelPPLRewardFunction:
         """What a baselines file must have been made with to be compared with this reward's numbers."""
         return {
             "target": self.target,
-            "definitions": self.calculator.definitions,
+            "definitions": {
+                **self.calculator.definitions,
+                **({"template": self.placement.template} if self.target == "reference" else {}),
+            },
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "model": {**describe_model(self.model), "name": getattr(self.model.config, "_name_or_path", "")},
             "window": SurprisalScorer(self.model).window,
@@ -173,8 +184,10 @@ class MultiLevelPPLRewardFunction:
         first_visit = np.zeros(n, dtype=bool)
         if self.target == "reference":
             targets = [message_text(reference or "") for reference in references]
-            with_text = [(c + text, target) for c, text, target in zip(contexts, texts, targets, strict=True)]
-            alone = [pair for pair, unknown in zip(zip(contexts, targets, strict=True), absent, strict=True) if unknown]
+            parts, has_part = zip(*map(self.placement.extracted, texts), strict=True) if texts else ((), ())
+            with_text = list(zip(map(self.placement.context, contexts, parts), targets, strict=True))
+            without = zip(map(self.placement.context, contexts), targets, strict=True)
+            alone = [pair for pair, unknown in zip(without, absent, strict=True) if unknown]
             # One call, so that they share the prompts' forward passes.
             values = np.minimum(self._perplexities(with_text + alone), _HIGHEST)
             current, baseline[absent] = values[:n], values[n:]
@@ -211,7 +224,8 @@ class MultiLevelPPLRewardFunction:
         if self.normalize:
             every, mine = of_this(rewards[~skipped].tolist())
             rewards[~skipped] = normalized(np.array(every))[mine]
-        self._last = _LastCall(details, skipped, ~(skipped | unscorable), first_visit)
+        extracted = np.array(has_part, dtype=bool) if self.target == "reference" else np.ones(n, dtype=bool)
+        self._last = _LastCall(details, skipped, ~(skipped | unscorable), first_visit, extracted)
         result = torch.from_numpy(rewards).float().to(self.device)
         return (result, details) if return_details else result
 
@@ -301,6 +315,9 @@ class MultiLevelPPLRewardFunction:
     def _log(self, log_metric) -> None:
         """Means over all processes, the same names at every call on every process; without a scored row 0."""
         call = self._last
+        if self.placement.extracts:
+            every = from_all(call.extracted.tolist())
+            log_metric("diagnostics/not_extracted", 1 - sum(every) / len(every) if every else 0.0)
         columns = {f"reward_{level}": call.details["improvements"][level] for level in LEVELS}
         columns |= {f"ppl/{level}": call.details["ppls"][level] for level in LEVELS}
         rows = np.stack([column.numpy()[call.scored] for column in columns.values()], axis=1)
@@ -327,6 +344,7 @@ class _LastCall(NamedTuple):
     skipped: np.ndarray  # bool [B]: rows without a baseline or a reference
     scored: np.ndarray  # bool [B]: rows with a perplexity and a baseline
     first_visit: np.ndarray  # bool [B]: rows that make their prompt's baseline
+    extracted: np.ndarray  # bool [B]: completions that `extract` matches
 
 
 def _key(ids, prompts, references, place: int):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from . import cli
 from .errors import InputError
 from .guard import check_weight
+from .placement import DEFAULT_TEMPLATE, Placement
 from .thresholds import DEFAULT_THRESHOLDS, Thresholds, checked_weights
 from .train_flags import NAMESAKES
 
@@ -17,11 +18,16 @@ def reward_settings(args: argparse.Namespace) -> dict:
     Thresholds(thresholds)
     checked_weights(args.ppl_weights)
     check_weight(args.repetition_penalty)
+    Placement(args.extract, args.template)
+    if args.target == "completion" and (args.extract or args.template != DEFAULT_TEMPLATE):
+        raise InputError("--extract and --template say what stands before a reference: they need --target reference")
     return {
         "weights": tuple(args.ppl_weights),
         "reward_thresholds": thresholds,
         "normalize": args.normalize_rewards,
         "target": args.target,
+        "extract": args.extract,
+        "template": args.template,
         "interpolate": args.interpolate,
         "missing": args.missing,
         "allow_baseline_mismatch": args.allow_baseline_mismatch,
