@@ -31,13 +31,13 @@ def test_kl_is_the_mean_difference_of_the_surprisals_with_and_without_adapters(a
     expected = (sum(frozen) - sum(own)) / len(own)
     assert abs(expected) > 0.02
     adapted.train()  # dropout would show
-    assert kl_to_frozen(adapted, tokenizer, PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-4)
+    assert kl_to_frozen(adapted, adapted, tokenizer, PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-4)
     assert adapted.training
 
 
 def test_kl_is_0_without_adapters_and_nan_without_tokens(model, adapted, tokenizer):
-    assert kl_to_frozen(model, tokenizer, PROMPTS, COMPLETIONS) == 0
-    assert math.isnan(kl_to_frozen(adapted, tokenizer, ["Once"], [" "]))
+    assert kl_to_frozen(model, model, tokenizer, PROMPTS, COMPLETIONS) == 0
+    assert math.isnan(kl_to_frozen(adapted, adapted, tokenizer, ["Once"], [" "]))
 
 
 def test_distinct_is_the_share_of_runs_that_are_not_said_twice():

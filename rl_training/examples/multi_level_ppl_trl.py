@@ -78,7 +78,7 @@ def score(args: argparse.Namespace) -> int:
         model, tokenizer, _ = load_model(
             args.model_name, load_in_4bit=bool(args.load_in_4bit), dtype=args.dtype, device=args.device
         )
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if hasattr(model, "peft_config"):
         print(f"{args.model_name} is an adapter: it is off, and its base model scores the text", file=sys.stderr)
     calculator = MultiLevelPPLCalculator(tokenizer, **cli.definitions(args))
     try:

@@ -17,7 +17,7 @@ from ppl.data import check_references, find_columns, load_split, message_text, s
 from ppl.guard import WEIGHT, check_reward_weights, loop_guard
 from ppl.models import add_lora, import_unsloth, load_model, model_path
 from ppl.resume import LATEST, find_checkpoint, resume_command
-from ppl.train_config import grpo_config, loading, reward_settings
+from ppl.train_config import REPORTERS, check_reporters, grpo_config, loading, reward_settings
 from ppl.train_plan import plan_batches
 
 
@@ -28,12 +28,22 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     cli.add_unsloth_flags(parser)
     cli.add_data_flags(parser)
     cli.add_definition_flags(parser)
+    model = parser.add_argument_group("what is trained (default: a LoRA adapter; the folder of one goes on with it)")
+    model.add_argument("--full_finetuning", action="store_true", help="train all weights; a frozen copy is the scorer")
+    model.add_argument("--scorer_model", help="scorer (default: the model itself as it was before training)")
+    model.add_argument(
+        "--save_merged", action="store_true", help="also save model and adapter as one 16-bit model, OUTPUT_DIR/merged"
+    )
+
     data = parser.add_argument_group("training data")
     data.add_argument("--max_samples", type=cli.positive_int, help="use the first rows only (default: all)")
     data.add_argument(
         "--heldout_samples", type=cli.positive_int,
         help="rows kept out of training and scored before and after it (default: a fifth, at most 16)",
     )  # fmt: skip
+
+    data.add_argument("--eval_split", help="split evaluated while training, for instance test or test[:64]")
+    data.add_argument("--eval_steps", type=float, default=100, help="steps between two evaluations of it")
 
     reward = parser.add_argument_group("reward")
     reward.add_argument(
@@ -80,7 +90,11 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     training.add_argument("--logging_steps", type=float, default=10, help="steps between log lines")
     training.add_argument("--save_steps", type=float, default=500, help="steps between checkpoints")
     training.add_argument("--seed", type=int, default=42, help="of everything random")
-    training.add_argument("--wandb_project", help="log to Weights & Biases (without it, nothing is sent anywhere)")
+    training.add_argument("--wandb_project", help="log to this project of Weights & Biases")
+    training.add_argument(
+        "--report_to", nargs="+", choices=REPORTERS,
+        help="where logs go (default: wandb with --wandb_project; without one, nothing is sent anywhere)",
+    )  # fmt: skip
     training.add_argument("--run_name", help="name of the run")
     training.add_argument(
         "--resume_from_checkpoint", nargs="?", const=LATEST, metavar="PATH",
@@ -108,6 +122,20 @@ def prepare_dataset(dataset, columns):
     return dataset.filter(lambda row: bool(message_text(row["prompt"]).strip()))
 
 
+def load_rows(args: argparse.Namespace, split: str, baselines: Baselines | None, most: int | None = None):
+    """A split's (first) rows as `prepare_dataset` makes them. Raises `InputError` if one has no baseline and needs one."""
+    dataset = load_split(args.dataset_name, args.dataset_config, split)
+    if most is not None:
+        dataset = dataset.select(range(min(most, len(dataset))))
+    columns = find_columns(dataset.column_names, args.prompt_column, args.reference_column, args.id_column)
+    dataset = prepare_dataset(dataset, columns)
+    if args.target == "reference":
+        check_references(dataset, columns, blank_is_wrong=args.missing == "error")
+    if baselines is not None and args.missing == "error":
+        baselines.check_coverage(dataset["id"], dataset["prompt"])
+    return dataset
+
+
 def main(argv=None) -> int:
     args, rest = parse_args(argv)
     command = sys.argv[1:] if argv is None else argv
@@ -116,9 +144,11 @@ def main(argv=None) -> int:
 
 def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     # What can be refused is refused before a model is loaded.
-    model_path(args.model_name)
+    for name in filter(None, (args.model_name, args.scorer_model)):
+        model_path(name)
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     settings = reward_settings(args)
+    check_reporters(args)
     plan = plan_batches(
         args.per_device_train_batch_size,
         args.gradient_accumulation_steps,
@@ -129,31 +159,31 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     # A data set that compute_baselines_trl.py wrote has them as columns, and says the same of how they were made.
     columns_of = Baselines({}, read_meta(Path(args.dataset_name, ".baselines")), args.dataset_name)
     meta = (baselines or columns_of).meta
-    dataset = load_split(args.dataset_name, args.dataset_config, args.dataset_split)
-    columns = find_columns(dataset.column_names, args.prompt_column, args.reference_column, args.id_column)
-    if args.max_samples:
-        dataset = dataset.select(range(min(args.max_samples, len(dataset))))
-    dataset = prepare_dataset(dataset, columns)
-    if args.target == "reference":
-        check_references(dataset, columns, blank_is_wrong=args.missing == "error")
-    if baselines is not None and args.missing == "error":
-        baselines.check_coverage(dataset["id"], dataset["prompt"])
+    policy_load, scorer_load = loading(args, meta)
+    dataset = load_rows(args, args.dataset_split, baselines, args.max_samples)
     train_rows, heldout_rows = split_heldout(dataset, args.heldout_samples, args.seed)
+    eval_rows = load_rows(args, args.eval_split, baselines) if args.eval_split else None
 
     reason = "--no_unsloth" if args.no_unsloth else import_unsloth()
     from ppl.processes import is_first
 
     config, asked, defaults = grpo_config(args, rest, plan)
     check_reward_weights(config.reward_weights, guarded=args.repetition_penalty > 0)
-    load = loading(args, meta)
     say = print if is_first() else lambda *_, **__: None
-    say(f"Loading {args.model_name} ({', '.join(f'{key}={value}' for key, value in load.items())}) ...", flush=True)
+    say(f"Loading {args.model_name} ({', '.join(f'{key}={value}' for key, value in policy_load.items())}) ...")
+    window = {"device": args.device, "max_seq_length": args.max_seq_length}
     model, tokenizer, refused = load_model(
-        args.model_name, device=args.device, max_seq_length=args.max_seq_length, unsloth=reason is None, **load
+        args.model_name, unsloth=reason is None, full_finetuning=args.full_finetuning, **window, **policy_load
     )
     reason = reason or refused
-    say(f"Training with transformers and PEFT: {reason}" if reason else "Training with Unsloth")
-    model = add_lora(model, args.lora_r, args.lora_alpha, args.seed, unsloth=reason is None)
+    say(f"Training with transformers and PEFT: {reason}" if reason else "Training with Unsloth", flush=True)
+    if not args.full_finetuning:
+        model = add_lora(model, args.lora_r, args.lora_alpha, args.seed, unsloth=reason is None)
+    scorer, scorer_tokenizer = model, tokenizer  # its adapter is off while it scores
+    if args.full_finetuning or args.scorer_model:
+        name = args.scorer_model or args.model_name
+        scorer, scorer_tokenizer, _ = load_model(name, unsloth=reason is None, **window, **scorer_load)
+        scorer.requires_grad_(False)
 
     from transformers import PrinterCallback, ProgressCallback
 
@@ -161,10 +191,11 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     from ppl.diagnostics import Diagnostics
     from ppl.grpo_trainer import ResumableGRPOTrainer
     from ppl.heldout import evaluate, read_before, write_heldout
+    from ppl.merge import save_merged
     from ppl.reward import MultiLevelPPLRewardFunction
     from ppl.training_report import plot_training, print_comparison
 
-    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, baselines, **settings)
+    reward_fn = MultiLevelPPLRewardFunction(scorer, scorer_tokenizer, baselines, **settings)
     if baselines is None and not args.allow_baseline_mismatch:
         check_meta(columns_of, reward_fn.identity)
     reward_fn.observer = Diagnostics()
@@ -181,6 +212,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
         args=config,
         reward_funcs=[function for function, _ in rewards],
         train_dataset=train_rows,
+        eval_dataset=eval_rows,
         processing_class=tokenizer,
         callbacks=[RewardState(reward_fn, checkpoint), reward_fn.observer, stops],
     )
@@ -190,10 +222,11 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
 
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    chosen = {**vars(args), **load, "heldout_samples": len(heldout_rows)}
+    chosen = {**vars(args), **policy_load, "heldout_samples": len(heldout_rows)}
     chosen["reward_thresholds"] = settings["reward_thresholds"]
     if is_first():
         train_flags.write_config(output / train_flags.CONFIG_FILE, chosen, asked, defaults)
+    config.eval_on_start = config.eval_on_start and checkpoint is None
     penalties = rewards[1:]
     sampling = {
         "num_generations": 4,
@@ -201,10 +234,14 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
         "temperature": config.temperature,
         "seed": config.seed,
     }
+    # What the model was before training: itself without its adapter, a frozen copy, or nothing that is there.
+    start = model if not args.full_finetuning else None if args.scorer_model else scorer
     held_out = output / "heldout.json"
     before = read_before(Path(checkpoint).parent / held_out.name, heldout_rows, sampling) if checkpoint else None
     if before is None:
-        before = evaluate(model, tokenizer, reward_fn, heldout_rows, penalties, **sampling, progress="held-out, before")
+        before = evaluate(
+            model, tokenizer, reward_fn, heldout_rows, penalties, start=start, **sampling, progress="held-out, before"
+        )
     if is_first():
         write_heldout(held_out, sampling, before)
 
@@ -215,13 +252,18 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
             print(f"Stopped at step {trainer.state.global_step}. Go on with\n  {resume_command(command, checkpoint)}")
         return 128 + stops.received
     trainer.save_model(config.output_dir)
+    if args.save_merged and is_first():
+        save_merged(model, tokenizer, output, output / "merged")
 
-    after = evaluate(model, tokenizer, reward_fn, heldout_rows, penalties, **sampling, progress="held-out, after")
+    after = evaluate(
+        model, tokenizer, reward_fn, heldout_rows, penalties, start=start, **sampling, progress="held-out, after"
+    )
     if is_first():
         write_heldout(held_out, sampling, before, after)
         plot_training(trainer.state.log_history, output / "reward.png")
         print_comparison(before, after)
-        print(f"Adapter and tokenizer: {output}\nReward curve: {output / 'reward.png'}")
+        print(f"{'Model' if args.full_finetuning else 'Adapter'} and tokenizer: {output}")
+        print(f"Reward curve: {output / 'reward.png'}")
     return 0
 
 

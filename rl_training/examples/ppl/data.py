@@ -122,6 +122,7 @@ def load_split(name: str, config: str | None = None, split: str = "train", strea
     import datasets
 
     datasets.disable_progress_bars()
+    whole = split.partition("[")[0]  # of test[:64]
     path = TINY_STORIES if name == "tiny-stories" else Path(name)
     if not path.exists() and (path.is_absolute() or name.startswith(".") or path.suffix in DATA_FILES):
         raise InputError(f"data set {name!r} does not exist: expected a folder, a file, a hub name, or tiny-stories")
@@ -137,11 +138,11 @@ def load_split(name: str, config: str | None = None, split: str = "train", strea
             builder = DATA_FILES.get(path.suffix)
             if builder is None:
                 raise InputError(f"{name}: expected a file ending in .json, .jsonl, .csv or .parquet, or a folder")
-            files = {split: str(path)}
+            files = {whole: str(path)}
             return datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming)
         if name == "tiny-stories":
-            files = {split: str(path / f"{split}.json")}
-            if not (path / f"{split}.json").exists():
+            files = {whole: str(path / f"{whole}.json")}
+            if not (path / f"{whole}.json").exists():
                 raise InputError(f"tiny-stories has no split {split!r}, it has train, test")
             return datasets.load_dataset("json", data_files=files, split=split, streaming=streaming)
         if path.is_dir():

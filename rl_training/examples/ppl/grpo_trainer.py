@@ -8,7 +8,7 @@ from trl.trainer.utils import RepeatSampler
 
 
 class ResumableGRPOTrainer(GRPOTrainer):
-    """Two differences: adapters keep their precision, and every epoch's order of prompts follows from its number.
+    """Three differences: adapters keep their precision, an epoch's order follows from its number, all is loaded again.
 
     On 4-bit weights TRL turns adapters into bfloat16, where a step of 5e-5 is lost beside a weight of 0.1, and where a
     checkpoint that is loaded again makes them float32; Unsloth's own trainer leaves them in float32, and so does this.
@@ -20,6 +20,14 @@ class ResumableGRPOTrainer(GRPOTrainer):
         for parameter, data in trained:
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.model if model is None else model
+        # With --beta TRL adds an adapter `ref`, a copy of the start, which is saved in a folder of its own. Where there
+        # are such folders, transformers loads from them alone: the adapter in training would begin anew.
+        if "ref" in getattr(model, "peft_config", {}):
+            model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)

@@ -37,6 +37,7 @@ def evaluate(
     rows,
     penalties: Sequence[tuple[Callable, float]] = (),
     *,
+    start,
     num_generations: int,
     **sampling,
 ) -> HeldOut:
@@ -45,7 +46,8 @@ def evaluate(
     Several processes must all call; each does its share of the rows, and all get the whole.
 
     rows: a data set of `prepare_dataset`. penalties: the reward functions of completion ids beside it, with their
-    weights (`ppl.guard`); their mean is the score "loop penalty". sampling: keywords of `sample_completions`.
+    weights (`ppl.guard`); their mean is the score "loop penalty". start: the model as it was before training: `model`
+    itself if it trains adapters, a frozen copy, or None without one. sampling: keywords of `sample_completions`.
     """
     # Weights spread over processes are gathered for every forward pass, so all must sample equally often.
     places = share(len(rows), padded=is_sharded(model))
@@ -64,7 +66,7 @@ def evaluate(
         baselines=repeated(row_baselines(columns)),
         return_details=True,
     )
-    moved = kl_by_text(model, tokenizer, repeated(columns["prompt"]), texts)
+    moved = kl_by_text(model, start, tokenizer, repeated(columns["prompt"]), texts)
     levels = [details[name][level] for name in ("improvements", "ppls") for level in LEVELS]
     table = np.stack([np.asarray(column) for column in (details["rewards"], *levels)], axis=1)
     table = np.concatenate([table, np.reshape(moved, (-1, 2))], axis=1).reshape(len(places), num_generations, -1)
@@ -119,21 +121,25 @@ def _without_nan(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def kl_to_frozen(model, tokenizer, prompts: Sequence[Text], completions: Sequence[str]) -> float:
-    """How far the adapters have moved the model from where it started: an estimate of KL(model || frozen) a token.
+def kl_to_frozen(model, start, tokenizer, prompts: Sequence[Text], completions: Sequence[str]) -> float:
+    """How far training has moved the model from its start: an estimate of KL(model || start) a token.
 
-    The mean over the completions' tokens of the frozen model's surprisal minus the model's own, in nats; unbiased if
-    the model wrote them at temperature 1. 0 without adapters, nan if no token can be scored.
+    The mean over the completions' tokens of the start's surprisal minus the model's own, in nats; unbiased if the model
+    wrote them at temperature 1. start: `model` itself stands for it with its adapters off. nan if no token can be
+    scored.
     """
-    total, tokens = np.reshape(kl_by_text(model, tokenizer, prompts, completions), (-1, 2)).sum(axis=0)
+    total, tokens = np.reshape(kl_by_text(model, start, tokenizer, prompts, completions), (-1, 2)).sum(axis=0)
     return float(total / tokens) if tokens else float("nan")
 
 
-def kl_by_text(model, tokenizer, prompts: Sequence[Text], completions: Sequence[str]) -> list[tuple[float, int]]:
+def kl_by_text(model, start, tokenizer, prompts: Sequence[Text], completions: Sequence[str]) -> list[tuple]:
     """Per completion the sum that `kl_to_frozen` is the mean of, and its number of tokens."""
+    if start is None:
+        return [(0.0, 0)] * len(completions)
     encoded = TextEncoder(tokenizer).encode([render_prompt(prompt, tokenizer) for prompt in prompts], completions)
-    own, of_frozen = (SurprisalScorer(model, adapters=on).score(encoded) for on in (True, False))
-    return [((b - a).sum(), len(a)) for a, b in zip(own, of_frozen, strict=True)]
+    own = SurprisalScorer(model, adapters=True).score(encoded)
+    of_start = SurprisalScorer(start).score(encoded)
+    return [((b - a).sum(), len(a)) for a, b in zip(own, of_start, strict=True)]
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

@@ -37,9 +37,7 @@ def level_perplexities(
     return aggregate(units.offsets, rates, aggregation)
 
 
-def aggregate(
-    offsets: np.ndarray, rates: Mapping[str, tuple[np.ndarray, np.ndarray]], aggregation: str
-) -> np.ndarray:
+def aggregate(offsets: np.ndarray, rates: Mapping[str, tuple[np.ndarray, np.ndarray]], aggregation: str) -> np.ndarray:
     """float64 [B, 3], each text's perplexity at each level, from its units' rates; nan for a text without one.
 
     geometric: exp(mean_u r_u). arithmetic: mean_u exp(r_u). selective: exp of

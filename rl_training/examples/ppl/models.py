@@ -35,17 +35,19 @@ def load_model(
     device: str | None = None,
     max_seq_length: int | None = None,
     unsloth: bool = False,
+    full_finetuning: bool = False,
 ):
     """(model in eval mode, tokenizer, None or the reason why Unsloth was asked for and not used).
 
-    dtype "auto": float32 on a CPU; on a GPU what Unsloth chooses, without it the checkpoint's own.
+    The folder of an adapter gives its base model as a PeftModel, the adapter on and trainable. dtype "auto": float32 on
+    a CPU; on a GPU what Unsloth chooses, without it the checkpoint's own. full_finetuning: for Unsloth to know.
     Raises `InputError` if it cannot be loaded.
     """
     path = model_path(name)
     reason = None
     if unsloth:
         try:
-            return *_from_unsloth(path, load_in_4bit, dtype, device, max_seq_length), None
+            return *_from_unsloth(path, load_in_4bit, dtype, device, max_seq_length, full_finetuning), None
         # Unsloth raises many things for an architecture or a machine it does not know; the other way is open for all.
         except Exception as error:
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -66,7 +68,12 @@ def import_unsloth() -> str | None:
 
 
 def add_lora(model, r: int, alpha: int, seed: int, unsloth: bool):
-    """The model with a new LoRA adapter on its seven projections, or on all linear layers where it has other names."""
+    """The model with a new LoRA adapter on its seven projections, or on all linear layers where it has other names.
+
+    A model that was loaded with an adapter keeps that one.
+    """
+    if hasattr(model, "peft_config"):
+        return model
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     targets = LORA_TARGETS if names.issuperset(LORA_TARGETS) else "all-linear"
     if unsloth:
@@ -82,14 +89,18 @@ def add_lora(model, r: int, alpha: int, seed: int, unsloth: bool):
             use_gradient_checkpointing="unsloth",
             random_state=seed,
         )
+    import torch
     from peft import LoraConfig, get_peft_model
 
+    torch.manual_seed(seed)
     return get_peft_model(
         model, LoraConfig(r=r, target_modules=targets, lora_alpha=alpha, lora_dropout=0, task_type="CAUSAL_LM")
     )
 
 
-def _from_unsloth(path: str, load_in_4bit: bool, dtype: str, device: str | None, max_seq_length: int | None):
+def _from_unsloth(
+    path: str, load_in_4bit: bool, dtype: str, device: str | None, max_seq_length: int | None, full_finetuning: bool
+):
     from unsloth import FastLanguageModel  # first of all: it patches transformers, peft and trl on import
 
     import torch
@@ -102,6 +113,7 @@ def _from_unsloth(path: str, load_in_4bit: bool, dtype: str, device: str | None,
         max_seq_length=max_seq_length or 2048,
         dtype=None if dtype == "auto" else getattr(torch, dtype),
         load_in_4bit=load_in_4bit,
+        full_finetuning=full_finetuning,
     )
     return model.eval(), tokenizer
 
@@ -122,9 +134,16 @@ def _from_transformers(path: str, name: str, load_in_4bit: bool, dtype: str, dev
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
         )
+    loader, tokenizer_path = AutoModelForCausalLM, path
+    if (adapter := Path(path, "adapter_config.json")).exists():
+        from peft import AutoPeftModelForCausalLM
+
+        loader, options["is_trainable"] = AutoPeftModelForCausalLM, True
+        if not Path(path, "tokenizer_config.json").exists():
+            tokenizer_path = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": target}, **options)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+        model = loader.from_pretrained(path, dtype=dtype, device_map={"": target}, **options)
     # transformers raises these for a name, a folder or a file it can make nothing of, and for a hub out of reach.
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(

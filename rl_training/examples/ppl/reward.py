@@ -145,7 +145,7 @@ class MultiLevelPPLRewardFunction:
             if not (skip or math.isfinite(reward)):
                 raise FloatingPointError(f"{self.__name__} gave a reward of {reward}, expected a finite number")
         if self._last and (log_metric := columns.get("log_metric")):
-            self._log(log_metric)
+            self._log(log_metric, columns.get("log_extra"))
         rewards = [None if skip else reward for reward, skip in zip(rewards, skipped, strict=True)]
         if self._last and self.observer is not None:
             self.observer.observe(self._last, self.thresholds, prompts, texts, rewards, columns.get("log_metric"))
@@ -312,8 +312,11 @@ class MultiLevelPPLRewardFunction:
             self._cache.clear()
         self._weights_version = version
 
-    def _log(self, log_metric) -> None:
-        """Means over all processes, the same names at every call on every process; without a scored row 0."""
+    def _log(self, log_metric, log_extra=None) -> None:
+        """Means over all processes, the same names at every call on every process; without a scored row 0.
+
+        log_extra: takes a column of TRL's table of completions.
+        """
         call = self._last
         if self.placement.extracts:
             every = from_all(call.extracted.tolist())
@@ -323,8 +326,10 @@ class MultiLevelPPLRewardFunction:
         rows = np.stack([column.numpy()[call.scored] for column in columns.values()], axis=1)
         means = np.array(from_all(rows.tolist())).reshape(-1, len(columns))
         means = means.mean(axis=0) if len(means) else np.zeros(len(columns))
-        for name, mean in zip(columns, means, strict=True):
+        for (name, column), mean in zip(columns.items(), means, strict=True):
             log_metric(name, float(mean))
+            if log_extra is not None:
+                log_extra(name, column.tolist())
 
 
 def row_baselines(columns: Mapping[str, Sequence]) -> list[dict | None] | None:

@@ -25,7 +25,6 @@ from .tokens import Encoded
 logger = logging.getLogger(__name__)
 
 
-
 class _Sizes(NamedTuple):
     most: int  # tokens of one forward pass, padding included
     enough: int  # tokens; a longer pass takes as much time for each, unless it saves a prefix
