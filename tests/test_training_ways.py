@@ -15,12 +15,22 @@ STEP = [*SHORT, "--learning_rate", "1e-2", "--save_steps", "1", "--heldout_sampl
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory):
+def rows(tmp_path_factory):
+    """A file of prompts with baselines that some completions reach and some do not, so that a step teaches something."""
+    stories = json.loads((TINY / "train.json").read_text())[:20]
+    levels = dict.fromkeys(("baseline_word", "baseline_phrase", "baseline_sentence"), 30.0)
+    path = tmp_path_factory.mktemp("rows") / "rows.json"
+    path.write_text(json.dumps([{"id": story["id"], "prompt": story["prompt"], **levels} for story in stories]))
+    return ["--dataset_name", path]
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory, rows):
     """A 4-bit adapter of one step, merged, with an evaluation before and after it."""
     out = tmp_path_factory.mktemp("merged") / "out"
     train(
-        *STEP, "--output_dir", out, "--max_steps", "1", "--save_merged", "--eval_split", "test[:2]",
-        "--eval_steps", "1", "--report_to", "tensorboard", "--logging_dir", out / "logs",
+        *STEP, *rows, "--output_dir", out, "--max_steps", "1", "--save_merged", "--eval_split", "test[:2]",
+        "--eval_steps", "1", "--report_to", "tensorboard",
     )  # fmt: skip
     return out
 
@@ -53,11 +63,11 @@ def test_a_held_out_split_is_evaluated_with_the_reward(merged):
     evaluations = [entry for entry in log_history(merged, 1) if "eval_reward" in entry]
     assert [entry["step"] for entry in evaluations] == [0, 1]
     assert {"eval_reward_word", "eval_reward_phrase", "eval_reward_sentence", "eval_ppl/word"} <= set(evaluations[0])
-    assert list((merged / "logs").glob("events.out.tfevents.*"))
+    assert list(merged.rglob("events.out.tfevents.*"))
 
 
-def test_training_goes_on_with_an_adapter(merged, tmp_path):
-    train(*STEP, "--model_name", merged, "--output_dir", tmp_path / "further", "--max_steps", "1")
+def test_training_goes_on_with_an_adapter(merged, rows, tmp_path):
+    train(*STEP, *rows, "--model_name", merged, "--output_dir", tmp_path / "further", "--max_steps", "1")
     first, second = (
         json.loads((folder / "heldout.json").read_text()) for folder in (merged, tmp_path / "further")
     )
@@ -71,8 +81,8 @@ def test_training_goes_on_with_an_adapter(merged, tmp_path):
 
 
 @pytest.mark.parametrize("way", [[], ["--no_unsloth"]])
-def test_full_fine_tuning_trains_all_weights_against_a_frozen_copy(tmp_path, way):
-    printed = train(*STEP, "--full_finetuning", "--output_dir", tmp_path, "--max_steps", "1", *way).stdout
+def test_full_fine_tuning_trains_all_weights_against_a_frozen_copy(tmp_path, rows, way):
+    printed = train(*STEP, *rows, "--full_finetuning", "--output_dir", tmp_path, "--max_steps", "1", *way).stdout
     assert "Model and tokenizer" in printed and not (tmp_path / "adapter_config.json").exists()
     before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (TINY, tmp_path))
     assert all((after[name] != value.to(after[name].dtype)).any() for name, value in before.items())
@@ -91,12 +101,15 @@ def test_unsloth_in_16_bit(tmp_path):
 def test_a_gpt2_has_lora_on_its_own_projections(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     tokenizer.save_pretrained(tmp_path / "gpt2")
-    toys.gpt2(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "gpt2")
+    model = toys.gpt2()
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "gpt2")
     train(
         *STEP, "--no_unsloth", "--no-load_in_4bit", "--model_name", tmp_path / "gpt2", "--output_dir", tmp_path / "out",
         "--max_steps", "1", "--save_merged",
     )  # fmt: skip
-    targets = set(json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"])
+    names = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"]
+    targets = {name.rpartition(".")[2] for name in names}
     assert targets == {"c_attn", "c_proj", "c_fc"}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").config.model_type == "gpt2"
 

@@ -176,7 +176,7 @@ def read_meta(path: str | Path) -> dict:
     """What the file beside `path` says it was made with; {} if there is none."""
     try:
         meta = json.loads(meta_path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError as error:
         raise BaselineError(f"{meta_path(path)}: not JSON ({error}): delete it or recompute the baselines") from error
