@@ -16,7 +16,7 @@ STEP = [*SHORT, "--learning_rate", "1e-2", "--save_steps", "1", "--heldout_sampl
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """A file of prompts with baselines that some completions reach and some do not, so that a step teaches something."""
+    """A file of prompts with baselines that some completions reach and some do not: a step teaches something."""
     stories = json.loads((TINY / "train.json").read_text())[:20]
     levels = dict.fromkeys(("baseline_word", "baseline_phrase", "baseline_sentence"), 30.0)
     path = tmp_path_factory.mktemp("rows") / "rows.json"

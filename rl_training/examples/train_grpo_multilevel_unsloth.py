@@ -123,7 +123,7 @@ def prepare_dataset(dataset, columns):
 
 
 def load_rows(args: argparse.Namespace, split: str, baselines: Baselines | None, most: int | None = None):
-    """A split's (first) rows as `prepare_dataset` makes them. Raises `InputError` if one has no baseline and needs one."""
+    """A split's first rows as `prepare_dataset` makes them. Raises `InputError` if one has no baseline and needs it."""
     dataset = load_split(args.dataset_name, args.dataset_config, split)
     if most is not None:
         dataset = dataset.select(range(min(most, len(dataset))))
