@@ -62,7 +62,7 @@ demo: setup
 	@printf '%s\n' "" "Look at" \
 	    "  $(OUT)/heatmap.html          a text coloured by surprise" \
 	    "  $(OUT)/baselines.png         the perplexities before training" \
-	    "  $(OUT)/training/reward.png   the reward while training" "" \
+	    "  $(OUT)/training/report.html  the training: curves, completions before and after, settings" "" \
 	    "With your own model and data (a folder, a file or a name on the hub), in rl_training/examples:" \
 	    "  python test_multilevel_ppl_trl.py --model_name MODEL" \
 	    "  python compute_baselines_trl.py --model_name MODEL --dataset_name DATASET --generate 4 --output_path baselines.pkl" \

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from chromium import Chromium
 from training_runs import EXAMPLES, SHORT, log_history, refusal, train
 
 STEPS = 6
@@ -77,6 +78,34 @@ def test_it_says_how_held_out_prompts_fare_before_and_after(trained):
     kl = {side: held_out[side]["scores"]["KL"] for side in ("before", "after")}
     assert kl["before"] == pytest.approx(0, abs=1e-4) and abs(kl["after"]) > 1e-4
     assert (out / "out" / "reward.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.browser
+def test_its_report_shows_the_run(trained):
+    out, printed = trained
+    path = out / "out" / "report.html"
+    assert f"Report, kept up to date: {path}" in printed
+    with Chromium() as browser:
+        browser.open(path)
+        assert browser.console == [] and browser.requests == [path.as_uri()]
+        assert browser.value("document.querySelector('.status').textContent").startswith("Finished after 6 steps.")
+        rows = browser.value(
+            "[...document.querySelector('.chart').querySelectorAll('tbody tr')].map(r => r.cells[1].textContent)"
+        )
+        logs = [entry for entry in log_history(out / "out", STEPS) if "reward" in entry]
+        assert [float(shown.replace("−", "-")) for shown in rows] == pytest.approx(
+            [entry["reward"] for entry in logs], abs=0.006
+        )
+        held_out = json.loads((out / "out" / "heldout.json").read_text())
+        texts = browser.value(
+            "[...document.querySelectorAll('section[data-level=word] .text')].map(e => e.textContent)"
+        )
+        first = [[group[0] for group in held_out[when]["completions"]] for when in ("before", "after")]
+        assert texts == [text for pair in zip(*first, strict=True) for text in pair]
+        assert browser.value("document.querySelectorAll('section[data-level=word] .text span').length") > 0
+        command = browser.value("document.querySelector('#command pre').textContent")
+        assert command.startswith("python train_grpo_multilevel_unsloth.py") and f"--max_steps {STEPS}" in command
+        assert "num_generations: " in browser.value("document.querySelector('#settings').textContent")
 
 
 def wandb_records(path: Path):

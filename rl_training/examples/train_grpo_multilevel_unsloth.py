@@ -16,7 +16,7 @@ from ppl.baselines import Baselines, check_meta, read_meta
 from ppl.data import check_references, find_columns, load_split, message_text, split_heldout
 from ppl.guard import WEIGHT, check_reward_weights, loop_guard
 from ppl.models import add_lora, import_unsloth, load_model, model_path
-from ppl.resume import LATEST, find_checkpoint, resume_command
+from ppl.resume import LATEST, find_checkpoint, launched, resume_command
 from ppl.train_config import REPORTERS, check_reporters, grpo_config, loading, reward_settings
 from ppl.train_plan import plan_batches
 
@@ -75,7 +75,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
 
     training = parser.add_argument_group("training (every other field of TRL's GRPOConfig is a flag, too)")
     training.add_argument("--config", help="YAML file of flags; those on the command line win")
-    training.add_argument("--output_dir", default="output_grpo", help="adapter, tokenizer, checkpoints, plot")
+    training.add_argument("--output_dir", default="output_grpo", help="adapter, tokenizer, checkpoints, report")
     training.add_argument("--num_train_epochs", type=float, default=1.0, help="passes over the prompts")
     training.add_argument("--per_device_train_batch_size", type=cli.positive_int, default=4, help="in completions")
     training.add_argument("--gradient_accumulation_steps", type=cli.positive_int, help="(default: the least that fits)")
@@ -193,6 +193,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     from ppl.heldout import evaluate, read_before, write_heldout
     from ppl.merge import save_merged
     from ppl.reward import MultiLevelPPLRewardFunction
+    from ppl.training_page import TrainingPage, command_line, explain_heldout
     from ppl.training_report import plot_training, print_comparison
 
     reward_fn = MultiLevelPPLRewardFunction(scorer, scorer_tokenizer, baselines, **settings)
@@ -244,6 +245,19 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
         )
     if is_first():
         write_heldout(held_out, sampling, before)
+    facts = {
+        "Data": args.dataset_name,
+        "Target": args.target,
+        "Weights": "word {:g}, phrase {:g}, sentence {:g}".format(*args.ppl_weights),
+        "Baselines": args.baselines_path or "no file",
+    }
+    references = list(heldout_rows["reference"])
+    page = TrainingPage(
+        output / "report.html", args.model_name, facts, command_line(launched(command)),
+        output / train_flags.CONFIG_FILE, before, explain_heldout(reward_fn, before, references),
+    )  # fmt: skip
+    trainer.add_callback(page)
+    say(f"Report, kept up to date: {page.path}")
 
     trainer.train(resume_from_checkpoint=checkpoint)
     if stops.received is not None:
@@ -258,12 +272,14 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     after = evaluate(
         model, tokenizer, reward_fn, heldout_rows, penalties, start=start, **sampling, progress="held-out, after"
     )
+    shown_after = explain_heldout(reward_fn, after, references)
     if is_first():
         write_heldout(held_out, sampling, before, after)
+        page.write(trainer.state, after, shown_after)
         plot_training(trainer.state.log_history, output / "reward.png")
         print_comparison(before, after)
         print(f"{'Model' if args.full_finetuning else 'Adapter'} and tokenizer: {output}")
-        print(f"Reward curve: {output / 'reward.png'}")
+        print(f"Reward curve: {output / 'reward.png'}\nReport: {page.path}")
     return 0
 
 

@@ -42,6 +42,11 @@ def resume_command(argv: Sequence[str], checkpoint: str) -> str:
             has_value = "=" not in word and place + 1 < len(words) and not words[place + 1].startswith("--")
             del words[place : place + 1 + has_value]
             break
+    return shlex.join([*launched(words), "--resume_from_checkpoint", checkpoint])
+
+
+def launched(argv: Sequence[str]) -> list[str]:
+    """The words of this process's command line, with these arguments."""
     processes = os.environ.get("WORLD_SIZE", "1")
     launcher = ["python"] if processes == "1" else ["accelerate", "launch", "--num_processes", processes]
-    return shlex.join([*launcher, sys.argv[0], *words, "--resume_from_checkpoint", checkpoint])
+    return [*launcher, sys.argv[0], *argv]

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from .baselines import write_atomically
 from .heldout import HeldOut
+from .report import COLORS
 from .units import LEVELS
 
 
@@ -45,13 +46,13 @@ def plot_training(log_history: list[dict], path: Path) -> None:
     spread = [entry.get("reward_std", 0.0) for entry in logs]
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6.5), sharex=True, layout="constrained")
     low, high = zip(*((r - s, r + s) for r, s in zip(reward, spread, strict=True)), strict=True) if logs else ((), ())
-    top.fill_between(steps, low, high, color="tab:blue", alpha=0.15, linewidth=0, label="± standard deviation")
-    top.plot(steps, reward, color="tab:blue", marker="o", markersize=3, label="mean reward")
+    top.fill_between(steps, low, high, color="0.3", alpha=0.15, linewidth=0, label="± standard deviation")
+    top.plot(steps, reward, color="0.2", marker="o", markersize=3, label="mean reward")
     top.set_ylabel("reward")
     top.set_title("Reward of the sampled completions")
-    for level, color in zip(LEVELS, ("tab:orange", "tab:green", "tab:purple"), strict=True):
+    for level, dashes in zip(LEVELS, ("-", "--", ":"), strict=True):
         values = [entry.get(f"reward_{level}", float("nan")) for entry in logs]
-        bottom.plot(steps, values, color=color, marker="o", markersize=3, label=level)
+        bottom.plot(steps, values, dashes, color=COLORS[level], marker="o", markersize=3, label=level)
     bottom.axhline(0, color="0.6", linewidth=0.8)
     bottom.set_ylabel("improvement over baseline, %")
     bottom.set_xlabel("optimizer step")
