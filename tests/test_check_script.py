@@ -14,6 +14,7 @@ from torch.nn.functional import dropout
 import test_multilevel_ppl_trl as script
 from ppl import checks
 from ppl.calculator import MultiLevelPPLCalculator
+from ppl.head import Head
 from ppl.models import load_model
 from ppl.reward import MultiLevelPPLRewardFunction
 from ppl.thresholds import Thresholds
@@ -152,10 +153,8 @@ def test_a_number_that_depends_on_the_batch_is_seen(check, monkeypatch):
 
 
 def test_a_wrong_log_softmax_is_seen_by_brute_force_alone(check, monkeypatch):
-    from ppl import surprisal
-
-    right = surprisal._surprisal
-    monkeypatch.setattr(surprisal, "_surprisal", lambda logits, labels: right(logits, labels) + 0.01)
+    right = Head.surprisal
+    monkeypatch.setattr(Head, "surprisal", lambda self, hidden, labels: right(self, hidden, labels) + 0.01)
     code, marks, said = check(toys.llama(), toys.byte_level())
     assert (code, failed(marks)) == (1, ["fast path equals brute-force log-softmax"])
     # 0.01 nats more a token: exp(0.01) - 1 = 1.005 %
@@ -218,7 +217,7 @@ def test_a_reward_that_trl_could_not_take_is_seen(check, monkeypatch, fault, sai
 
 
 def test_a_metric_under_another_name_is_seen(check, monkeypatch):
-    monkeypatch.setattr(MultiLevelPPLRewardFunction, "_log", lambda self, log_metric: log_metric("ppl", 3.5))
+    monkeypatch.setattr(MultiLevelPPLRewardFunction, "_log", lambda self, log_metric, log_extra: log_metric("ppl", 3.5))
     code, marks, said = check(toys.llama(), toys.byte_level())
     assert (code, failed(marks)) == (1, ["TRL's calling convention"])
     assert "it logged {'ppl': 3.5}" in said["TRL's calling convention"]
