@@ -11,8 +11,8 @@ import sys
 from itertools import combinations
 from pathlib import Path
 
-from common import print_table, write_figure, write_json
 from damage import DAMAGES, Damages
+from output import print_table, write_figure, write_json
 
 from ppl import cli
 from ppl.data import find_columns, load_split, message_text, render_prompt

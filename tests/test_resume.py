@@ -129,6 +129,7 @@ def test_the_settings_beside_the_model_give_the_same_run(undisturbed):
         "load_in_4bit",
         "gradient_accumulation_steps",
         "num_generations",
+        "report_to",
         "reward_thresholds",
     }
     assert ours[1]["load_in_4bit"] is True and ours[1]["reward_thresholds"][0] == (0.05, 0.2)
