@@ -35,6 +35,7 @@ BATCH = 8  # of the pad-and-cross-entropy loop and of minicons, which leave it t
 PEER_BATCHES = (1, 8)  # lm-evaluation-harness: the faster of its default and this
 EQUAL = 256  # tokens of a row where the shape is free; 4 of them run fastest together
 GROUP, PROMPT, COMPLETION = 8, 512, 128
+SAME_PRODUCTS = f"decoder + LM head alone in rows of {EQUAL}, with this engine's matrix products"
 MEGABYTE = 1e6
 
 
@@ -137,6 +138,7 @@ def mixed_texts(model, tokenizer, texts, rounds):
         f"decoder + LM head alone, cut into rows of {EQUAL}": lambda: [bare(model, row) for row in equal],
         "the same, and the LM head on 1,024 rows at once": lambda: [bare(model, row, 1024) for row in equal],
         "this engine, from text to perplexities": lambda: calculator.score_pairs(model, [("", text) for text in texts]),
+        SAME_PRODUCTS: lambda: bare_with_our_products(model, equal),
         "pad-and-cross-entropy loop": lambda: pad_and_loop(model, tokenizer, texts),
     }
     targets = {"pad-and-cross-entropy loop": 3.0}
@@ -163,6 +165,8 @@ def mixed_texts(model, tokenizer, texts, rounds):
             table.append([name, speed, "", "", "the bare limit" if name == limit else ""])
         elif name == engine:
             table.append([name, speed, *judged(ratio(seconds[limit], found), 0.92), "its speed to the bare limit's"])
+        elif name == SAME_PRODUCTS:
+            table.append([name, speed, f"{ratio(found, seconds[engine]):.2f}", "", "our speed to its"])
         else:
             table.append([name, speed, *judged(ratio(found, seconds[engine]), targets[name]), "our speed to its"])
     return table
@@ -173,6 +177,14 @@ def bare(model, ids, head_rows: int = 128) -> None:
     hidden = model.transformer(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
     for piece in hidden.tensor_split(-(-len(hidden) // head_rows)):
         model.lm_head(piece)
+
+
+def bare_with_our_products(model, rows) -> None:
+    from ppl.onednn import fast_products
+
+    with fast_products(model):
+        for row in rows:
+            bare(model, row)
 
 
 def pad_and_loop(model, tokenizer, texts) -> list[float]:
@@ -244,11 +256,11 @@ def shared_prompt(model, tokenizer, rounds, seed):
     shared, alone = SurprisalScorer(model), whole_rows()(model)
     found = {scorer: np.concatenate(scorer.score(encoded)) for scorer in (shared, alone)}
     difference = check_equal("sharing a prefix", found[shared], found[alone], tolerance=1e-4)
-    bare_rows = f"decoder + LM head alone, {GROUP} full rows"
+    bare_rows = f"decoder + LM head alone, {GROUP} full rows, with this engine's matrix products"
     without, sharing = "this engine without sharing", "this engine with sharing"
     seconds = alternate(
         {
-            bare_rows: lambda: [bare(model, row) for row in rows],
+            bare_rows: lambda: bare_with_our_products(model, rows),
             without: lambda: alone.score(encoded),
             sharing: lambda: shared.score(encoded),
         },

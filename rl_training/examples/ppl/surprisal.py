@@ -17,6 +17,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from .batching import Group, Pack, Row, batches, lay_out, packs, padded, share_prefixes, windows
 from .frozen import frozen
 from .head import Head, surprisal
+from .onednn import fast_products
 from .packed import CannotPackError, can_pack, plain_cache, run_packed
 from .prefix_cache import run_prefix
 from .sharded import in_step, is_sharded
@@ -71,7 +72,7 @@ class SurprisalScorer:
             with frozen(self.model, self.adapters):
                 self._score_in_step(rows, surprisals)
         elif rows:
-            with frozen(self.model, self.adapters):
+            with frozen(self.model, self.adapters), fast_products(self.model):
                 self._score_rows(rows, surprisals)
         for number, found in enumerate(surprisals):
             if np.isnan(found).any():
