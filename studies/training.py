@@ -25,16 +25,15 @@ from ppl.units import LEVELS
 
 DEMO = "--max_new_tokens 64 --learning_rate 2e-3 --per_device_train_batch_size 16"
 BASELINES = "--load_in_4bit --generate 4 --max_new_tokens 64"
-# The levels are compared without the guard, which would hide what they do on their own.
 ARMS = {
     "default": "",
     "no loop guard": "--repetition_penalty 0",
-    "word only": "--repetition_penalty 0 --ppl_weights 1 0 0",
-    "phrase only": "--repetition_penalty 0 --ppl_weights 0 1 0",
-    "sentence only": "--repetition_penalty 0 --ppl_weights 0 0 1",
-    "selective": "--repetition_penalty 0 --aggregation selective",
-    "selective, sentence only": "--repetition_penalty 0 --aggregation selective --ppl_weights 0 0 1",
-    "reference": "--repetition_penalty 0 --target reference",
+    "word only": "--ppl_weights 1 0 0",
+    "phrase only": "--ppl_weights 0 1 0",
+    "sentence only": "--ppl_weights 0 0 1",
+    "selective": "--aggregation selective",
+    "selective, sentence only": "--aggregation selective --ppl_weights 0 0 1",
+    "reference": "--target reference",
 }
 QUICK = {"arms": ["default", "sentence only"], "seeds": [0], "max_steps": 2}
 QUICK_FLAGS = "--max_samples 20 --heldout_samples 4 --max_new_tokens 12"
