@@ -4,6 +4,8 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
+import output  # noqa: F401 (with it, ppl is found)
+
 from ppl.units import segment
 
 _AROUND_WORD = re.compile(r"(\W*)(.*?)(\W*)", re.DOTALL)
