@@ -104,6 +104,10 @@ def test_a_signal_stops_both_processes_at_the_same_step(tmp_path):
     output, error = process.communicate(timeout=120)
     assert process.returncode != 0, error[-2000:]
     [step] = re.findall(r"Stopped at step (\d+)", output)
+    command = output[output.index("Go on with") :].splitlines()[1]
+    launcher = f"accelerate launch --config_file {CONFIGS / 'cpu.yaml'}"
+    assert command.startswith(f"  {launcher} train_grpo_multilevel_unsloth.py --max_samples")
+    assert command.endswith(f" --resume_from_checkpoint {out / f'checkpoint-{step}'}")
     state = json.loads((out / f"checkpoint-{step}" / "trainer_state.json").read_text())
     assert state["global_step"] == int(step)
     assert (out / f"checkpoint-{step}" / "reward_state.json").exists()

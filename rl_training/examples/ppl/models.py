@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from .data import TINY_STORIES
@@ -159,7 +160,9 @@ def _device(device: str | None):
     import torch
 
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Each process of a launcher has a GPU of its own.
+        gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        return torch.device(gpu if torch.cuda.is_available() else "cpu")
     try:
         target = torch.device(device)
     except RuntimeError as error:

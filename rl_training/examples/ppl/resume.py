@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from psutil import Process
+
 from .errors import InputError
 
 STATE_FILE = "reward_state.json"  # of `ppl.callbacks.RewardState`: written last
@@ -46,7 +48,16 @@ def resume_command(argv: Sequence[str], checkpoint: str) -> str:
 
 
 def launched(argv: Sequence[str]) -> list[str]:
-    """The words of this process's command line, with these arguments."""
+    """The words of the command line that started this process, its launcher's included, with these arguments."""
     processes = os.environ.get("WORLD_SIZE", "1")
-    launcher = ["python"] if processes == "1" else ["accelerate", "launch", "--num_processes", processes]
+    launcher = ["python"] if processes == "1" else _launcher() or ["accelerate", "launch", "--num_processes", processes]
     return [*launcher, sys.argv[0], *argv]
+
+
+def _launcher() -> list[str]:
+    """What stands before the script in the command line of the process that started this one."""
+    words = Process().parent().cmdline()  # python /usr/bin/accelerate launch --config_file FILE script.py ...
+    if sys.argv[0] not in words[2:]:
+        return []
+    first = 0 if words[1].startswith("-") else 1  # python -m torch.distributed.run ...
+    return [Path(words[first]).name, *words[first + 1 : words.index(sys.argv[0])]]
