@@ -1,7 +1,7 @@
-"""float32 matrix products by oneDNN, on a CPU that MKL does not favour.
+"""float32 matrix products by oneDNN, on an AMD CPU.
 
-torch takes them to MKL, which on an AMD CPU runs at half of what oneDNN, a part of torch as well, reaches there. The
-numbers differ as those of two MKL products of other sizes do, in the last digits.
+torch takes them to MKL, which there runs at half of what oneDNN, a part of torch as well, reaches. The numbers differ
+as those of two MKL products of other sizes do, in the last digits.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +14,7 @@ _LEAST = 1 << 24
 
 
 def fast_products(model) -> AbstractContextManager:
-    """Within it a float32 model's linear layers take their products to oneDNN, if it has its weights on such a CPU."""
+    """Within it a float32 model's linear layers take their products to oneDNN, if its weights are on such a CPU."""
     if model.device.type != "cpu" or not _pays():
         return nullcontext()
     return _OneDNN()
@@ -23,7 +23,8 @@ def fast_products(model) -> AbstractContextManager:
 def _pays() -> bool:
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
-    return "Intel" not in torch.cpu.get_capabilities()["cpu_name"]
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # some torch that requirements.txt allows has none
+    return "AMD" in capabilities.get("cpu_name", "")
 
 
 class _OneDNN(TorchFunctionMode):
