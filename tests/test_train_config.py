@@ -10,6 +10,12 @@ from ppl.train_plan import plan_batches
 from train_grpo_multilevel_unsloth import parse_args
 
 
+@pytest.mark.parametrize(("word", "found"), [("-50:0", -50), ("-.5:0", -0.5), ("-1e9:0", -1e9), ("-2E-1:0", -0.2)])
+def test_a_threshold_below_0_is_no_flag(word, found):
+    args, rest = parse_args(["--reward_thresholds", word, "1:1", "--beta", "0.1"])
+    assert args.reward_thresholds == [(found, 0), (1, 1)] and rest == ["--beta", "0.1"]
+
+
 def test_the_field_names_read_from_the_source_are_those_of_the_class():
     from trl import GRPOConfig
 

@@ -32,7 +32,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
         if "--config" in argv[:-1]:
             argv = config_words(argv[argv.index("--config") + 1], actions) + argv
         # argparse would take the threshold -50:0 for a flag; with a space in front it does not.
-        args, rest = parser.parse_known_args([f" {word}" if re.match(r"-[\d.]+:", word) else word for word in argv])
+        args, rest = parser.parse_known_args(
+            [f" {word}" if re.match(r"-(\d|\.|inf|nan)[^\s:]*:", word) else word for word in argv]
+        )
         check_names([word for word in rest if word.startswith("--")], actions)
         if rest and not rest[0].startswith("--"):
             raise InputError(f"{rest[0]!r} belongs to no flag: see --help")
