@@ -45,6 +45,7 @@ def rewards(model, mine: slice, **options) -> dict:
         metrics = {}
         arguments = {"reference": REFERENCES[mine], "log_metric": metrics.__setitem__}
         found.append(function(PROMPTS[mine], completions[mine], **arguments))
+        assert metrics.pop("reward_time") > 0
         logged.append(metrics)
     return {"rewards": found, "logged": logged, "state": function.state_dict()}
 

@@ -44,7 +44,7 @@ Checks:
   ✓ fast path equals brute-force log-softmax \(largest relative difference {NUMBER}\)
   ✓ units partition the tokens \(\d+ tokens of 5 texts\)
   ✓ rewards on known baselines \(0\.05 % → 0\.2, 0\.5 % → 0\.5, 1 % → 0\.7, 2 % → 0\.9, 3 % → 1\)
-  ✓ TRL's calling convention \(text, 6 metrics\)
+  ✓ TRL's calling convention \(text, 7 metrics\)
 
 ✓ All tests passed!
 """
@@ -89,7 +89,7 @@ def test_it_passes_with_every_kind_of_tokenizer(check, kind):
 
 def test_with_a_chat_template_chat_messages_are_tried_too(check):
     code, _, said = check(toys.gpt2(), toys.byte_level(chat=True))
-    assert code == 0 and said["TRL's calling convention"] == "text and chat messages, 6 metrics)"
+    assert code == 0 and said["TRL's calling convention"] == "text and chat messages, 7 metrics)"
 
 
 @pytest.mark.parametrize("flags", [["--dtype", "bfloat16"], ["--dtype", "float16"], ["--load_in_4bit"]])
@@ -220,7 +220,7 @@ def test_a_metric_under_another_name_is_seen(check, monkeypatch):
     monkeypatch.setattr(MultiLevelPPLRewardFunction, "_log", lambda self, log_metric, log_extra: log_metric("ppl", 3.5))
     code, marks, said = check(toys.llama(), toys.byte_level())
     assert (code, failed(marks)) == (1, ["TRL's calling convention"])
-    assert "it logged {'ppl': 3.5}" in said["TRL's calling convention"]
+    assert "it logged {'ppl': 3.5, 'reward_time': " in said["TRL's calling convention"]
 
 
 def test_a_check_that_breaks_has_failed_and_debug_shows_where(check, monkeypatch):

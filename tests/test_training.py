@@ -31,6 +31,7 @@ def trained(tmp_path_factory, baselines):
         *SHORT, "--output_dir", output / "out", "--baselines_path", baselines,
         "--max_steps", STEPS, "--save_steps", STEPS,
         "--learning_rate", "1e-3", "--warmup_steps", "1", "--lr_scheduler_type", "cosine", "--wandb_project", "ppl",
+        "--eval_split", "train[8:10]", "--eval_steps", STEPS, "--interpolate", "--reward_thresholds", "0:0", "100:1",
         WANDB_MODE="offline", WANDB_DIR=str(output), WANDB_SILENT="true",
     )  # fmt: skip
     return output, done.stdout
@@ -57,10 +58,17 @@ def test_the_adapter_it_saves_loads_and_has_learned(trained):
 def test_its_rewards_are_those_of_the_thresholds(trained):
     logs = [entry for entry in log_history(trained[0] / "out", STEPS) if "reward" in entry]
     assert [entry["step"] for entry in logs] == [1, 2, 3, 4, 5, 6]
+    scored = 0
     for entry in logs:
         # One prompt a step: its baseline is 5, which no completion reaches, or 240, which nearly every one does.
-        assert entry["reward"] == 0 if entry["reward_word"] < 0 else entry["reward"] > 0.5
-    assert {entry["reward"] > 0.5 for entry in logs} == {True, False}
+        average = 0.2 * entry["reward_word"] + 0.3 * entry["reward_phrase"] + 0.5 * entry["reward_sentence"]
+        found = entry["rewards/multi_level_ppl/mean"]
+        if entry["reward_word"] < 0:
+            assert found == 0
+        elif not entry["diagnostics/at_zero"]:
+            assert found == pytest.approx(average / 100, abs=1e-5)
+            scored += 1
+    assert 0 < scored < STEPS
 
 
 def test_it_says_how_held_out_prompts_fare_before_and_after(trained):
@@ -92,10 +100,12 @@ def test_its_report_shows_the_run(trained):
         rows = browser.value(
             "[...document.querySelector('.chart').querySelectorAll('tbody tr')].map(r => r.cells[1].textContent)"
         )
+        # Its first row is of the evaluation before the first step.
         logs = [entry for entry in log_history(out / "out", STEPS) if "reward" in entry]
-        assert [float(shown.replace("−", "-")) for shown in rows] == pytest.approx(
+        assert [float(shown.replace("−", "-")) for shown in rows[1:]] == pytest.approx(
             [entry["reward"] for entry in logs], abs=0.006
         )
+        assert rows[0] == "–"
         held_out = json.loads((out / "out" / "heldout.json").read_text())
         texts = browser.value(
             "[...document.querySelectorAll('section[data-level=word] .text')].map(e => e.textContent)"
@@ -128,16 +138,47 @@ def wandb_records(path: Path):
             data = b""
 
 
-def test_weights_and_biases_gets_the_documented_names_offline(trained):
+@pytest.fixture(scope="module")
+def logged(trained) -> dict[str, list]:
+    """Per name what W&B was told, in order."""
     [path] = (trained[0] / "wandb").glob("offline-run-*/*.wandb")
-    logged: dict[str, list] = {}
+    values: dict[str, list] = {}
     for record in wandb_records(path):
         for item in record.history.item:
-            logged.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
-    for name in ("reward", "reward_word", "reward_phrase", "reward_sentence", "ppl/word", "loss", "learning_rate"):
+            values.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
+    return values
+
+
+def test_weights_and_biases_gets_the_documented_names_offline(trained, logged):
+    for name in (
+        "reward", "reward_word", "reward_phrase", "reward_sentence", "ppl/word", "loss", "learning_rate", "reward_time",
+    ):  # fmt: skip
         assert len(logged[f"train/{name}"]) == STEPS, name
     expected = [entry["reward_word"] for entry in log_history(trained[0] / "out", STEPS) if "reward" in entry]
     assert logged["train/reward_word"] == pytest.approx(expected)
+    steps = zip(logged["train/reward_time"], logged["train/step_time"], strict=True)
+    assert all(0 < part < whole for part, whole in steps)
+
+
+def test_weights_and_biases_gets_the_evaluation_of_another_split(trained, logged):
+    evaluations = [entry for entry in log_history(trained[0] / "out", STEPS) if "eval_reward" in entry]
+    assert [entry["step"] for entry in evaluations] == [0, STEPS]
+    for name in ("reward", "reward_word", "reward_phrase", "reward_sentence", "ppl/word"):
+        assert logged[f"eval/{name}"] == pytest.approx([entry[f"eval_{name}"] for entry in evaluations]), name
+
+
+def test_weights_and_biases_gets_completions_with_the_parts_of_their_rewards(trained, logged):
+    tables = sorted((trained[0] / "wandb").rglob("completions_*.table.json"), key=lambda path: path.stat().st_mtime)
+    rows = []
+    for table in map(json.loads, map(Path.read_text, tables)):
+        rows.append([dict(zip(table["columns"], row, strict=True)) for row in table["data"]])
+    assert len(rows[0]) == 8 and {"prompt", "completion", "advantage"} < set(rows[0][0])
+    first = next(table for table in rows if table[0]["step"] == 1)
+    for name in ("reward_word", "reward_phrase", "reward_sentence", "ppl/word", "ppl/phrase", "ppl/sentence"):
+        scored = [row[name] for row in first if row["completion"].strip()]
+        assert sum(scored) / len(scored) == pytest.approx(logged[f"train/{name}"][0], rel=1e-4), name
+    rewards = [row["multi_level_ppl"] for row in first]
+    assert sum(rewards) / 8 == pytest.approx(logged["train/rewards/multi_level_ppl/mean"][0], abs=1e-5)
 
 
 def test_without_unsloth_it_says_why_and_trains_with_peft(tmp_path):

@@ -132,7 +132,7 @@ def trl_calling_convention(model, tokenizer) -> str:
         wanted = [1.0, 1.0, 0.0, None]  # blank text gets nothing, a row without a baseline is skipped
         if not isinstance(rewards, list) or rewards != wanted or not all(type(r) is float for r in rewards[:3]):
             raise CheckFailed(f"{kind}: the rewards are {rewards!r}, expected the list {wanted}")
-        names = {f"reward_{level}" for level in LEVELS} | {f"ppl/{level}" for level in LEVELS}
+        names = {f"{name}{level}" for name in ("reward_", "ppl/") for level in LEVELS} | {"reward_time"}
         if set(metrics) != names or not all(math.isfinite(value) for value in metrics.values()):
             raise CheckFailed(f"{kind}: it logged {metrics}, expected finite numbers named {', '.join(sorted(names))}")
     return f"{' and '.join(kind for kind, *_ in calls)}, {len(names)} metrics"

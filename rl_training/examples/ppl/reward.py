@@ -1,6 +1,7 @@
 """The reward function that GRPOTrainer calls: perplexities, baselines and thresholds put together."""
 
 import math
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -138,14 +139,16 @@ class MultiLevelPPLRewardFunction:
         if rows := row_baselines(columns):
             arguments["baselines"] = rows
         self._last = None
-        rewards = self.compute_rewards(texts, **arguments)
-        rewards = torch.as_tensor(rewards).tolist()
+        start = time.perf_counter()
+        rewards = torch.as_tensor(self.compute_rewards(texts, **arguments)).tolist()
+        seconds = time.perf_counter() - start
         skipped = self._last.skipped.tolist() if self._last else [False] * len(texts)
         for reward, skip in zip(rewards, skipped, strict=True):
             if not (skip or math.isfinite(reward)):
                 raise FloatingPointError(f"{self.__name__} gave a reward of {reward}, expected a finite number")
         if self._last and (log_metric := columns.get("log_metric")):
             self._log(log_metric, columns.get("log_extra"))
+            log_metric("reward_time", seconds)  # as TRL's step_time
         rewards = [None if skip else reward for reward, skip in zip(rewards, skipped, strict=True)]
         if self._last and self.observer is not None:
             self.observer.observe(self._last, self.thresholds, prompts, texts, rewards, columns.get("log_metric"))
