@@ -4,7 +4,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
-import output  # noqa: F401 (with it, ppl is found)
+import results  # noqa: F401 (with it, ppl is found)
 
 from ppl.units import segment
 

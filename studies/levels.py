@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 from damage import DAMAGES, Damages
-from output import print_table, write_figure, write_json
+from results import print_table, write_figure, write_json
 
 from ppl import cli
 from ppl.data import find_columns, load_split, message_text, render_prompt

@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from output import EXAMPLES, print_table, write_figure, write_json
+from results import EXAMPLES, print_table, write_figure, write_json
 
 from ppl import cli
 from ppl.errors import InputError
