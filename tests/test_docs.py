@@ -96,3 +96,11 @@ def test_the_readme_names_every_module():
     for path in [*(ROOT / "rl_training" / "examples").glob("*.py"), *(ROOT / "rl_training/examples/ppl").glob("*.*")]:
         if path.name != "__init__.py":
             assert re.search(rf"\b{re.escape(path.name)}\b", readme), f"{path.name} has no line in the README's tree"
+
+
+@pytest.mark.parametrize("name", ["README.md", "MULTILEVEL_PPL_GUIDE.md"])
+def test_every_picture_is_there(name):
+    paths = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (ROOT / name).read_text(encoding="utf-8"))
+    assert paths
+    for path in paths:
+        assert (ROOT / path).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n", path
