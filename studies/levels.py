@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 from damage import DAMAGES, Damages
-from results import print_table, write_figure, write_json
+from results import print_table, quiet_axes, write_figure, write_json
 
 from ppl import cli
 from ppl.data import find_columns, load_split, message_text, render_prompt
@@ -240,10 +240,7 @@ def figure(numbers: dict):
     made.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
     title = "What damage does to the perplexity of each level; filled: the level that sees it best"
     made.suptitle(title, x=0.01, ha="left")
-    for axes in (*panels, last):
-        axes.grid(axis="x", alpha=0.25)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(axis="y", length=0)
+    quiet_axes([*panels, last])
     return made
 
 

@@ -37,3 +37,11 @@ def write_figure(path: Path, figure) -> None:
     from ppl.baselines import write_atomically
 
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def quiet_axes(panels) -> None:
+    """Panels whose rows have names: no frame but the scale's, no tick beside a name."""
+    for axes in panels:
+        axes.grid(axis="x", alpha=0.25)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)

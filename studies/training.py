@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from results import EXAMPLES, print_table, write_figure, write_json
+from results import EXAMPLES, print_table, quiet_axes, write_figure, write_json
 
 from ppl import cli
 from ppl.errors import InputError
@@ -294,10 +294,7 @@ def figure(numbers: dict):
     distinct.set_xlabel("distinct-2 after / before")
     kl.set_xlabel("KL to the start, nats")
     made.suptitle("Held-out completions before and after training, a dot a seed", x=0.01, ha="left", fontsize=12)
-    for axes in (reward, ppl, distinct, kl):
-        axes.grid(axis="x", alpha=0.25)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(axis="y", length=0)
+    quiet_axes([reward, ppl, distinct, kl])
     return made
 
 

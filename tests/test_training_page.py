@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import toys
 from chromium import Chromium
+from psutil import AccessDenied
 from test_heatmap import contrast
 
 from ppl import charts, training_page
@@ -125,8 +126,31 @@ def test_the_command_can_be_run_again_and_tells_no_secret(monkeypatch):
     words = ["--hub_token", "hf_abc", "--run_name", "a b", "--push_to_hub_token=hf_def", "--hub_token"]
     shown = command_line(launched(words))
     assert shown == "python train.py --hub_token '***' --run_name 'a b' '--push_to_hub_token=***' --hub_token"
+
+
+@pytest.mark.parametrize(
+    ("parent", "expected"),
+    [
+        ("python /env/bin/accelerate launch --config_file a.yaml train.py --x 1", "accelerate launch --config_file a.yaml"),
+        ("/env/bin/python -m torch.distributed.run --nproc_per_node 2 train.py",
+         "python -m torch.distributed.run --nproc_per_node 2"),
+        ("/usr/sbin/slurmstepd: [12.0]", "accelerate launch --num_processes 2"),
+        ("bash", "accelerate launch --num_processes 2"),
+        (None, "accelerate launch --num_processes 2"),
+        (AccessDenied(), "accelerate launch --num_processes 2"),
+    ],
+)  # fmt: skip
+def test_under_a_launcher_the_command_is_the_launchers(monkeypatch, parent, expected):
+    class Parent:
+        def cmdline(self):
+            if isinstance(parent, AccessDenied):
+                raise parent
+            return parent.split()
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert command_line(launched([])) == "accelerate launch --num_processes 2 train.py"
+    monkeypatch.setattr("ppl.resume.Process.parent", lambda self: Parent() if parent else None)
+    assert command_line(launched(["--x", "2"])) == f"{expected} train.py --x 2"
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from psutil import Process
+from psutil import Error, Process
 
 from .errors import InputError
 
@@ -55,8 +55,12 @@ def launched(argv: Sequence[str]) -> list[str]:
 
 
 def _launcher() -> list[str]:
-    """What stands before the script in the command line of the process that started this one."""
-    words = Process().parent().cmdline()  # python /usr/bin/accelerate launch --config_file FILE script.py ...
+    """What stands before the script in the command line of the process that started this one; [] if it did not."""
+    try:
+        parent = Process().parent()  # the first process of a container has none
+        words = parent.cmdline() if parent else []  # python /usr/bin/accelerate launch --config_file FILE script.py ...
+    except Error:  # it belongs to somebody else, or has just ended
+        return []
     if sys.argv[0] not in words[2:]:
         return []
     first = 0 if words[1].startswith("-") else 1  # python -m torch.distributed.run ...
