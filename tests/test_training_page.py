@@ -131,7 +131,7 @@ def test_the_command_can_be_run_again_and_tells_no_secret(monkeypatch):
 @pytest.mark.parametrize(
     ("parent", "expected"),
     [
-        ("python /env/bin/accelerate launch --config_file a.yaml train.py --x 1", "accelerate launch --config_file a.yaml"),
+        ("python /env/bin/accelerate launch --config_file a.yaml train.py", "accelerate launch --config_file a.yaml"),
         ("/env/bin/python -m torch.distributed.run --nproc_per_node 2 train.py",
          "python -m torch.distributed.run --nproc_per_node 2"),
         ("/usr/sbin/slurmstepd: [12.0]", "accelerate launch --num_processes 2"),
