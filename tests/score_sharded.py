@@ -31,7 +31,7 @@ def main() -> None:
     result = {"surprisals": [one.tolist() for one in found], "passes": len(passes), "training": model.training}
     with open(os.path.join(sys.argv[2], f"{rank}.json"), "w", encoding="utf-8") as file:
         json.dump(result, file)
-    # Without torch's own end: its threads have aborted a process that was done.
+    # An interpreter that ends while a thread of gloo still holds a tensor is aborted (pytorch/pytorch#179291).
     torch.distributed.barrier()
     os._exit(0)
 

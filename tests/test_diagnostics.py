@@ -1,6 +1,7 @@
 """A run that learns nothing is told why: the real reward function in each failure, and the real script in one."""
 
 import json
+import os
 import random
 import types
 
@@ -162,6 +163,9 @@ def _half_a_group(rank, folder):
     logged = {}
     reward_fn(["p"] * 2, [" fox", " mill"], id=["p"] * 2, log_metric=logged.__setitem__)
     assert (logged["diagnostics/no_spread"], logged["diagnostics/at_top"]) == (0, 0.5), logged
+    # An interpreter that ends while a thread of gloo still holds a tensor is aborted (pytorch/pytorch#179291).
+    torch.distributed.barrier()
+    os._exit(0)
 
 
 def test_two_processes_with_a_half_of_a_group_each(tmp_path):
