@@ -280,6 +280,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
         print_comparison(before, after)
         print(f"{'Model' if args.full_finetuning else 'Adapter'} and tokenizer: {output}")
         print(f"Reward curve: {output / 'reward.png'}\nReport: {page.path}")
+    trainer.accelerator.end_training()  # an interpreter that ends with gloo's threads at work may be aborted
     return 0
 
 
