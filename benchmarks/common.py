@@ -1,8 +1,10 @@
-"""What both benchmarks need: alternating timings, a process apart, a timed GRPO step, a table."""
+"""What the benchmarks need: alternating timings, a process apart, a timed GRPO step, rows and tables."""
 
+import json
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -24,6 +26,12 @@ def machine() -> str:
     if torch.cuda.is_available():
         parts.insert(0, torch.cuda.get_device_name())
     return ", ".join([*parts, f"Python {platform.python_version()}", f"torch {torch.__version__}"])
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def quiet() -> None:
@@ -131,8 +139,9 @@ def grpo_step(
 
     model: folder. prompts: of all steps. group: completions a prompt. batch: completions in one forward and backward
     pass. Returns "step", "generation", "reward" and "rest" (log-probabilities, loss, backward, optimizer) in seconds;
-    "peak", bytes: on a GPU what PyTorch reserved there, weights included, on a CPU resident memory; "perplexity", that
-    of the first prompt's words under the starting model, asked after the training.
+    "peak", bytes: on a GPU what PyTorch reserved there, weights included, on a CPU resident memory; "allocated", what
+    of it were tensors; "perplexity", that of the first prompt's words under the starting model, asked after the
+    training; "rewards", the seconds of one call of the reward on the last step's completions, by aggregation.
     """
     from ppl.models import add_lora, import_unsloth, load_model
 
@@ -144,6 +153,7 @@ def grpo_step(
     from trl import GRPOConfig, GRPOTrainer
 
     from ppl.calculator import MultiLevelPPLCalculator
+    from ppl.levels import AGGREGATIONS
     from ppl.reward import MultiLevelPPLRewardFunction
 
     policy, tokenizer, refused = load_model(model, load_in_4bit=in_4bit, unsloth=unsloth, max_seq_length=2048)
@@ -151,6 +161,12 @@ def grpo_step(
         raise RuntimeError(refused)
     policy = add_lora(policy, r=16, alpha=16, seed=0, unsloth=unsloth)
     seconds = {"step": [], "generation": [], "reward": []}
+    reward = MultiLevelPPLRewardFunction(policy, tokenizer, use_cache=False)
+    last_call = {}
+
+    def scored(prompts, completions, **columns):
+        last_call.update(prompts=prompts, completions=completions)
+        return reward(prompts, completions, **columns)
 
     def timed(name, function):
         def call(*args, **kwargs):
@@ -187,7 +203,7 @@ def grpo_step(
             logging_strategy="no",
             disable_tqdm=True,
         ),
-        reward_funcs=timed("reward", MultiLevelPPLRewardFunction(policy, tokenizer, use_cache=False)),
+        reward_funcs=timed("reward", scored),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=tokenizer,
         callbacks=[StepTime()],
@@ -196,8 +212,17 @@ def grpo_step(
     trainer.train()
     found = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     found["rest"] = found["step"] - found["generation"] - found["reward"]
+    found["peak"] = torch.cuda.max_memory_reserved() if cuda else _status("VmHWM")
+    found["allocated"] = torch.cuda.max_memory_allocated() if cuda else _status("VmHWM")
     found["perplexity"] = MultiLevelPPLCalculator(tokenizer).compute_all_levels(policy, prompts[0])["word"]
-    return found | {"peak": torch.cuda.max_memory_reserved() if cuda else _status("VmHWM")}
+    rewards = {
+        name: MultiLevelPPLRewardFunction(policy, tokenizer, use_cache=False, aggregation=name)
+        for name in ("geometric", "nested")
+        if name in AGGREGATIONS
+    }
+    calls = alternate({name: lambda one=one: one(**last_call) for name, one in rewards.items()}, 3)
+    found["rewards"] = {name: statistics.median(values) for name, values in calls.items()}
+    return found
 
 
 def judged(value: float, target: float, least: bool = True, form: str = "{:.2f}") -> tuple[str, str]:
@@ -224,6 +249,68 @@ def print_table(title: str, columns: Sequence[str], sections: Sequence[Sequence[
             table.add_row(*row)  # the cells that a row lacks stay empty
         table.add_section()
     console.print(table)
+
+
+class Rows:
+    """Writes and prints each row as soon as it is measured: a run that is cut off leaves all that it has found.
+
+    path: of a file of JSON lines, appended to. part: what the rows belong to.
+    """
+
+    def __init__(self, path: Path, part: str) -> None:
+        self.path = path
+        self.part = part
+
+    def add(
+        self,
+        what: str,
+        value: float | None = None,
+        unit: str = "",
+        ratio: float | None = None,
+        target: float | None = None,
+        *,
+        least: bool = True,
+        of: str = "",
+        note: str = "",
+    ) -> None:
+        """target: what the ratio, without one the value, must reach; `least=False`: must not exceed. of: of what."""
+        judged_value = value if ratio is None else ratio
+        met = None if target is None else bool(judged_value >= target if least else judged_value <= target)
+        row = {
+            "part": self.part, "what": what, "value": value, "unit": unit, "ratio": ratio,
+            "target": None if target is None else f"{'>=' if least else '<='} {target:g}", "met": met,
+            "of": of, "note": note,
+        }  # fmt: skip
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        print(" | ".join(cell for cell in _cells(row) if cell), flush=True)
+
+
+def markdown(title: str, rows: Sequence[Mapping]) -> str:
+    """A table of the rows of `Rows`."""
+    lines = [f"{title}\n", "| what | measured | ratio | target | of what |", "|---|--:|--:|--:|---|"]
+    for row in rows:
+        lines.append("| {} |".format(" | ".join(_cells(row))))
+    return "\n".join(lines) + "\n"
+
+
+def failure(output: str) -> str:
+    """The line of a process's output that says why it failed: its last error, else its last line."""
+    lines = output.strip().splitlines()
+    errors = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b|error:", line)]
+    return (errors or lines or [""])[-1][:300]
+
+
+def _cells(row: Mapping) -> list[str]:
+    value, ratio_of = row["value"], row["ratio"]
+    measured = "" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    target = "" if row["target"] is None else row["target"] + ("" if row["met"] else " **missed**")
+    note = "; ".join(filter(None, (row["of"], row["note"])))
+    return [
+        row["what"], f"{measured} {row['unit']}".strip(), "" if ratio_of is None else f"{ratio_of:.3g}", target, note
+    ]  # fmt: skip
 
 
 def _status(name: str) -> int:

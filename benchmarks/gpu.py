@@ -1,101 +1,46 @@
-"""What scoring and a GRPO step cost on one GPU. One table; under 8 minutes; no hub.
+"""What scoring and a GRPO step cost on one GPU. Each row is printed and written as soon as it is measured; no hub.
 
     pip install -r requirements.txt
     python benchmarks/gpu.py
 
-Models of published shapes with random weights: their perplexities mean nothing, their cost is real. The largest takes
-17 GB of the host's memory on its way to 4 bits, and 6 GB of the folder for temporary files. Without a GPU, or with
---toy, the same code runs on toy models in a minute; that shows that it works, and no number of it means anything.
+Models of published shapes with random weights: their perplexities mean nothing, their cost is real. The parts run one
+after the other, the most important first, each in a process of its own, until --seconds are over; what does not come
+to its turn is named. OUT/rows.jsonl holds a JSON object for each row, OUT/table.md the table.
+
+Without a GPU, or with --toy, the same code runs on toy models in two minutes; that shows that it works, and no number
+of it means anything.
 """
 
 import argparse
-import statistics
+import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
-from typing import NamedTuple
+from pathlib import Path
 
-from common import alternate, apart, grpo_step, judged, machine, peak_bytes, print_table, quiet, ratio, whole_rows
+import gpu_grpo
+import gpu_scoring
+import gpu_train
+from common import EXAMPLES, Rows, failure, machine, markdown, quiet
 
-# name -> (model type, shape). Sources: config.json of openai-community/gpt2, meta-llama/Llama-3.2-1B and
-# meta-llama/Meta-Llama-3-8B on the Hugging Face hub.
-PUBLISHED = {
-    "GPT-2 124M": (
-        "gpt2",
-        {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12},
-    ),
-    "Llama 3.2 1B": (
-        "llama",
-        {
-            "vocab_size": 128256,
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-5,
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 500000.0,
-                "factor": 32.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            },
-            "tie_word_embeddings": True,
-        },
-    ),
-    "Llama 3 8B": (
-        "llama",
-        {
-            "vocab_size": 128256,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 8192,
-            "rms_norm_eps": 1e-5,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-            "tie_word_embeddings": False,
-        },
-    ),
+# name -> (what --only calls it, function of rows, toy, folder); `folder` holds the 4-bit model of the largest shape,
+# which the first part makes. In the order in which they are measured.
+PARTS = {
+    "4-bit 8B": ("all", gpu_scoring.make_4bit),
+    "GRPO 8B, Unsloth": ("grpo", gpu_grpo.unsloth),
+    "scoring 8B": ("scoring", gpu_scoring.largest),
+    "GRPO 8B, transformers + PEFT": ("grpo", gpu_grpo.peft),
+    "GRPO 8B, batch 1": ("grpo", gpu_grpo.batch_of_one),
+    "memory 8B": ("memory", gpu_scoring.memory_of_largest),
+    "scoring 1B": ("scoring", gpu_scoring.middle),
+    "scoring GPT-2": ("scoring", gpu_scoring.smallest),
+    "precision": ("scoring", gpu_scoring.precision),
+    "scripts": ("train", gpu_train.scripts),
 }
-# 4-bit weights and Unsloth want widths that are multiples of 64.
-TOY = {
-    "GPT-2 toy": ("gpt2", {"vocab_size": 2048, "n_positions": 1024, "n_embd": 64, "n_layer": 2, "n_head": 2}),
-    "Llama toy": (
-        "llama",
-        {
-            "vocab_size": 2048,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 2048,
-        },
-    ),
-}
-
-
-class Sizes(NamedTuple):
-    models: dict
-    matrix: int  # side of the square matrices whose product is timed
-    texts: int  # of 20 to 700 tokens
-    prompt: int  # tokens
-    group: int
-    completion: int
-    long_text: int  # 8 of them for the peak memory
-    grpo_prompts: int
-    grpo_tokens: int  # of a completion; its prompt has half as many
-    grpo_batch: int  # completions of one forward and backward pass
-
-
-FULL = Sizes(PUBLISHED, 8192, 96, 4096, 8, 256, 4096, 8, 256, 8)
-SMALL = Sizes(TOY, 512, 6, 256, 4, 16, 256, 2, 16, 4)
+NEED_4BIT = {"GRPO 8B, Unsloth", "scoring 8B", "GRPO 8B, transformers + PEFT", "GRPO 8B, batch 1", "memory 8B"}
+ONLY = ("scoring", "grpo", "train", "memory")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -103,233 +48,73 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--only", choices=ONLY, nargs="+", default=ONLY, help="these parts (default: all)")
+    parser.add_argument("--out", type=Path, default=Path("output_gpu"), help="folder of the rows (default: output_gpu)")
+    parser.add_argument("--seconds", type=float, default=480, help="no part runs any longer (default: 480)")
     parser.add_argument("--toy", action="store_true", help="toy models (default: only where there is no GPU)")
-    parser.add_argument("--rounds", type=int, default=3, help="of which the medians are (default: 3)")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    started = time.perf_counter()
-    import torch
+    return run_part(args) if args.part else run_all(args)
 
+
+def run_part(args: argparse.Namespace) -> int:
+    """One part, in the process that `run_all` made for it."""
     quiet()
-    torch.set_grad_enabled(False)
+    _, measure = PARTS[args.part]
+    measure(Rows(args.out / "rows.jsonl", args.part), args.toy, args.folder)
+    return 0
+
+
+def run_all(args: argparse.Namespace) -> int:
+    import torch
+
+    started = time.monotonic()
+    args.out.mkdir(parents=True, exist_ok=True)
     toy = args.toy or not torch.cuda.is_available()
-    if toy:
-        print("Toy models: this shows that the benchmark runs, its numbers mean nothing.")
-    sizes = SMALL if toy else FULL
-    print(machine())
-    rate = matrix_rate(sizes.matrix)
-    sections = [[[f"product of two {sizes.matrix} x {sizes.matrix} bf16 matrices", f"{rate / 1e12:.3g} TFLOP/s"]]]
-    deviations = [["[bold]perplexities against float32"]]
+    rows = Rows(args.out / "rows.jsonl", "machine")
+    rows.path.unlink(missing_ok=True)
+    rows.add(machine(), note="toy models: no number means anything" if toy else "")
+    wanted = [name for name, (group, _) in PARTS.items() if group in args.only and not (toy and name == "scoring 1B")]
+    if NEED_4BIT & set(wanted):
+        wanted.insert(0, "4-bit 8B")
     with tempfile.TemporaryDirectory() as folder:
-        for name in sizes.models:
-            rows, deviation = score_model(name, sizes, rate, args.rounds, folder)
-            sections.append(rows)
-            deviations += deviation
-        sections += [deviations, grpo_rows(name, sizes, folder)]  # of the last model, which is what `folder` holds
-    if toy:
-        sections = [[[*row[:3], "", *row[4:]] for row in rows] for rows in sections]
-    title = f"{'Toy size' if toy else 'One GPU'}, {time.perf_counter() - started:.0f} s in all"
-    print_table(title, ("what", "measured", "ratio", "target", "of what"), sections)
-    return int(any("failed" in row[0] for rows in sections for row in rows))
+        for name in wanted:
+            left = args.seconds - (time.monotonic() - started)
+            command = [sys.executable, __file__, "--part", name, "--folder", folder, "--out", str(args.out.resolve())]
+            reason = run_for(left, [*command, "--toy"] if toy else command)
+            if reason:
+                Rows(rows.path, name).add("not measured to its end", note=reason)
+    found = [json.loads(line) for line in rows.path.read_text(encoding="utf-8").splitlines()]
+    title = f"{'Toy size' if toy else 'One GPU'}, {time.monotonic() - started:.0f} s in all"
+    table = markdown(title, found)
+    (args.out / "table.md").write_text(table, encoding="utf-8")
+    print(table)
+    return int(any("failed" in row["what"] or "failed" in row["note"] for row in found))
 
 
-# --- models and texts ------------------------------------------------------------------------------------------------
-
-
-def random_model(kind: str, shape: dict):
-    """In bf16, on the GPU if there is one."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    with torch.device(_device()):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape), dtype=torch.bfloat16).eval()
-
-
-def in_4bit(model):
-    """A copy with NF4 weights, as `load_in_4bit` makes them from a checkpoint; `model` moves to the host's memory."""
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    state = model.cpu().state_dict()
-    options = {"dtype": torch.bfloat16, "device_map": {"": _device()}, "quantization_config": nf4}
-    return type(model).from_pretrained(None, config=model.config, state_dict=state, **options).eval()
-
-
-def word_tokenizer(vocabulary: int):
-    """One token a word, with or without punctuation at its end, so that whatever a random model writes is text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokens = ["<bos>", "<eos>", "<pad>", "<unk>"]
-    for n in range(len(tokens), vocabulary):
-        letters = "".join(chr(ord("a") + n // 26**place % 26) for place in range(4))
-        tokens.append(letters + {0: ".", 1: ","}.get(n % 16, ""))
-    tokenizer = Tokenizer(models.WordLevel({token: n for n, token in enumerate(tokens)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
-    )
-
-
-def random_texts(tokenizer, lengths) -> list[str]:
-    """Texts of so many tokens."""
-    import numpy as np
-
-    random = np.random.default_rng(0)
-    return [tokenizer.decode(random.integers(4, len(tokenizer), size=length)) for length in lengths]
-
-
-# --- scoring ---------------------------------------------------------------------------------------------------------
-
-
-def matrix_rate(side: int) -> float:
-    """Operations a second of a product of two bf16 matrices, the best of several."""
-    import torch
-
-    a, b = (torch.randn(side, side, device=_device()).bfloat16() for _ in range(2))
-    times = alternate({"product": lambda: [a @ b for _ in range(5)]}, 5)["product"]
-    return 5 * 2 * side**3 / min(times)
-
-
-def score_model(name: str, sizes: Sizes, rate: float, rounds: int, folder: str):
-    """Rows of one model in bf16 and in 4-bit, and how far its perplexities are from float32's; saves the latter."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    kind, shape = sizes.models[name]
-    tokenizer = word_tokenizer(shape["vocab_size"])
-    model = random_model(kind, shape)
-    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear | Conv1D)]
-    parameters = sum(layer.weight.numel() for layer in layers)  # what is multiplied with: LM head yes, embedding no
-    rows = [[f"[bold]{name}, {parameters / 1e6:,.1f} M parameters in matrices"]]
-    found = {"bf16": scoring_rows("bf16", model, tokenizer, parameters, sizes, rate, rounds, rows)}
-    small = in_4bit(model)
-    found["4-bit"] = scoring_rows("4-bit", small, tokenizer, parameters, sizes, rate, rounds, rows)
-    small.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    del small
-    if torch.cuda.is_available() and 5 * parameters > torch.cuda.get_device_properties(0).total_memory:
-        return rows, [[f"{name}: float32 does not fit on this card"]]
-    exact = perplexities(model.float().to(_device()), tokenizer, sizes)
-    deviations = []
-    for kind, values in found.items():
-        off = 100 * abs(values / exact - 1)
-        measured = f"{off.mean():.2g} %"
-        deviations.append([f"{name}, {kind}: mean deviation", measured, "", "", f"largest {off.max():.2g} %"])
-    return rows, deviations
-
-
-def scoring_rows(dtype: str, model, tokenizer, parameters: int, sizes: Sizes, rate: float, rounds: int, rows: list):
-    """Appends to `rows`; returns the perplexities of the texts, float64 [B, 3]."""
-    import numpy as np
-
-    from ppl.surprisal import SurprisalScorer
-    from ppl.tokens import TextEncoder
-
-    lengths = text_lengths(sizes)
-    span = f"{len(lengths)} texts of {min(lengths)} to {max(lengths)} tokens"
-    speed = statistics.median(alternate({span: lambda: perplexities(model, tokenizer, sizes)}, rounds)[span])
-    share = 2 * parameters * sum(lengths) / speed / rate
-    judgement = judged(share, 0.5) if dtype == "bf16" and parameters > 5e9 else (f"{share:.2f}", "")
-    of = "2 x parameters x tokens to the matrix rate"
-    rows.append([f"{dtype}: {span}", f"{sum(lengths) / speed:,.0f} tokens/s", *judgement, of])
-
-    scorer, alone = SurprisalScorer(model), whole_rows()(model)
-    encoder = TextEncoder(tokenizer)
-    if scorer.window > sizes.prompt + sizes.completion:
-        prompt, *texts = random_texts(tokenizer, [sizes.prompt] + [sizes.completion] * sizes.group)
-        encoded = encoder.encode([prompt] * sizes.group, [" " + text for text in texts])
-        a, b = (np.concatenate(one.score(encoded)) for one in (scorer, alone))
-        found = alternate({"alone": lambda: alone.score(encoded), "shared": lambda: scorer.score(encoded)}, rounds)
-        ideal = sizes.group * (sizes.prompt + sizes.completion) / (sizes.prompt + sizes.group * sizes.completion)
-        speedup = ratio(found["alone"], found["shared"])
-        group = f"{sizes.group} x {sizes.completion} tokens behind the same {sizes.prompt}"
-        rows.append([f"{dtype}: {group}, without sharing", f"{statistics.median(found['alone']):.2f} s"])
-        of = f"speed-up, {speedup:.1f} x, to the ideal one, {ideal:.1f} x"
-        measured = f"{statistics.median(found['shared']):.2f} s"
-        rows.append([f"{dtype}: the same with sharing", measured, f"{speedup / ideal:.2f}", "", of])
-        rows.append([f"{dtype}: mean difference of a token's surprisal", f"{np.mean(abs(a - b)):.1e} nats"])
-
-    length = min(sizes.long_text, scorer.window - 1)
-    encoded = encoder.encode([""] * 8, random_texts(tokenizer, [length] * 8))
-    peak = peak_bytes(lambda: scorer.score(encoded))
-    share = peak / (4 * 8 * length * len(tokenizer))
-    of = "one float32 log-softmax of them"
-    rows.append(
-        [f"{dtype}: memory beyond the weights, 8 x {length} tokens", f"{peak / 1e9:.2f} GB", f"{share:.2f}", "", of]
-    )
-    return perplexities(model, tokenizer, sizes)
-
-
-def text_lengths(sizes: Sizes) -> list[int]:
-    return [int(20 * 35 ** (place / (sizes.texts - 1))) for place in range(sizes.texts)]
-
-
-def perplexities(model, tokenizer, sizes: Sizes):
-    from ppl.calculator import MultiLevelPPLCalculator
-
-    texts = random_texts(tokenizer, text_lengths(sizes))
-    return MultiLevelPPLCalculator(tokenizer).score_pairs(model, [("", text) for text in texts])
-
-
-# --- GRPO ------------------------------------------------------------------------------------------------------------
-
-
-def grpo_rows(name: str, sizes: Sizes, folder: str) -> list:
-    """Rows of a step of the model in `folder`; a run that fails has its error for a row."""
-    import torch
-    from transformers import AutoTokenizer
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the other processes need it
-    steps = 2
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = random_texts(tokenizer, [sizes.grpo_tokens // 2] * sizes.grpo_prompts * steps)
-    options = {"model": folder, "in_4bit": True, "group": 8, "new_tokens": sizes.grpo_tokens, "steps": steps}
-    runs = {
-        "Unsloth": {"unsloth": True, "prompts": prompts, "batch": sizes.grpo_batch},
-        "transformers + PEFT": {"unsloth": False, "prompts": prompts, "batch": sizes.grpo_batch},
-        "Unsloth, 1 prompt, batch 1": {"unsloth": True, "prompts": prompts[:steps], "batch": 1},
-    }
-    size = f"{sizes.grpo_prompts} prompts x 8 completions x {sizes.grpo_tokens} tokens"
-    rows = [[f"[bold]GRPO step of {name} in 4-bit with LoRA, {size}"]]
-    step, perplexity = {}, {}
-    for title, more in runs.items():
+def run_for(seconds: float, command: list[str]) -> str | None:
+    """Run the command for so long at most. None, or the reason why it did not come to its end."""
+    if seconds < 1:
+        return "no time was left"
+    # A part's own processes end with it: it leads a process group.
+    with tempfile.TemporaryFile("w+") as errors:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])}
+        process = subprocess.Popen(command, stderr=errors, start_new_session=True, env=environment)
         try:
-            found = apart(grpo_step, **options, **more)
-        except RuntimeError as error:
-            rows.append([f"{title}: [bold red]failed[/]", "", "", "", str(error)])
-            continue
-        step[title], perplexity[title] = found["step"], found["perplexity"]
-        rows.append([f"{title}: step", f"{found['step']:.2f} s"])
-        for part in ("generation", "reward", "rest"):
-            share = found[part] / found["step"]
-            judgement = judged(share, 0.1, least=False) if part == "reward" else (f"{share:.2f}", "")
-            rows.append([f"{title}: {part}", f"{found[part]:.2f} s", *judgement, "of the step"])
-        value, bound = judged(found["peak"] / 1e9, 10 if "batch 1" in title else 24, least=False, form="{:.1f} GB")
-        rows.append([f"{title}: peak memory, weights included", value, "", bound if "Unsloth" in title else ""])
-    if {"Unsloth", "transformers + PEFT"} <= set(step):
-        speedup = step["transformers + PEFT"] / step["Unsloth"]
-        rows.append(["Unsloth against transformers + PEFT", "", *judged(speedup, 1.5), "their step times"])
-        off = 100 * abs(perplexity["Unsloth"] / perplexity["transformers + PEFT"] - 1)
-        rows.append(["Unsloth's perplexities against transformers': deviation", f"{off:.2g} %"])
-    return rows
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return f"stopped: no time was left after {seconds:.0f} s of it"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, 9)
+                process.wait()
+        errors.seek(0)
+        return f"failed: {failure(errors.read()) or f'exit code {code}'}" if code else None
 
 
 if __name__ == "__main__":

@@ -4,15 +4,17 @@
     a2 sees     p1 p2 p3   a1 a2
     b3 sees     p1 p2 p3           b1 b2 b3
 
-All that is not attention (the matrix products) sees one long sequence; the attention runs span by span, by the model's
-own function.
+All that is not attention (the matrix products) sees one long sequence. The attention runs span by span, by the model's
+own function, spans of one shape together; on a GPU, in 16 bit, one kernel takes all spans of a layer at once.
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -22,7 +24,7 @@ from .batching import Pack
 
 IMPLEMENTATION = "multi_level_ppl_packed"
 _OWN = "sdpa"  # transformers' default, and the one that is called for a span
-_pack: ContextVar[Pack] = ContextVar("pack")
+_pack: ContextVar["_Spans"] = ContextVar("pack")
 
 
 class CannotPackError(Exception):
@@ -32,16 +34,17 @@ class CannotPackError(Exception):
 def can_pack(decoder) -> bool:
     """Whether the decoder may be asked; whether it then computes the same is for a probe to tell.
 
-    Not where a layer slides, holds a recurrent state or is patched by Unsloth for its own kernels.
+    Not where a layer slides or holds a recurrent state, and where Unsloth has put its own kernels only if one kernel
+    takes all spans: there is no function of the model's own to call for one.
     """
     config = decoder.config
-    return (
-        getattr(config, "_attn_implementation", None) == _OWN
-        and not config.sub_configs
-        and not decoder.forward.__module__.startswith("unsloth")
-        and "position_ids" in inspect.signature(decoder.forward).parameters
-        and plain_cache(config)
-    )
+    if config.sub_configs or "position_ids" not in inspect.signature(decoder.forward).parameters:
+        return False
+    if _of_unsloth(decoder):
+        usable = _unsloth_attention(decoder) is not None and _one_kernel(decoder.device, decoder.dtype)
+    else:
+        usable = getattr(config, "_attn_implementation", None) == _OWN
+    return usable and plain_cache(config)
 
 
 def plain_cache(config) -> bool:
@@ -54,38 +57,181 @@ def run_packed(decoder, pack: Pack) -> torch.Tensor:
     """Hidden states [T, H] of a pack's tokens. Raises `CannotPackError`."""
     device = decoder.device
     ids, positions = (torch.from_numpy(values[None]).to(device) for values in (pack.ids, pack.positions))
-    with _attending(decoder.config, pack):
-        return decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
+    options = {}
+    if _of_unsloth(decoder):
+        # Without them it would cut a pack to `max_seq_length` tokens.
+        lengths = [end - start for start, end, _, _ in pack.spans]
+        options["packed_seq_lengths"] = torch.tensor(lengths, dtype=torch.int32)
+    with _attending(decoder, _Spans.of(pack, device)):
+        return decoder(input_ids=ids, position_ids=positions, use_cache=False, **options).last_hidden_state[0]
+
+
+@dataclass(frozen=True)
+class _Spans:
+    """What the attention of a pack needs, the same in every layer.
+
+    by_shape: (length, prefix) -> the spans of that shape, each (start, start of its prefix).
+    For one kernel that takes all: int32 [S + 1], where the queries and the keys of each span end; the longest of each;
+    int64, where the keys are in the pack, None if they are the pack as it stands.
+    """
+
+    by_shape: dict[tuple[int, int], list[tuple[int, int]]]
+    query_ends: torch.Tensor
+    key_ends: torch.Tensor
+    longest_query: int
+    longest_key: int
+    keys: torch.Tensor | None
+
+    @classmethod
+    def of(cls, pack: Pack, device) -> "_Spans":
+        by_shape: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for start, end, prefix_start, prefix in pack.spans:
+            by_shape.setdefault((end - start, prefix), []).append((start, prefix_start))
+        starts, ends, _, prefixes = np.array(pack.spans).T
+        queries, keys = ends - starts, prefixes + ends - starts
+        places = None
+        if prefixes.any():
+            pieces = [
+                piece
+                for start, end, prefix_start, prefix in pack.spans
+                for piece in (np.arange(prefix_start, prefix_start + prefix), np.arange(start, end))
+            ]
+            places = torch.from_numpy(np.concatenate(pieces)).to(device)
+        query_ends, key_ends = (
+            torch.from_numpy(np.cumsum([0, *counts]).astype(np.int32)).to(device) for counts in (queries, keys)
+        )
+        return cls(by_shape, query_ends, key_ends, int(queries.max()), int(keys.max()), places)
 
 
 @contextmanager
-def _attending(config, pack: Pack) -> Iterator[None]:
-    token = _pack.set(pack)
-    config._attn_implementation = IMPLEMENTATION
-    try:
+def _attending(decoder, spans: _Spans) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.callback(_pack.reset, _pack.set(spans))
+        if _of_unsloth(decoder):
+            names = _unsloth_attention(decoder)
+            stack.callback(names.__setitem__, "run_attention", names["run_attention"])
+            names["run_attention"] = _unsloth_packed
+        else:
+            stack.callback(setattr, decoder.config, "_attn_implementation", _OWN)
+            decoder.config._attn_implementation = IMPLEMENTATION
         yield
-    finally:
-        config._attn_implementation = _OWN
-        _pack.reset(token)
+
+
+# --- one kernel for all spans ----------------------------------------------------------------------------------------
+
+
+def _varlen() -> Callable | None:
+    """PyTorch's attention over sequences of different lengths, from the version on that has causal ones (2.11)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+
+
+def _one_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `_all_spans` runs there: an Ampere GPU or a later one, in 16 bit."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and _varlen() is not None
+    )
+
+
+def _fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Flash attention's limits: one width of at most 256, a multiple of 8."""
+    width = query.shape[-1]
+    return (
+        _one_kernel(query.device, query.dtype)
+        and query.dtype == key.dtype == value.dtype
+        and width == key.shape[-1] == value.shape[-1]
+        and width <= 256
+        and width % 8 == 0
+    )
+
+
+def _all_spans(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """[T, heads, width] from query [T, heads, width], key and value [T, key heads, width] of a pack."""
+    spans = _pack.get()
+    if spans.keys is not None:
+        key, value = key[spans.keys], value[spans.keys]
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # PyTorch's own grouping of heads came with 2.12
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    # A window that ends at the query is the causal one, counted from the last key: a row sees all of its prefix.
+    return _varlen()(
+        query,
+        key,
+        value,
+        spans.query_ends,
+        spans.key_ends,
+        spans.longest_query,
+        spans.longest_key,
+        scale=scale,
+        window_size=(-1, 0),
+    )
+
+
+# --- transformers ----------------------------------------------------------------------------------------------------
 
 
 def _attention(module, query, key, value, attention_mask, **options):
     """[1, T, heads, width] from query, key and value [1, heads, T, width], as attention functions of transformers."""
     if any(options.get(name) is not None for name in ("sliding_window", "softcap", "s_aux", "position_bias")):
         raise CannotPackError(f"{type(module).__name__} is no plain causal attention")
-    found = []
-    masks: dict[tuple[int, int], torch.Tensor] = {}
-    for start, end, prefix_start, prefix in _pack.get().spans:
-        keys, values, mask = key[:, :, start:end], value[:, :, start:end], None
+    if _fits(query, key, value):
+        found = _all_spans(*(x[0].transpose(0, 1) for x in (query, key, value)), options.get("scaling"))
+        return found[None], None
+    found = None
+    for (length, prefix), spans in _pack.get().by_shape.items():
+        starts, prefix_starts = (np.array(column)[:, None] for column in zip(*spans, strict=True))
+        own = starts + np.arange(length)
+        before = prefix_starts + np.arange(prefix)
+        rows = [_rows(query, own), *(_rows(x, np.concatenate([before, own], axis=1)) for x in (key, value))]
+        mask = None
         if prefix:
-            before = slice(prefix_start, prefix_start + prefix)
-            keys, values = (torch.cat([x[:, :, before], own], dim=2) for x, own in ((key, keys), (value, values)))
-            shape = (end - start, prefix + end - start)
-            if shape not in masks:
-                masks[shape] = torch.ones(shape, dtype=torch.bool, device=query.device).tril(prefix)[None, None]
-            mask = masks[shape]
-        found.append(sdpa_attention_forward(module, query[:, :, start:end], keys, values, mask, **options)[0])
-    return torch.cat(found, dim=1), None
+            shape = (length, prefix + length)
+            mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(prefix)[None, None]
+        outcome = sdpa_attention_forward(module, *rows, mask, **options)[0]
+        if found is None:
+            found = outcome.new_empty(1, query.shape[2], *outcome.shape[2:])
+        found[0, torch.from_numpy(own.ravel()).to(found.device)] = outcome.flatten(0, 1)
+    return found, None
+
+
+def _rows(x: torch.Tensor, places: np.ndarray) -> torch.Tensor:
+    """[n, heads, L, width] from x [1, heads, T, width] and places [n, L] in it."""
+    if len(places) == 1 and places[0, -1] - places[0, 0] == places.shape[1] - 1:
+        return x[:, :, places[0, 0] : places[0, -1] + 1]  # in one piece: no copy
+    gathered = x[0].index_select(1, torch.from_numpy(places.ravel()).to(x.device))
+    return gathered.unflatten(1, places.shape).transpose(0, 1)
+
+
+# --- Unsloth, on a GPU -----------------------------------------------------------------------------------------------
+
+
+def _of_unsloth(decoder) -> bool:
+    return decoder.forward.__module__.startswith("unsloth")
+
+
+def _unsloth_attention(decoder) -> dict | None:
+    """The namespace in which its attention layers look up `run_attention`; None if they do not."""
+    for module in decoder.modules():
+        names = getattr(type(module).forward, "__globals__", {})
+        if type(module).__name__.endswith("Attention") and "run_attention" in names:
+            return names
+    return None
+
+
+def _unsloth_packed(*, config, context, Q, K, V) -> torch.Tensor:
+    """[1, T, heads, width] from Q, K and V [1, heads, T, width]: in place of `run_attention`."""
+    asked = dict(config.flash_varlen_kwargs)
+    scale = asked.pop("softmax_scale", None)
+    plain = asked.pop("window_size", None) in (None, (-1, -1)) and asked == {"dropout_p": 0.0, "causal": True}
+    if not (plain and context.attention_mask is None and _fits(Q, K, V)):
+        raise CannotPackError("Unsloth's attention is given more than queries, keys and values")
+    return _all_spans(*(x[0].transpose(0, 1) for x in (Q, K, V)), scale)[None]
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

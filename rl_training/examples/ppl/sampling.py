@@ -29,6 +29,12 @@ def sample_completions(
     jobs = [prompt for prompt in prompts for _ in range(num_generations)]
     texts: list[str] = []
     training = [module for module in model.modules() if module.training]
+    # Unsloth's generate switches it off and, for a model in eval mode, leaves it so.
+    checkpointing = [
+        (module, module.gradient_checkpointing)
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False)
+    ]
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
@@ -40,6 +46,8 @@ def sample_completions(
         finally:
             for module in training:
                 module.training = True
+            for module, kind in checkpointing:
+                module.gradient_checkpointing = kind
     return [texts[place : place + num_generations] for place in range(0, len(texts), num_generations)]
 
 

@@ -1,0 +1,184 @@
+"""Scoring on one GPU: its speed against that of matrix products, a group behind one prompt, memory, precision."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+from common import EXAMPLES, Rows, alternate, device, peak_bytes, ratio, whole_rows
+from gpu_models import PUBLISHED, TOY, in_4bit, parameters, random_model, random_texts, word_tokenizer
+
+
+class Sizes(NamedTuple):
+    models: dict  # the largest last
+    matrix: int  # side of the square matrices whose product is timed
+    texts: int  # of 20 to 700 tokens
+    prompt: int  # tokens
+    group: int
+    completion: int
+    long_text: int  # 8 of them for the peak memory
+    rounds: int
+
+
+FULL = Sizes(PUBLISHED, 8192, 96, 4096, 8, 256, 4096, 3)
+SMALL = Sizes(TOY, 512, 6, 256, 4, 16, 256, 1)
+
+
+def sizes_of(toy: bool) -> Sizes:
+    return SMALL if toy else FULL
+
+
+def make_4bit(rows: Rows, toy: bool, folder: str) -> None:
+    """Saves the largest model in 4 bit, with its tokenizer, to `folder`."""
+    name = list(sizes_of(toy).models)[-1]
+    kind, shape = sizes_of(toy).models[name]
+    in_4bit(random_model(kind, shape)).save_pretrained(folder)
+    word_tokenizer(shape["vocab_size"]).save_pretrained(folder)
+    size = sum(file.stat().st_size for file in Path(folder).iterdir())
+    rows.add(f"{name} made of random numbers, 4-bit weights saved", size / 1e9, "GB")
+
+
+def largest(rows: Rows, toy: bool, folder: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    sizes = sizes_of(toy)
+    name = list(sizes.models)[-1]
+    tokenizer = word_tokenizer(sizes.models[name][1]["vocab_size"])
+    rate = matrix_rate(rows, sizes.matrix)
+    model = random_model(*sizes.models[name])
+    count = parameters(model)
+    whole = scoring_rows(rows, f"{name}, bf16", model, tokenizer, count, sizes, rate, target=None if toy else 0.5)
+    del model
+    small = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device()}).eval()
+    quantized = scoring_rows(rows, f"{name}, 4-bit", small, tokenizer, count, sizes, rate)
+    deviation(rows, f"{name}: 4-bit perplexities against bf16's", quantized, whole)
+
+
+def middle(rows: Rows, toy: bool, folder: str) -> None:
+    _one_size(rows, toy, -2)
+
+
+def smallest(rows: Rows, toy: bool, folder: str) -> None:
+    _one_size(rows, toy, 0)
+
+
+def _one_size(rows: Rows, toy: bool, index: int) -> None:
+    sizes = sizes_of(toy)
+    name = list(sizes.models)[index]
+    tokenizer = word_tokenizer(sizes.models[name][1]["vocab_size"])
+    rate = matrix_rate(rows, sizes.matrix)
+    model = random_model(*sizes.models[name])
+    count = parameters(model)
+    scoring_rows(rows, f"{name}, bf16", model, tokenizer, count, sizes, rate)
+    scoring_rows(rows, f"{name}, 4-bit", in_4bit(model), tokenizer, count, sizes, rate)
+    memory_row(rows, f"{name}, bf16", model, tokenizer, sizes)
+
+
+def memory_of_largest(rows: Rows, toy: bool, folder: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    sizes = sizes_of(toy)
+    name = list(sizes.models)[-1]
+    tokenizer = word_tokenizer(sizes.models[name][1]["vocab_size"])
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device()}).eval()
+    memory_row(rows, f"{name}, 4-bit", model, tokenizer, sizes)
+
+
+def matrix_rate(rows: Rows, side: int) -> float:
+    """Operations a second of a product of two bf16 matrices, the median of several."""
+    import torch
+
+    a, b = (torch.randn(side, side, device=device()).bfloat16() for _ in range(2))
+    times = alternate({"product": lambda: [a @ b for _ in range(20)]}, 5)["product"]
+    rate = 20 * 2 * side**3 / statistics.median(times)
+    rows.add(f"product of two {side} x {side} bf16 matrices", rate / 1e12, "TFLOP/s")
+    return rate
+
+
+def scoring_rows(rows: Rows, title: str, model, tokenizer, count: int, sizes: Sizes, rate: float, target=None):
+    """Measures; returns the perplexities of the texts, float64 [B, 3]."""
+    import numpy as np
+
+    from ppl.calculator import MultiLevelPPLCalculator
+    from ppl.levels import AGGREGATIONS
+    from ppl.surprisal import SurprisalScorer
+    from ppl.tokens import TextEncoder
+
+    lengths = [int(20 * 35 ** (n / (sizes.texts - 1))) for n in range(sizes.texts)]
+    pairs = [("", text) for text in random_texts(tokenizer, lengths)]
+    aggregations = [name for name in ("geometric", "nested") if name in AGGREGATIONS]
+    calculators = {name: MultiLevelPPLCalculator(tokenizer, aggregation=name) for name in aggregations}
+    runs = {name: lambda one=one: one.score_pairs(model, pairs) for name, one in calculators.items()}
+    seconds = alternate(runs, sizes.rounds)
+    perplexities = runs["geometric"]()
+    speed = statistics.median(seconds["geometric"])
+    share = 2 * count * sum(lengths) / speed / rate
+    span = f"{title}: {len(lengths)} texts of {min(lengths)} to {max(lengths)} tokens"
+    packed = "packed" if calculators["geometric"]._scorer._packs_agree else "padded"
+    of = f"2 x parameters x tokens, to the matrix rate; {packed}"
+    rows.add(span, sum(lengths) / speed, "tokens/s", share, target, of=of)
+    for name in aggregations[1:]:
+        slower = ratio(seconds[name], seconds["geometric"])
+        rows.add(f"{span}, {name}", statistics.median(seconds[name]), "s", slower, of="its time to geometric's")
+
+    scorer, alone = SurprisalScorer(model), whole_rows()(model)
+    if scorer.window <= sizes.prompt + sizes.completion:
+        return perplexities
+    prompt, *texts = random_texts(tokenizer, [sizes.prompt] + [sizes.completion] * sizes.group)
+    pairs = [(prompt, " " + text) for text in texts]
+    encoded = TextEncoder(tokenizer).encode(*zip(*pairs, strict=True))
+    a, b = (np.concatenate(one.score(encoded)) for one in (scorer, alone))
+    runs = {"alone": lambda: alone.score(encoded), "shared": lambda: scorer.score(encoded)}
+    runs |= {name: lambda one=one: one.score_pairs(model, pairs) for name, one in calculators.items()}
+    seconds = alternate(runs, sizes.rounds)
+    group = f"{title}: {sizes.group} x {sizes.completion} tokens behind the same {sizes.prompt}"
+    rows.add(f"{group}, without sharing", statistics.median(seconds["alone"]), "s")
+    ideal = sizes.group * (sizes.prompt + sizes.completion) / (sizes.prompt + sizes.group * sizes.completion)
+    speedup = ratio(seconds["alone"], seconds["shared"])
+    of = f"its speed-up, {speedup:.2f}, to the ideal one, {ideal:.2f}"
+    median = statistics.median(seconds["shared"])
+    rows.add(f"{group}, shared", median, "s", speedup / ideal, target and 0.85, of=of)
+    rows.add(f"{group}: mean difference of a token's surprisal", float(np.mean(abs(a - b))), "nats")
+    for name in aggregations[1:]:
+        slower = ratio(seconds[name], seconds["geometric"])
+        rows.add(f"{group}, {name}", statistics.median(seconds[name]), "s", slower, of="its time to geometric's")
+    return perplexities
+
+
+def memory_row(rows: Rows, title: str, model, tokenizer, sizes: Sizes) -> None:
+    from ppl.surprisal import SurprisalScorer
+    from ppl.tokens import TextEncoder
+
+    scorer = SurprisalScorer(model)
+    length = min(sizes.long_text, scorer.window - 1)
+    encoded = TextEncoder(tokenizer).encode([""] * 8, random_texts(tokenizer, [length] * 8))
+    scorer.score(encoded[:1])
+    peak = peak_bytes(lambda: scorer.score(encoded))
+    share = peak / (4 * 8 * length * len(tokenizer))
+    of = "one float32 log-softmax of them"
+    rows.add(f"{title}: memory beyond the weights, 8 x {length} tokens", peak / 1e9, "GB", share, of=of)
+
+
+def precision(rows: Rows, toy: bool, folder: str) -> None:
+    """A trained model, the embedded one, on stories it has not seen: its random twin would be right about nothing."""
+    from ppl.calculator import MultiLevelPPLCalculator
+    from ppl.models import load_model
+
+    stories = json.loads((EXAMPLES / "tiny_stories" / "test.json").read_text(encoding="utf-8"))
+    pairs = [("", row["prompt"] + row["completion"]) for row in stories]
+    loads = {
+        "float32": {"dtype": "float32"},
+        "bf16": {"dtype": "bfloat16"},
+        "4-bit": {"dtype": "bfloat16", "load_in_4bit": True},
+    }
+    model, tokenizer, _ = load_model("tiny-stories", device="cpu", dtype="float32")
+    exact = MultiLevelPPLCalculator(tokenizer).score_pairs(model, pairs)
+    for name, options in loads.items():
+        model, tokenizer, _ = load_model("tiny-stories", **options)
+        values = MultiLevelPPLCalculator(tokenizer).score_pairs(model, pairs)
+        deviation(rows, f"embedded model, {name} on {device()}, against float32 on a CPU", values, exact)
+
+
+def deviation(rows: Rows, what: str, values, exact) -> None:
+    off = 100 * abs(values / exact - 1)
+    rows.add(f"{what}: mean deviation of a perplexity", float(off.mean()), "%", of=f"largest {off.max():.2g} %")
