@@ -24,11 +24,12 @@ class OneLineProgress(ProgressCallback):
         for prefix in ("", "eval_"):
             if f"{prefix}reward" in logs:
                 levels = ", ".join(f"{level} {logs[f'{prefix}reward_{level}']:+.1f} %" for level in LEVELS)
+                # Unsloth's trainer on a GPU computes none.
+                entropy = f", entropy {logs[f'{prefix}entropy']:.2f}" if f"{prefix}entropy" in logs else ""
                 self.training_bar.write(
                     f"step {state.global_step}{', eval' if prefix else ''}: reward {logs[f'{prefix}reward']:.3f} "
                     f"(spread {logs[f'{prefix}reward_std']:.3f}), {levels}, "
-                    f"{logs[f'{prefix}completions/mean_length']:.0f} tokens, entropy {logs[f'{prefix}entropy']:.2f}"
-                    f"{in_one_line(logs, prefix)}"
+                    f"{logs[f'{prefix}completions/mean_length']:.0f} tokens{entropy}{in_one_line(logs, prefix)}"
                 )
 
 

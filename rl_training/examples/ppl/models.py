@@ -42,6 +42,7 @@ def load_model(
 
     The folder of an adapter gives its base model as a PeftModel, the adapter on and trainable. dtype "auto": float32 on
     a CPU; on a GPU what Unsloth chooses, without it the checkpoint's own. full_finetuning: for Unsloth to know.
+    max_seq_length: the window; at most as long as the model's own, which is the default (with Unsloth at most 2,048).
     Raises `InputError` if it cannot be loaded.
     """
     path = model_path(name)
@@ -109,14 +110,28 @@ def _from_unsloth(
     target = _device(device)
     if dtype == "auto" and target.type == "cpu":
         dtype = "float32"
+    # For a longer window than the model's own it would stretch the positions (RoPE scaling): another model, whose
+    # perplexities are not those of the one that was asked for.
+    window = min(filter(None, (max_seq_length or 2048, _positions(path))))
     model, tokenizer = FastLanguageModel.from_pretrained(
         path,
-        max_seq_length=max_seq_length or 2048,
+        max_seq_length=window,
         dtype=None if dtype == "auto" else getattr(torch, dtype),
         load_in_4bit=load_in_4bit,
         full_finetuning=full_finetuning,
     )
     return model.eval(), tokenizer
+
+
+def _positions(path: str) -> int | None:
+    """How many positions the model's configuration has, the base model's for an adapter; None if it does not say."""
+    from transformers import AutoConfig
+
+    adapter = Path(path, "adapter_config.json")
+    if adapter.exists():
+        path = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    config = AutoConfig.from_pretrained(path)
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def _from_transformers(path: str, name: str, load_in_4bit: bool, dtype: str, device: str | None):
