@@ -233,8 +233,8 @@ def scoring_rows(dtype: str, model, tokenizer, parameters: int, sizes: Sizes, ra
     """Appends to `rows`; returns the perplexities of the texts, float64 [B, 3]."""
     import numpy as np
 
-    from ppl.surprisal import SurprisalScorer
-    from ppl.tokens import TextEncoder
+    from ppl.scoring.surprisal import SurprisalScorer
+    from ppl.scoring.tokens import TextEncoder
 
     lengths = text_lengths(sizes)
     span = f"{len(lengths)} texts of {min(lengths)} to {max(lengths)} tokens"
@@ -276,7 +276,7 @@ def text_lengths(sizes: Sizes) -> list[int]:
 
 
 def perplexities(model, tokenizer, sizes: Sizes):
-    from ppl.calculator import MultiLevelPPLCalculator
+    from ppl.scoring.calculator import MultiLevelPPLCalculator
 
     texts = random_texts(tokenizer, text_lengths(sizes))
     return MultiLevelPPLCalculator(tokenizer).score_pairs(model, [("", text) for text in texts])

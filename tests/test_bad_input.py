@@ -12,7 +12,7 @@ import pytest
 import toys
 
 import compute_baselines_trl
-from ppl.baselines import write
+from ppl.baselines.file import write
 
 COMPUTE = "compute_baselines_trl"
 

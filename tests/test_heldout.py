@@ -7,7 +7,7 @@ import peft
 import pytest
 import toys
 
-from ppl.heldout import distinct, kl_to_frozen
+from ppl.training.heldout import distinct, kl_to_frozen
 
 PROMPTS = ["Once upon a time", "The fox said: ", "The fox said: "]
 COMPLETIONS = [" there was a small fox.", "I am hungry; I want to eat.", "they walked home"]

@@ -13,7 +13,7 @@ import toys
 from written_down import COLUMNS, MODEL, TOKENIZER, baseline_of, levels, reward
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
-from ppl.baselines import BaselineError, write
+from ppl.baselines.file import BaselineError, write
 
 # --- a reward of one's own -------------------------------------------------------------------------------------------
 

@@ -15,8 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 import multi_level_ppl_trl
 from multi_level_ppl_trl import main
-from ppl.calculator import MultiLevelPPLCalculator
 from ppl.models import load_model
+from ppl.scoring.calculator import MultiLevelPPLCalculator
 
 EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
 TEXT = 'Mr. Brown said: "Come in!" The fox, who was [very] hungry, ran home.\nThe end — 中文 😀'

@@ -7,7 +7,7 @@ import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppl.units import LEVELS, segment
+from ppl.scoring.units import LEVELS, segment
 
 
 def cut(text, level, language="en", max_phrase_words=4):

@@ -51,7 +51,7 @@ def main(argv=None) -> int:
 
 
 def _compute(args: argparse.Namespace) -> int:
-    from ppl.baseline_run import compute
+    from ppl.baselines.run import compute
 
     return compute(args)
 

@@ -17,10 +17,10 @@ from ppl import cli
 from ppl.errors import InputError
 
 _EXPORTS = {
-    "MultiLevelPPLCalculator": "calculator",
-    "MultiLevelPPLRewardFunction": "reward",
-    "DEFAULT_THRESHOLDS": "thresholds",
-    "LEVELS": "units",
+    "MultiLevelPPLCalculator": "scoring.calculator",
+    "MultiLevelPPLRewardFunction": "reward.function",
+    "DEFAULT_THRESHOLDS": "reward.thresholds",
+    "LEVELS": "scoring.units",
 }
 __all__ = list(_EXPORTS)
 
@@ -30,7 +30,7 @@ def _configured_reward():
 
     What is wrong with the file is said now, before the trainer loads a model.
     """
-    from ppl.reward_config import multi_level_ppl, read_settings
+    from ppl.reward.config import multi_level_ppl, read_settings
 
     read_settings()
     return multi_level_ppl
@@ -72,8 +72,8 @@ def score(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     with Console(stderr=True).status(f"Loading {args.model_name} ..."):
-        from ppl.calculator import MultiLevelPPLCalculator
         from ppl.models import load_model
+        from ppl.scoring.calculator import MultiLevelPPLCalculator
 
         model, tokenizer, _ = load_model(
             args.model_name, load_in_4bit=bool(args.load_in_4bit), dtype=args.dtype, device=args.device
@@ -146,7 +146,7 @@ def level_perplexities(explained: dict[str, list[dict]], aggregation: str) -> di
     """Each level's perplexity from its units: what `compute_all_levels` gives, without a second forward pass."""
     import numpy as np
 
-    from ppl.levels import aggregate
+    from ppl.scoring.levels import aggregate
 
     rates = {
         level: (
@@ -169,7 +169,7 @@ def as_json(args, model, text: str, explained, perplexities) -> dict:
         "text": text,
         "n_tokens": sum(unit["n_tokens"] for unit in explained["word"]),
         "surprisal": sum(unit["surprisal"] for unit in explained["word"]),
-        **{level: {"perplexity": perplexities[level], "units": units} for level, units in explained.items()},
+        **{level: {"perplexity": perplexities[level], "scoring.units": units} for level, units in explained.items()},
     }
 
 
@@ -179,7 +179,7 @@ def print_tables(explained, perplexities, top: int = 5) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ppl.heatmap import most_surprising, number, one_line
+    from ppl.pages.heatmap import most_surprising, number, one_line
 
     levels = Table("Level", box=box.SIMPLE_HEAD)
     for name in ("Perplexity", "Units", "Tokens"):
@@ -204,8 +204,8 @@ def print_tables(explained, perplexities, top: int = 5) -> None:
 
 
 def write_page(path: Path, args, model, text: str, explained, perplexities) -> None:
-    from ppl import heatmap
-    from ppl.baselines import write_atomically
+    from ppl.baselines.file import write_atomically
+    from ppl.pages import heatmap
 
     fragment = heatmap.heatmap(explained, text, perplexities, context=args.context, language=args.language)
     facts = {

@@ -11,14 +11,15 @@ import os
 import sys
 from pathlib import Path
 
-from ppl import cli, train_flags
-from ppl.baselines import Baselines, check_meta, read_meta
+from ppl import cli
+from ppl.baselines.file import Baselines, check_meta, read_meta
 from ppl.data import check_references, find_columns, load_split, message_text, split_heldout
-from ppl.guard import WEIGHT, check_reward_weights, loop_guard
 from ppl.models import add_lora, import_unsloth, load_model, model_path
-from ppl.resume import LATEST, find_checkpoint, launched, resume_command
-from ppl.train_config import REPORTERS, check_reporters, grpo_config, loading, reward_settings
-from ppl.train_plan import plan_batches
+from ppl.reward.loop_guard import WEIGHT, check_reward_weights, loop_guard
+from ppl.training import flags as train_flags
+from ppl.training.config import REPORTERS, check_reporters, grpo_config, loading, reward_settings
+from ppl.training.plan import plan_batches
+from ppl.training.resume import LATEST, find_checkpoint, launched, resume_command
 
 
 def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
@@ -187,14 +188,14 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
 
     from transformers import PrinterCallback, ProgressCallback
 
-    from ppl.callbacks import OneLineProgress, RewardState, SafeStops
-    from ppl.diagnostics import Diagnostics
-    from ppl.grpo_trainer import ResumableGRPOTrainer
-    from ppl.heldout import evaluate, read_before, write_heldout
-    from ppl.merge import save_merged
-    from ppl.reward import MultiLevelPPLRewardFunction
-    from ppl.training_page import TrainingPage, command_line, explain_heldout
-    from ppl.training_report import plot_training, print_comparison
+    from ppl.pages.comparison import plot_training, print_comparison
+    from ppl.pages.run import RunPage, command_line, explain_heldout
+    from ppl.reward.function import MultiLevelPPLRewardFunction
+    from ppl.training.callbacks import OneLineProgress, RewardState, SafeStops
+    from ppl.training.diagnostics import Diagnostics
+    from ppl.training.heldout import evaluate, read_before, write_heldout
+    from ppl.training.merge import save_merged
+    from ppl.training.trainer import ResumableGRPOTrainer
 
     reward_fn = MultiLevelPPLRewardFunction(scorer, scorer_tokenizer, baselines, **settings)
     if baselines is None and not args.allow_baseline_mismatch:
@@ -252,7 +253,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
         "Baselines": args.baselines_path or "no file",
     }
     references = list(heldout_rows["reference"])
-    page = TrainingPage(
+    page = RunPage(
         output / "report.html", args.model_name, facts, command_line(launched(command)),
         output / train_flags.CONFIG_FILE, before, explain_heldout(reward_fn, before, references),
     )  # fmt: skip

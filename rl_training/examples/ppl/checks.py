@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 import torch
 
-from .calculator import MultiLevelPPLCalculator
 from .frozen import frozen
 from .models import describe_model
-from .reward import MultiLevelPPLRewardFunction
-from .thresholds import DEFAULT_THRESHOLDS
-from .units import LEVELS
+from .reward.function import MultiLevelPPLRewardFunction
+from .reward.thresholds import DEFAULT_THRESHOLDS
+from .scoring.calculator import MultiLevelPPLCalculator
+from .scoring.units import LEVELS
 
 # (context, text), hard ones: abbreviations, quotes, brackets, line breaks, scripts without spaces, emoji, one word.
 SAMPLES = (

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from .errors import InputError
-from .placement import DEFAULT_TEMPLATE
+from .reference_context import DEFAULT_TEMPLATE
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

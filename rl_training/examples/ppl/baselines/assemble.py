@@ -1,0 +1,149 @@
+"""Shards -> the baselines file, its meta file, the data set with baselines, the statistics."""
+
+import json
+import os
+import time
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import InputError
+from ..scoring.units import LEVELS
+from .file import meta_path, write_records
+from .parts import cannot_write
+from .plan import Job, dataset_baselines, dataset_file
+from .rows import Seen, reading
+
+
+def assemble(job: Job, count: int, identity: dict, read: int, seconds: float) -> None:
+    """Put `count` shards together. The file appears last, by a rename: once it is there, everything else is."""
+    args, folder = job.args, job.parts.folder
+    counts: Counter = Counter()
+    longest = 0
+    levels = {level: array("d") for level in LEVELS}
+
+    def items() -> Iterator[tuple[str | int, dict]]:
+        nonlocal longest
+        seen = Seen()
+        for number in range(count):
+            header, records = job.parts.read(number)
+            counts.update({key: header[key] for key in ("rows", "blank", "unscored", "tokens")})
+            longest = max(longest, header["longest"])
+            # Without an id column, equal rows have one id and one baseline.
+            for record, before in zip(records, seen.add([record[1] for record in records]), strict=True):
+                counts["duplicates"] += before
+                if not before:
+                    _, row_id, *values, tokens, prompt_id = record
+                    for level, value in zip(LEVELS, values, strict=True):
+                        levels[level].append(value)
+                    yield row_id, {**dict(zip(LEVELS, values, strict=True)), "n_tokens": tokens, "prompt_id": prompt_id}
+
+    made = folder / f"output{job.output.suffix}"
+    with cannot_write(folder), open(made, "wb") as file:
+        write_records(file, job.output.suffix, items())
+        file.flush()
+        os.fsync(file.fileno())
+    if not levels["word"]:
+        job.parts.remove()
+        raise InputError("no row has a token that can be scored: expected texts of more than one token")
+    meta = {
+        **identity,
+        "longest": longest,
+        "dataset": {
+            **{key: getattr(args, f"dataset_{key}") for key in ("name", "config", "split")},
+            "columns": job.columns._asdict(),
+            "num_samples": args.num_samples,
+        },
+        "counts": {
+            "baselines": len(levels["word"]),
+            "rows": counts["rows"] + counts["blank"],
+            **{key: counts[key] for key in ("blank", "unscored", "duplicates", "tokens")},
+        },
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "run": job.parts.settings()["run"],
+    }
+    with cannot_write(folder), open(folder / "meta.json", "w", encoding="utf-8") as file:
+        json.dump(meta, file, indent=2, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    if args.output_dataset is not None:
+        write_dataset(job, count, meta)
+    if args.plot is not None:
+        from .plot import plot_levels
+
+        with cannot_write(Path(args.plot)):
+            plot_levels(levels, args.plot, f"{args.dataset_name} {args.dataset_split}, scored by {args.model_name}")
+    with cannot_write(job.output):
+        # The meta file is never beside another run's output.
+        job.output.unlink(missing_ok=True)
+        os.replace(folder / "meta.json", meta_path(job.output))
+        os.replace(made, job.output)
+    job.parts.remove()
+    print_statistics(levels, meta["counts"])
+    speed = f"{read / seconds:,.0f} tokens/s, prompts included" if read else "all parts were there"
+    print(f"{seconds:,.1f} s, {speed}")
+    print(f"Baselines: {job.output} ({meta_path(job.output).name} says what they were made with)")
+    if args.output_dataset is not None:
+        print(f"Data set with baselines: {args.output_dataset}")
+    if args.plot is not None:
+        print(f"Plot: {args.plot}")
+
+
+def print_statistics(levels: dict[str, Sequence[float]], counts: dict) -> None:
+    table = Table("Perplexity", box=box.SIMPLE_HEAD)
+    for name in ("mean", "median", "min", "max"):
+        table.add_column(name, justify="right")
+    for level, values in levels.items():
+        of_level = np.frombuffer(values)
+        table.add_row(level, *(f"{f(of_level):,.4f}" for f in (np.mean, np.median, np.min, np.max)))
+    Console().print(table)
+    skipped = {"blank": "blank", "unscored": "without a scorable token", "duplicates": "equal to an earlier one"}
+    left_out = ", ".join(f"{counts[key]:,} {words}" for key, words in skipped.items() if counts[key])
+    print(
+        f"{counts['baselines']:,} baselines of {counts['rows']:,} rows, {counts['tokens']:,} tokens"
+        + (f"; left out: {left_out}" if left_out else "")
+    )
+
+
+def write_dataset(job: Job, count: int, meta: dict) -> None:
+    """The rows that have a baseline, with it in the columns `baseline_word`, `baseline_phrase`, `baseline_sentence`."""
+    import pyarrow
+    import pyarrow.parquet
+    from datasets import Features, Value
+
+    file = dataset_file(job.args)
+    names = [f"baseline_{level}" for level in LEVELS]
+    records = ((record[0], record[2:5]) for number in range(count) for record in job.parts.read(number)[1])
+    record = next(records, None)
+    first, writer = 0, None
+    temporary = file.with_name(f".{file.name}")
+    with cannot_write(file), reading():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for table in job.dataset.with_format("arrow").iter(batch_size=1000):
+            places, values = [], []
+            while record is not None and record[0] < first + len(table):
+                places.append(record[0] - first)
+                values.append(record[1])
+                record = next(records, None)
+            first += len(table)
+            kept = table.take(places).drop_columns([name for name in names if name in table.column_names])
+            for name, column in zip(names, np.reshape(values, (-1, 3)).T, strict=True):
+                kept = kept.append_column(name, pyarrow.array(column))
+            if writer is None:
+                features = job.dataset.features or Features.from_arrow_schema(table.schema)
+                others = {name: feature for name, feature in features.items() if name not in names}
+                schema = Features({**others, **dict.fromkeys(names, Value("float64"))}).arrow_schema
+                writer = pyarrow.parquet.ParquetWriter(temporary, schema)
+            writer.write_table(kept.cast(schema))
+            if record is None:
+                break
+        writer.close()
+        os.replace(temporary, file)
+        described = json.dumps(meta, indent=2, ensure_ascii=False)
+        meta_path(dataset_baselines(job.args)).write_text(described, encoding="utf-8")
