@@ -16,9 +16,8 @@ from damage import DAMAGES, Damages
 
 from ppl import cli
 from ppl.data import find_columns, load_split, message_text, render_prompt
+from ppl.definitions import AGGREGATIONS, LEVELS
 from ppl.errors import InputError
-from ppl.scoring.levels import AGGREGATIONS
-from ppl.scoring.units import LEVELS
 
 PAIRS = list(combinations(LEVELS, 2))
 CORRELATIONS = {"damages": "all damages", "within": "within a damage", "samples": "its own samples"}
@@ -206,7 +205,7 @@ def figure(numbers: dict):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from ppl.baselines.plot import COLORS
+    from ppl.definitions import COLORS
 
     made = Figure(figsize=(13, 3.6), layout="constrained")
     FigureCanvasAgg(made)

@@ -20,8 +20,8 @@ from pathlib import Path
 from common import EXAMPLES, print_table, quiet_axes, write_figure, write_json
 
 from ppl import cli
+from ppl.definitions import LEVELS
 from ppl.errors import InputError
-from ppl.scoring.units import LEVELS
 
 DEMO = "--max_new_tokens 64 --learning_rate 2e-3 --per_device_train_batch_size 16"
 BASELINES = "--load_in_4bit --generate 4 --max_new_tokens 64"
@@ -258,7 +258,7 @@ def figure(numbers: dict):
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-    from ppl.baselines.plot import COLORS
+    from ppl.definitions import COLORS
 
     arms = list(numbers["arms"])
     made = Figure(figsize=(11, 1.4 + 0.42 * len(arms)), layout="constrained")

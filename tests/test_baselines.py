@@ -20,7 +20,7 @@ import compute_baselines_trl
 from ppl.baselines import safe_pickle
 from ppl.baselines.file import SUFFIXES, BaselineError, Baselines, check_meta, meta_path, write
 from ppl.data import stable_id
-from ppl.scoring.units import LEVELS
+from ppl.definitions import LEVELS
 
 RECORD = {"word": 45.25, "phrase": 47.5, "sentence": 51.125, "n_tokens": 12, "prompt_id": stable_id("Once")}
 META = {

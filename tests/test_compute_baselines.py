@@ -27,8 +27,8 @@ from ppl.baselines import run as baseline_run
 from ppl.baselines.file import SUFFIXES, BaselineError, Baselines, check_meta, read_meta
 from ppl.baselines.plot import plot_levels
 from ppl.data import load_split, stable_id
+from ppl.definitions import LEVELS
 from ppl.errors import InputError
-from ppl.scoring.units import LEVELS
 
 SCRIPT = Path(compute_baselines_trl.__file__)
 STUB = Path(stub_baselines.__file__)

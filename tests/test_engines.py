@@ -19,9 +19,9 @@ import yaml
 
 import ppl.reward.config
 from multi_level_ppl_trl import MultiLevelPPLRewardFunction
+from ppl.definitions import LEVELS
 from ppl.errors import InputError
 from ppl.models import load_model
-from ppl.scoring.units import LEVELS
 
 EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
 ENGINE_REWARD = EXAMPLES / "engines" / "reward.py"

@@ -8,9 +8,9 @@ import pytest
 import toys
 from chromium import Chromium
 
+from ppl.definitions import LEVELS
 from ppl.pages import heatmap
 from ppl.scoring.calculator import MultiLevelPPLCalculator
-from ppl.scoring.units import LEVELS
 
 TEXT = (
     "  Once upon a time there was a <script>window.hacked = 1</script> fox & an <b>owl</b>.\r\n"

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator
-from ppl.scoring.levels import AGGREGATIONS, level_perplexities, unit_sums
+from ppl.definitions import AGGREGATIONS
+from ppl.scoring.levels import level_perplexities, unit_sums
 from ppl.scoring.tokens import TextEncoder
 from ppl.scoring.units import segment
 

@@ -19,8 +19,8 @@ from ppl.errors import InputError
 _EXPORTS = {
     "MultiLevelPPLCalculator": "scoring.calculator",
     "MultiLevelPPLRewardFunction": "reward.function",
-    "DEFAULT_THRESHOLDS": "reward.thresholds",
-    "LEVELS": "scoring.units",
+    "DEFAULT_THRESHOLDS": "definitions",
+    "LEVELS": "definitions",
 }
 __all__ = list(_EXPORTS)
 
@@ -169,7 +169,7 @@ def as_json(args, model, text: str, explained, perplexities) -> dict:
         "text": text,
         "n_tokens": sum(unit["n_tokens"] for unit in explained["word"]),
         "surprisal": sum(unit["surprisal"] for unit in explained["word"]),
-        **{level: {"perplexity": perplexities[level], "scoring.units": units} for level, units in explained.items()},
+        **{level: {"perplexity": perplexities[level], "units": units} for level, units in explained.items()},
     }
 
 

@@ -18,9 +18,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ppl.data import Text, message_text, stable_id
+from ppl.definitions import LEVELS
 from ppl.errors import InputError
 from ppl.reward.config import SCORING, config_path, read_settings, reward_from_config
-from ppl.scoring.units import LEVELS
 
 
 def _check(settings: dict) -> None:

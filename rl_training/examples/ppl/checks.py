@@ -5,12 +5,11 @@ from collections.abc import Sequence
 
 import torch
 
+from .definitions import DEFAULT_THRESHOLDS, LEVELS
 from .frozen import frozen
 from .models import describe_model
 from .reward.function import MultiLevelPPLRewardFunction
-from .reward.thresholds import DEFAULT_THRESHOLDS
 from .scoring.calculator import MultiLevelPPLCalculator
-from .scoring.units import LEVELS
 
 # (context, text), hard ones: abbreviations, quotes, brackets, line breaks, scripts without spaces, emoji, one word.
 SAMPLES = (

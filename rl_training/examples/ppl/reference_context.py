@@ -4,9 +4,9 @@ import string
 
 import regex
 
+from .definitions import DEFAULT_TEMPLATE
 from .errors import InputError
 
-DEFAULT_TEMPLATE = "{prompt}{completion}{reference}"
 SECONDS = 2.0  # for one completion; a pattern that backtracks for longer would hold up the training
 
 

@@ -13,8 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..definitions import BASELINE_COLUMNS, LEVELS
 from ..errors import InputError
-from ..scoring.units import LEVELS
 from .file import meta_path, write_records
 from .parts import cannot_write
 from .plan import Job, dataset_baselines, dataset_file
@@ -118,7 +118,7 @@ def write_dataset(job: Job, count: int, meta: dict) -> None:
     from datasets import Features, Value
 
     file = dataset_file(job.args)
-    names = [f"baseline_{level}" for level in LEVELS]
+    names = BASELINE_COLUMNS
     records = ((record[0], record[2:5]) for number in range(count) for record in job.parts.read(number)[1])
     record = next(records, None)
     first, writer = 0, None

@@ -19,9 +19,15 @@ from pathlib import Path
 import numpy as np
 
 from ..data import Text, stable_id
+from ..definitions import (
+    DEFAULT_AGGREGATION,
+    DEFAULT_LANGUAGE,
+    DEFAULT_PHRASE_WORDS,
+    DEFAULT_TARGET,
+    DEFAULT_TEMPLATE,
+    LEVELS,
+)
 from ..errors import InputError
-from ..reference_context import DEFAULT_TEMPLATE
-from ..scoring.units import LEVELS
 from . import safe_pickle
 
 SUFFIXES = (".pkl", ".json", ".parquet")
@@ -159,8 +165,13 @@ def _command(baselines: Baselines, expected: Mapping, differing: Iterable[str]) 
     flags |= {f"{key}_column": name for key, name in dict(made_from.get("columns") or {}).items() if name}
     if made_from.get("num_samples"):
         flags["num_samples"] = made_from["num_samples"]
-    usual = {"target": "completion", "max_phrase_words": 4, "language": "en", "aggregation": "geometric"}
-    usual["template"] = DEFAULT_TEMPLATE
+    usual = {
+        "target": DEFAULT_TARGET,
+        "max_phrase_words": DEFAULT_PHRASE_WORDS,
+        "language": DEFAULT_LANGUAGE,
+        "aggregation": DEFAULT_AGGREGATION,
+        "template": DEFAULT_TEMPLATE,
+    }
     wanted = {"target": expected.get("target"), **expected.get("definitions", {})}
     flags |= {key: wanted[key] for key in usual if wanted.get(key) not in (None, usual[key])}
     flags |= {"output_path": baselines.source, "overwrite": None}

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..data import Columns, find_columns, load_split
+from ..definitions import DEFAULT_TEMPLATE
 from ..errors import InputError
 from ..models import model_path
-from ..reference_context import DEFAULT_TEMPLATE, ReferenceContext
+from ..reference_context import ReferenceContext
 from .file import SUFFIXES, differences, read_meta
 from .parts import Parts
 from .rows import Row, column_names, read_rows

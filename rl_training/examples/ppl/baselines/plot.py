@@ -6,10 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..definitions import COLORS
 from .file import write_atomically
-
-# Distinguishable by people who see red and green alike, and in grey.
-COLORS = {"word": "#0072b2", "phrase": "#e69f00", "sentence": "#444444"}
 
 
 def plot_levels(levels: Mapping[str, Sequence[float]], path: str | Path, title: str) -> None:

@@ -7,8 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..baselines.file import write_atomically
-from ..baselines.plot import COLORS
-from ..scoring.units import LEVELS
+from ..definitions import COLORS, LEVELS
 from ..training.heldout import HeldOut
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
-from ..scoring.units import LEVELS
+from ..definitions import LEVELS
 from .frame import ENVIRONMENT
 
 # A colour for each half doubling of perplexity, so that a step is half a bit a token and the scale is the same for

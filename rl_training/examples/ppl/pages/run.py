@@ -11,8 +11,8 @@ from typing import NamedTuple
 from transformers import TrainerCallback
 
 from ..baselines.file import write_atomically
-from ..baselines.plot import COLORS
 from ..data import Text, message_text, render_prompt
+from ..definitions import COLORS
 from ..training.heldout import HeldOut
 from .charts import charts
 from .frame import ENVIRONMENT

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from ..cli import DTYPES
+from ..definitions import DTYPES
 from ..errors import InputError, one_of
 from ..models import load_model, model_path
 from ..scoring.calculator import MultiLevelPPLCalculator

@@ -14,18 +14,25 @@ from accelerate.utils import extract_model_from_parallel
 
 from ..baselines.file import BaselineError, Baselines, check_meta
 from ..data import Text, message_text, render_prompt, stable_id
+from ..definitions import (
+    BASELINE_COLUMNS,
+    DEFAULT_TARGET,
+    DEFAULT_TEMPLATE,
+    DEFAULT_THRESHOLDS,
+    DEFAULT_WEIGHTS,
+    LEVELS,
+    MISSING,
+    TARGETS,
+)
 from ..errors import InputError, one_of
 from ..frozen import base_parameters
 from ..models import describe_model, tokenizer_fingerprint
 from ..processes import from_all, of_this
-from ..reference_context import DEFAULT_TEMPLATE, ReferenceContext
+from ..reference_context import ReferenceContext
 from ..scoring.calculator import MultiLevelPPLCalculator
 from ..scoring.surprisal import SurprisalScorer
-from ..scoring.units import LEVELS
-from .thresholds import DEFAULT_THRESHOLDS, Thresholds, checked_weights, normalized
+from .thresholds import Thresholds, checked_weights, normalized
 
-TARGETS = ("completion", "reference")
-MISSING = ("error", "skip")
 _HIGHEST = 1e300  # stands for a perplexity beyond float64: infinity survives no mean and no difference
 
 
@@ -63,13 +70,13 @@ class MultiLevelPPLRewardFunction:
         baseline_model,
         tokenizer,
         baselines: str | Path | Mapping | None = None,
-        weights: Sequence[float] = (0.2, 0.3, 0.5),
+        weights: Sequence[float] = DEFAULT_WEIGHTS,
         reward_thresholds: Sequence[tuple[float, float]] = DEFAULT_THRESHOLDS,
         normalize: bool = False,
         device: str | torch.device | None = None,
         use_cache: bool = True,
         *,
-        target: str = "completion",
+        target: str = DEFAULT_TARGET,
         interpolate: bool = False,
         missing: str = "error",
         allow_baseline_mismatch: bool = False,
@@ -337,13 +344,12 @@ class MultiLevelPPLRewardFunction:
 
 def row_baselines(columns: Mapping[str, Sequence]) -> list[dict | None] | None:
     """Per row the baseline in the columns `baseline_word`, `baseline_phrase`, `baseline_sentence`; None without."""
-    names = [f"baseline_{level}" for level in LEVELS]
-    present = [name for name in names if name in columns]
+    present = [name for name in BASELINE_COLUMNS if name in columns]
     if not present:
         return None
-    if len(present) < len(names):
-        raise BaselineError(f"the data set has {', '.join(present)}, all of {', '.join(names)} are needed")
-    rows = zip(*(columns[name] for name in names), strict=True)
+    if len(present) < len(BASELINE_COLUMNS):
+        raise BaselineError(f"the data set has {', '.join(present)}, all of {', '.join(BASELINE_COLUMNS)} are needed")
+    rows = zip(*(columns[name] for name in BASELINE_COLUMNS), strict=True)
     return [None if None in row else dict(zip(LEVELS, row, strict=True)) for row in rows]
 
 

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 
+from ..definitions import DEFAULT_THRESHOLDS
 from ..errors import InputError
-from .thresholds import DEFAULT_THRESHOLDS
 
 NGRAM = 8  # tokens; human stories repeat 0.08 % of theirs, a sentence said over and over nearly all
 WEIGHT = 20.0  # times what the perplexity reward can differ by

@@ -7,9 +7,6 @@ import numpy as np
 
 from ..errors import InputError
 
-# Gurung & Lapata, "Learning to Reason for Long-Form Story Generation", https://arxiv.org/abs/2503.22828
-DEFAULT_THRESHOLDS = ((0.05, 0.2), (0.5, 0.5), (1.0, 0.7), (2.0, 0.9), (3.0, 1.0))
-
 
 class Thresholds:
     """The reward of the highest threshold reached, 0 below the lowest; with `interpolate` linear between them.

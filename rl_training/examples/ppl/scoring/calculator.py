@@ -6,11 +6,12 @@ import numpy as np
 import torch
 
 from ..data import Text, message_text, render_prompt
+from ..definitions import AGGREGATIONS, DEFAULT_AGGREGATION, DEFAULT_LANGUAGE, DEFAULT_PHRASE_WORDS, LEVELS
 from ..errors import InputError, one_of
-from .levels import AGGREGATIONS, level_perplexities, unit_sums
+from .levels import level_perplexities, unit_sums
 from .surprisal import SurprisalScorer
 from .tokens import TextEncoder
-from .units import LEVELS, segment
+from .units import segment
 
 MOST_NATS = 709.0  # a token; exp of more is beyond float64
 
@@ -34,9 +35,9 @@ class MultiLevelPPLCalculator:
     def __init__(
         self,
         tokenizer,
-        max_phrase_words: int = 4,
-        language: str = "en",
-        aggregation: str = "geometric",
+        max_phrase_words: int = DEFAULT_PHRASE_WORDS,
+        language: str = DEFAULT_LANGUAGE,
+        aggregation: str = DEFAULT_AGGREGATION,
         batch_size: int | None = None,
         max_batch_tokens: int | None = None,
     ) -> None:

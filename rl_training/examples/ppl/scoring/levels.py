@@ -6,7 +6,6 @@ import numpy as np
 
 from .units import Units
 
-AGGREGATIONS = ("geometric", "arithmetic", "selective")
 _WORST = 5  # selective, words: the most surprising one in so many
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import regex
 import sentencex
 
-LEVELS = ("word", "phrase", "sentence")
+from ..definitions import DEFAULT_LANGUAGE, DEFAULT_PHRASE_WORDS
 
 _LINE_BREAKS = "\n\v\f\r\x85\u2028\u2029"
 _CLAUSE_ENDS = ",;:—–()[]、，；：（）【】"
@@ -54,7 +54,9 @@ class Units:
     starts: dict[str, np.ndarray]
 
 
-def segment(texts: Sequence[str], language: str = "en", max_phrase_words: int = 4) -> Units:
+def segment(
+    texts: Sequence[str], language: str = DEFAULT_LANGUAGE, max_phrase_words: int = DEFAULT_PHRASE_WORDS
+) -> Units:
     """Divide texts into units. Sources: sentencex (sentences), Unicode UAX #29 (word boundaries)."""
     offsets = np.cumsum([0, *map(len, texts)])
     text = "".join(texts)

@@ -10,7 +10,7 @@ import torch
 from transformers import ProgressCallback, TrainerCallback
 
 from ..baselines.file import write_atomically
-from ..scoring.units import LEVELS
+from ..definitions import LEVELS
 from .diagnostics import in_one_line
 from .resume import STATE_FILE
 

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .. import cli
+from ..definitions import DEFAULT_TEMPLATE, DEFAULT_THRESHOLDS
 from ..errors import InputError
 from ..models import model_path
-from ..reference_context import DEFAULT_TEMPLATE, ReferenceContext
+from ..reference_context import ReferenceContext
 from ..reward.loop_guard import check_weight
-from ..reward.thresholds import DEFAULT_THRESHOLDS, Thresholds, checked_weights
+from ..reward.thresholds import Thresholds, checked_weights
 from .flags import NAMESAKES
 
 REPORTERS = ("none", "wandb", "tensorboard", "trackio")

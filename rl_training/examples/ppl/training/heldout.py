@@ -11,12 +11,12 @@ import torch
 
 from ..baselines.file import write_atomically
 from ..data import Text, message_text, render_prompt
+from ..definitions import LEVELS
 from ..processes import from_all, is_sharded, share
 from ..reward.function import MultiLevelPPLRewardFunction, row_baselines
 from ..sampling import sample_completions
 from ..scoring.surprisal import SurprisalScorer
 from ..scoring.tokens import TextEncoder
-from ..scoring.units import LEVELS
 
 
 @dataclass(frozen=True)
