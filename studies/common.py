@@ -27,14 +27,14 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def write_json(path: Path, content: dict) -> None:
-    from ppl.baselines.file import write_atomically
+    from ppl.files import write_text
 
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
 
 
 def write_figure(path: Path, figure) -> None:
-    from ppl.baselines.file import write_atomically
+    from ppl.files import write_atomically
 
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
 

@@ -13,12 +13,13 @@ import sys
 
 import numpy as np
 import pytest
+from baseline_files import write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import compute_baselines_trl
 from ppl.baselines import safe_pickle
-from ppl.baselines.file import SUFFIXES, BaselineError, Baselines, check_meta, meta_path, write
+from ppl.baselines.file import SUFFIXES, BaselineError, Baselines, check_meta, meta_path
 from ppl.data import stable_id
 from ppl.definitions import LEVELS
 

@@ -9,12 +9,12 @@ prints the perplexity of its words, phrases and sentences and the most surprisin
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 from ppl import cli
 from ppl.errors import InputError
+from ppl.files import writable_file, write_text
 
 _EXPORTS = {
     "MultiLevelPPLCalculator": "scoring.calculator",
@@ -67,7 +67,7 @@ def score(args: argparse.Namespace) -> int:
     # What can be refused is refused before a model is loaded.
     text = read_text(args)
     check_unicode("--context", args.context)
-    page = page_path(args.html) if args.html is not None else None
+    page = writable_file(args.html, "--html") if args.html is not None else None
 
     from rich.console import Console
 
@@ -128,18 +128,6 @@ def check_unicode(source: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:  # bytes of the command line that are no UTF-8 arrive as surrogates
         raise InputError(f"{source} is not UTF-8 at character {error.start}") from error
-
-
-def page_path(name: str) -> Path:
-    """Where the page goes, symbolic links resolved. Raises `InputError` if no file can be made there."""
-    path = Path(os.path.realpath(name))
-    if not name or (os.path.exists(name) and not os.path.isfile(name)):
-        raise InputError(f"--html {name or repr(name)} is not a file: expected a name such as page.html")
-    if not os.path.isdir(path.parent):
-        raise InputError(f"--html {name}: the folder {path.parent} does not exist: make it first")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"--html {name}: no permission to write in {path.parent}")
-    return path
 
 
 def level_perplexities(explained: dict[str, list[dict]], aggregation: str) -> dict[str, float]:
@@ -204,7 +192,6 @@ def print_tables(explained, perplexities, top: int = 5) -> None:
 
 
 def write_page(path: Path, args, model, text: str, explained, perplexities) -> None:
-    from ppl.baselines.file import write_atomically
     from ppl.pages import heatmap
 
     fragment = heatmap.heatmap(explained, text, perplexities, context=args.context, language=args.language)
@@ -216,7 +203,7 @@ def write_page(path: Path, args, model, text: str, explained, perplexities) -> N
     }
     html = heatmap.page("Multi-level perplexity", [fragment], facts)
     try:
-        write_atomically(path, lambda file: file.write(html.encode()))
+        write_text(path, html)
     except OSError as error:
         raise InputError(f"--html {args.html}: {error.strerror}: choose another place") from error
 

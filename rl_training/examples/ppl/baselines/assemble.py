@@ -1,6 +1,5 @@
 """Shards -> the baselines file, its meta file, the data set with baselines, the statistics."""
 
-import json
 import os
 import time
 from array import array
@@ -15,7 +14,8 @@ from rich.table import Table
 
 from ..definitions import BASELINE_COLUMNS, LEVELS
 from ..errors import InputError
-from .file import meta_path, write_records
+from ..files import write_atomically
+from .file import meta_path, write_meta, write_records
 from .parts import cannot_write
 from .plan import Job, dataset_baselines, dataset_file
 from .rows import Seen, reading
@@ -45,10 +45,8 @@ def assemble(job: Job, count: int, identity: dict, read: int, seconds: float) ->
                     yield row_id, {**dict(zip(LEVELS, values, strict=True)), "n_tokens": tokens, "prompt_id": prompt_id}
 
     made = folder / f"output{job.output.suffix}"
-    with cannot_write(folder), open(made, "wb") as file:
-        write_records(file, job.output.suffix, items())
-        file.flush()
-        os.fsync(file.fileno())
+    with cannot_write(folder):
+        write_atomically(made, lambda file: write_records(file, job.output.suffix, items()))
     if not levels["word"]:
         job.parts.remove()
         raise InputError("no row has a token that can be scored: expected texts of more than one token")
@@ -68,10 +66,8 @@ def assemble(job: Job, count: int, identity: dict, read: int, seconds: float) ->
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "run": job.parts.settings()["run"],
     }
-    with cannot_write(folder), open(folder / "meta.json", "w", encoding="utf-8") as file:
-        json.dump(meta, file, indent=2, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
+    with cannot_write(folder):
+        write_meta(made, meta)
     if args.output_dataset is not None:
         write_dataset(job, count, meta)
     if args.plot is not None:
@@ -82,7 +78,7 @@ def assemble(job: Job, count: int, identity: dict, read: int, seconds: float) ->
     with cannot_write(job.output):
         # The meta file is never beside another run's output.
         job.output.unlink(missing_ok=True)
-        os.replace(folder / "meta.json", meta_path(job.output))
+        os.replace(meta_path(made), meta_path(job.output))
         os.replace(made, job.output)
     job.parts.remove()
     print_statistics(levels, meta["counts"])
@@ -113,37 +109,37 @@ def print_statistics(levels: dict[str, Sequence[float]], counts: dict) -> None:
 
 def write_dataset(job: Job, count: int, meta: dict) -> None:
     """The rows that have a baseline, with it in the columns `baseline_word`, `baseline_phrase`, `baseline_sentence`."""
+    file = dataset_file(job.args)
+    with cannot_write(file), reading():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, lambda made: _write_rows(made, job, count))
+        write_meta(dataset_baselines(job.args), meta)
+
+
+def _write_rows(file, job: Job, count: int) -> None:
     import pyarrow
     import pyarrow.parquet
     from datasets import Features, Value
 
-    file = dataset_file(job.args)
-    names = BASELINE_COLUMNS
     records = ((record[0], record[2:5]) for number in range(count) for record in job.parts.read(number)[1])
     record = next(records, None)
     first, writer = 0, None
-    temporary = file.with_name(f".{file.name}")
-    with cannot_write(file), reading():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        for table in job.dataset.with_format("arrow").iter(batch_size=1000):
-            places, values = [], []
-            while record is not None and record[0] < first + len(table):
-                places.append(record[0] - first)
-                values.append(record[1])
-                record = next(records, None)
-            first += len(table)
-            kept = table.take(places).drop_columns([name for name in names if name in table.column_names])
-            for name, column in zip(names, np.reshape(values, (-1, 3)).T, strict=True):
-                kept = kept.append_column(name, pyarrow.array(column))
-            if writer is None:
-                features = job.dataset.features or Features.from_arrow_schema(table.schema)
-                others = {name: feature for name, feature in features.items() if name not in names}
-                schema = Features({**others, **dict.fromkeys(names, Value("float64"))}).arrow_schema
-                writer = pyarrow.parquet.ParquetWriter(temporary, schema)
-            writer.write_table(kept.cast(schema))
-            if record is None:
-                break
-        writer.close()
-        os.replace(temporary, file)
-        described = json.dumps(meta, indent=2, ensure_ascii=False)
-        meta_path(dataset_baselines(job.args)).write_text(described, encoding="utf-8")
+    for table in job.dataset.with_format("arrow").iter(batch_size=1000):
+        places, values = [], []
+        while record is not None and record[0] < first + len(table):
+            places.append(record[0] - first)
+            values.append(record[1])
+            record = next(records, None)
+        first += len(table)
+        kept = table.take(places).drop_columns([name for name in BASELINE_COLUMNS if name in table.column_names])
+        for name, column in zip(BASELINE_COLUMNS, np.reshape(values, (-1, 3)).T, strict=True):
+            kept = kept.append_column(name, pyarrow.array(column))
+        if writer is None:
+            features = job.dataset.features or Features.from_arrow_schema(table.schema)
+            others = {name: feature for name, feature in features.items() if name not in BASELINE_COLUMNS}
+            schema = Features({**others, **dict.fromkeys(BASELINE_COLUMNS, Value("float64"))}).arrow_schema
+            writer = pyarrow.parquet.ParquetWriter(file, schema)
+        writer.write_table(kept.cast(schema))
+        if record is None:
+            break
+    writer.close()

@@ -4,16 +4,12 @@ import importlib.metadata
 import io
 import itertools
 import json
-import math
-import os
 import pickle
 import reprlib
 import shlex
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +24,8 @@ from ..definitions import (
     LEVELS,
 )
 from ..errors import InputError
+from ..files import write_text
+from ..identity import differences
 from . import safe_pickle
 
 SUFFIXES = (".pkl", ".json", ".parquet")
@@ -127,25 +125,6 @@ def check_meta(baselines: Baselines, expected: Mapping) -> None:
         )
 
 
-def differences(meta: Mapping, expected: Mapping) -> dict[str, tuple]:
-    """What `check_meta` refuses, by name, each with both values."""
-    theirs, mine = _flat(meta), _flat(expected)
-    found = {key: (theirs[key], mine[key]) for key in mine if key in theirs and theirs[key] != mine[key]}
-    windows = [side["window"] for side in (meta, expected) if "window" in side]
-    if len(set(windows)) == 2 and meta.get("longest", math.inf) > min(window for window in windows if window):
-        found["window"] = tuple(f"{window} tokens" if window else "without limit" for window in windows)
-    return found
-
-
-def _flat(identity: Mapping) -> dict:
-    """What is compared, by the name a message gives it."""
-    return {
-        **{key: identity[key] for key in ("target", "tokenizer") if key in identity},
-        **identity.get("definitions", {}),
-        **{key: value for key, value in identity.get("model", {}).items() if key != "name"},
-    }
-
-
 def _named(identity: Mapping) -> str:
     name = identity.get("model", {}).get("name")
     return repr(name) if name else "a model of unknown name"
@@ -199,6 +178,11 @@ def read_meta(path: str | Path) -> dict:
     return meta
 
 
+def write_meta(path: str | Path, meta: Mapping) -> None:
+    """Write what the file under `path` was made with beside it."""
+    write_text(meta_path(path), json.dumps(meta, indent=2, ensure_ascii=False))
+
+
 def versions() -> dict[str, str]:
     """Versions of the installed packages that can change a number."""
     installed = {}
@@ -208,40 +192,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return installed
-
-
-def write(path: str | Path, records: Mapping[str, Mapping], meta: Mapping) -> None:
-    """Write the file and its meta file, each to a temporary name first: what is there under the name is complete."""
-    write_atomically(meta_path(path), lambda file: file.write(json.dumps(meta, indent=2, ensure_ascii=False).encode()))
-    write_atomically(Path(path), lambda file: write_records(file, Path(path).suffix, records.items()))
-
-
-def write_atomically(path: Path, fill: Callable[[io.BufferedIOBase], object]) -> None:
-    """Let `fill` write a file beside `path`, then rename it to `path`."""
-    with _temporary_beside(path) as temporary:
-        with open(temporary, "wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-
-
-@contextmanager
-def _temporary_beside(path: Path) -> Iterator[str]:
-    handle, temporary = tempfile.mkstemp(dir=path.parent or ".", prefix=f".{path.name}.")
-    os.close(handle)
-    os.chmod(temporary, 0o666 & ~_umask())
-    try:
-        yield temporary
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _all_levels(records: Mapping, source: str) -> np.ndarray:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..errors import InputError
-from .file import write_atomically
+from ..files import write_text
 
 _FINISHED = "finished"
 _SETTINGS = "settings.json"
@@ -66,7 +66,7 @@ class Parts:
         self.check(settings)
         if not self.done():
             with cannot_write(self.folder):
-                _write(self.folder / _SETTINGS, json.dumps({**settings, **kept}, indent=2))
+                write_text(self.folder / _SETTINGS, json.dumps({**settings, **kept}, indent=2), "surrogatepass")
 
     def done(self) -> set[int]:
         """The numbers of the windows that are finished."""
@@ -77,7 +77,7 @@ class Parts:
     def write(self, number: int, header: Mapping, records: list[list]) -> None:
         lines = "\n".join(json.dumps(line) for line in (header, *records))
         with cannot_write(self.folder):
-            _write(self._path(number), f"{lines}\n")
+            write_text(self._path(number), f"{lines}\n", "surrogatepass")
 
     def header(self, number: int) -> dict:
         return next(self._lines(number))
@@ -232,7 +232,3 @@ class cannot_write:
                 f"cannot write {self.path} ({error.strerror or error}): make room or choose another folder; from parts "
                 "that are there, the same command goes on"
             ) from error
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode("utf-8", "surrogatepass")))

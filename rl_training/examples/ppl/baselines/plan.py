@@ -2,17 +2,18 @@
 
 import argparse
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from ..data import Columns, find_columns, load_split
 from ..definitions import DEFAULT_TEMPLATE
 from ..errors import InputError
+from ..files import check_folder, writable_file
+from ..identity import differences
 from ..models import model_path
 from ..reference_context import ReferenceContext
-from .file import SUFFIXES, differences, read_meta
+from .file import SUFFIXES, read_meta
 from .parts import Parts
 from .rows import Row, column_names, read_rows
 from .scores import generation
@@ -40,7 +41,7 @@ def prepare(args: argparse.Namespace, survey: bool = True) -> Job:
     model_path(args.model_name)
     check_template(args)
     if args.plot is not None:
-        plot = check_file(args.plot, "--plot", PLOT_SUFFIXES)
+        plot = writable_file(args.plot, "--plot", PLOT_SUFFIXES)
         if plot.exists() and not args.overwrite and parts.settings().get("plot") != args.plot:
             raise InputError(f"{plot} exists: replace it with --overwrite, or choose another --plot")
     flags = ("model_name", "load_in_4bit", "dtype", "max_seq_length", "dataset_name", "dataset_config", "dataset_split")
@@ -90,27 +91,7 @@ def check_template(args: argparse.Namespace) -> None:
 
 
 def output_path(args: argparse.Namespace) -> Path:
-    return check_file(args.output_path, "--output_path", SUFFIXES)
-
-
-def check_file(name: str, flag: str, suffixes: Sequence[str]) -> Path:
-    """Where to write the file, a symbolic link resolved. Raises `InputError` if no file can be made there."""
-    path = Path(os.path.realpath(name)) if os.path.islink(name) else Path(name)
-    if path.suffix not in suffixes:
-        raise InputError(f"{flag} is {name!r}, expected a file ending in {', '.join(suffixes)}")
-    if path.is_dir():
-        raise InputError(f"{flag} {name} is a folder: give the name of a file in it")
-    check_folder(path.parent, flag, name)
-    return path
-
-
-def check_folder(folder: Path, flag: str, name: str) -> None:
-    if not folder.is_dir():
-        raise InputError(f"{flag} {name}: the folder {folder} does not exist: make it first")
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"{flag} {name}: cannot write in {folder} ({error.strerror}): choose another one") from error
+    return writable_file(args.output_path, "--output_path", SUFFIXES)
 
 
 def is_complete(parts: Parts, output: Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..definitions import COLORS
-from .file import write_atomically
+from ..files import write_atomically
 
 
 def plot_levels(levels: Mapping[str, Sequence[float]], path: str | Path, title: str) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 from .. import cli
 from ..data import Columns, message_text, render_prompt, stable_id
 from ..errors import InputError
-from ..models import describe_model, load_model, model_path, tokenizer_fingerprint
+from ..identity import identity
+from ..models import load_model, model_path
 from ..reference_context import ReferenceContext
 from .file import versions
 from .rows import Row, Window
@@ -106,20 +107,21 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
             int(sizes.max()),
         )
 
-    identity = {
-        "target": args.target,
-        "definitions": {
-            **calculator.definitions,
-            **({"template": args.template} if args.target == "reference" else {}),
-        },
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "model": {**describe_model(model), "name": args.model_name},
+    made_with = {
+        **identity(
+            model,
+            tokenizer,
+            name=args.model_name,
+            window=SurprisalScorer(model).window,
+            target=args.target,
+            definitions=calculator.definitions,
+            template=args.template,
+        ),
         "generated": generation(args),
-        "window": SurprisalScorer(model).window,
         "unsloth": unsloth and reason is None,
         "versions": versions(),
     }
-    return Scorer(score_own_writing if args.generate else score, identity, model.device.type)
+    return Scorer(score_own_writing if args.generate else score, made_with, model.device.type)
 
 
 def generation(args: argparse.Namespace) -> dict | None:

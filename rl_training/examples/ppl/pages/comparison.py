@@ -1,13 +1,12 @@
 """What a training run leaves to look at: the reward's curve, and held-out scores before and after."""
 
-import io
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from ..baselines.file import write_atomically
 from ..definitions import COLORS, LEVELS
+from ..files import write_atomically
 from ..training.heldout import HeldOut
 
 
@@ -59,7 +58,5 @@ def plot_training(log_history: list[dict], path: Path) -> None:
         axes.legend(frameon=False)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130))
     plt.close(figure)
-    write_atomically(path, lambda file: file.write(buffer.getvalue()))

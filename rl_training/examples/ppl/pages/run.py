@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from transformers import TrainerCallback
 
-from ..baselines.file import write_atomically
 from ..data import Text, message_text, render_prompt
 from ..definitions import COLORS
+from ..files import write_text
 from ..training.heldout import HeldOut
 from .charts import charts
 from .frame import ENVIRONMENT
@@ -113,8 +113,7 @@ class RunPage(TrainerCallback):
             state.log_history, (state.global_step, state.max_steps),
             self.before, self.shown, after, shown_after,
         )  # fmt: skip
-        # A lone surrogate in a text has no UTF-8.
-        write_atomically(self.path, lambda file: file.write(html.encode("utf-8", "replace")))
+        write_text(self.path, html, "replace")  # a lone surrogate in a text has no UTF-8
         self._written = time.monotonic()
 
 

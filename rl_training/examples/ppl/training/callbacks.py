@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import ProgressCallback, TrainerCallback
 
-from ..baselines.file import write_atomically
 from ..definitions import LEVELS
+from ..files import write_text
 from .diagnostics import in_one_line
 from .resume import STATE_FILE
 
@@ -56,7 +56,7 @@ class RewardState(TrainerCallback):
         if wandb is not None and wandb.run is not None:
             content["wandb_run"] = wandb.run.id
         path = Path(args.output_dir, f"checkpoint-{state.global_step}", STATE_FILE)
-        write_atomically(path, lambda file: file.write(json.dumps(content).encode()))
+        write_text(path, json.dumps(content))
 
 
 class SafeStops(TrainerCallback):

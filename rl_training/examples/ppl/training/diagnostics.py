@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from .heldout import distinct
+from ..variety import distinct
 
 WINDOW = 20  # steps that a verdict looks back
 START = 5  # reward calls that later ones are compared with

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from ..baselines.file import write_atomically
 from ..errors import InputError
+from ..files import write_text
 
 CONFIG_FILE = "training_config.yaml"
 NAMESAKES = ("debug", "repetition_penalty")  # flags of ours that are another thing than GRPOConfig's field of that name
@@ -123,7 +123,7 @@ def write_config(path: Path, ours: Mapping, asked: Mapping, defaults: Mapping) -
     lines += [f"# {_line(name, asked[name])}" for name in _OF_THE_MACHINE]
     lines += ["", "# Of TRL's GRPOConfig, left at their defaults"]
     lines += [f"# {_line(name, value)}" for name, value in theirs.items() if name not in chosen]
-    write_atomically(path, lambda file: file.write("\n".join([*lines, ""]).encode()))
+    write_text(path, "\n".join([*lines, ""]))
 
 
 def _line(name: str, value) -> str:

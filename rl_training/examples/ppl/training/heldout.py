@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..baselines.file import write_atomically
-from ..data import Text, message_text, render_prompt
+from ..data import Text, render_prompt
 from ..definitions import LEVELS
+from ..files import write_text
 from ..processes import from_all, is_sharded, share
 from ..reward.function import MultiLevelPPLRewardFunction, row_baselines
 from ..sampling import sample_completions
 from ..scoring.surprisal import SurprisalScorer
 from ..scoring.tokens import TextEncoder
+from ..variety import distinct
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def evaluate(
     names = ["reward", *(f"{level} improvement %" for level in LEVELS), *(f"{level} PPL" for level in LEVELS)]
     scores = {
         **dict(zip(names, means, strict=True)),
-        "KL": float(moved.sum() / tokens.sum()) if tokens.sum() else float("nan"),
+        "KL": kl_a_token(moved, tokens),
         "distinct-2": distinct(texts, 2),
         "repetition": 1 - distinct(texts, 3),
         "words": sum(len(text.split()) for text in texts) / len(texts),
@@ -97,7 +98,7 @@ def write_heldout(path: Path, sampling: dict, before: HeldOut, after: HeldOut | 
     """
     content = {"sampling": sampling, "before": asdict(before), "after": after and asdict(after)}
     text = json.dumps(_without_nan(content), ensure_ascii=False, indent=1, allow_nan=False)
-    write_atomically(path, lambda file: file.write(text.encode("utf-8", "surrogatepass")))
+    write_text(path, text, "surrogatepass")
 
 
 def read_before(path: Path, rows, sampling: dict) -> HeldOut | None:
@@ -121,19 +122,12 @@ def _without_nan(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def kl_to_frozen(model, start, tokenizer, prompts: Sequence[Text], completions: Sequence[str]) -> float:
-    """How far training has moved the model from its start: an estimate of KL(model || start) a token.
-
-    The mean over the completions' tokens of the start's surprisal minus the model's own, in nats; unbiased if the model
-    wrote them at temperature 1. start: `model` itself stands for it with its adapters off. nan if no token can be
-    scored.
-    """
-    total, tokens = np.reshape(kl_by_text(model, start, tokenizer, prompts, completions), (-1, 2)).sum(axis=0)
-    return float(total / tokens) if tokens else float("nan")
-
-
 def kl_by_text(model, start, tokenizer, prompts: Sequence[Text], completions: Sequence[str]) -> list[tuple]:
-    """Per completion the sum that `kl_to_frozen` is the mean of, and its number of tokens."""
+    """How far training has moved the model from its start, per completion: (sum over its tokens, their number).
+
+    The start's surprisal of a token minus the model's own, in nats. `start`: `model` itself stands for it with its
+    adapters off; None: 0 of 0 tokens.
+    """
     if start is None:
         return [(0.0, 0)] * len(completions)
     encoded = TextEncoder(tokenizer).encode([render_prompt(prompt, tokenizer) for prompt in prompts], completions)
@@ -142,16 +136,9 @@ def kl_by_text(model, start, tokenizer, prompts: Sequence[Text], completions: Se
     return [((b - a).sum(), len(a)) for a, b in zip(own, of_start, strict=True)]
 
 
-def distinct(texts: Sequence[str], n: int) -> float:
-    """Mean over texts of their distinct runs of n words over all their runs of n words: 1 says nothing twice.
+def kl_a_token(sums: np.ndarray, tokens: np.ndarray) -> float:
+    """An estimate of KL(model || start) a token, in nats, from what `kl_by_text` gives; nan without a token.
 
-    Source: Li et al., "A Diversity-Promoting Objective Function", https://arxiv.org/abs/1510.03055, within each text.
-    nan if no text has n words.
+    Unbiased if the model wrote the completions at temperature 1.
     """
-    shares = []
-    for text in texts:
-        words = message_text(text).lower().split()
-        runs = [tuple(words[place : place + n]) for place in range(len(words) - n + 1)]
-        if runs:
-            shares.append(len(set(runs)) / len(runs))
-    return sum(shares) / len(shares) if shares else float("nan")
+    return float(np.sum(sums) / np.sum(tokens)) if np.sum(tokens) else float("nan")
