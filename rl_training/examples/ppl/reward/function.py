@@ -1,9 +1,8 @@
 """The reward function that GRPOTrainer calls: perplexities, baselines and thresholds put together."""
 
+import functools
 import math
 import time
-import warnings
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,12 +24,13 @@ from ..definitions import (
     TARGETS,
 )
 from ..errors import InputError, one_of
-from ..frozen import base_parameters
-from ..models import describe_model, tokenizer_fingerprint
+from ..identity import identity
 from ..processes import from_all, of_this
 from ..reference_context import ReferenceContext
 from ..scoring.calculator import MultiLevelPPLCalculator
 from ..scoring.surprisal import SurprisalScorer
+from .cache import PerplexityCache
+from .first_visits import FirstVisits
 from .thresholds import Thresholds, checked_weights, normalized
 
 _HIGHEST = 1e300  # stands for a perplexity beyond float64: infinity survives no mean and no difference
@@ -62,8 +62,6 @@ class MultiLevelPPLRewardFunction:
 
     Raises `InputError` (a `ValueError`) for settings or columns that make no sense, `BaselineError` for baselines.
     """
-
-    CACHE_ENTRIES = 100_000  # about 20 MB
 
     def __init__(
         self,
@@ -107,10 +105,10 @@ class MultiLevelPPLRewardFunction:
         self.baselines = baselines
         if self.baselines is not None and self.baselines.meta and not allow_baseline_mismatch:
             check_meta(self.baselines, self.identity)
-        self.first_visits: dict[str, np.ndarray] = {}
-        self._cache: OrderedDict[tuple[str, str], np.ndarray] = OrderedDict()
-        self._weights_version: int | None = None
-        self._warned_of_training = False
+        self.first_visits = FirstVisits()
+        self._cache = PerplexityCache()
+        # What the last `compute_rewards` found, for `__call__` to log and to show the observer. It cannot be returned:
+        # a subclass may override `compute_rewards` with one that returns a tensor of rewards. Then this stays None.
         self._last: _LastCall | None = None
         self.observer = None  # `ppl.training.diagnostics.Diagnostics`: is shown every call of a trainer
 
@@ -121,16 +119,15 @@ class MultiLevelPPLRewardFunction:
     @property
     def identity(self) -> dict:
         """What a baselines file must have been made with to be compared with this reward's numbers."""
-        return {
-            "target": self.target,
-            "definitions": {
-                **self.calculator.definitions,
-                **({"template": self.reference_context.template} if self.target == "reference" else {}),
-            },
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "model": {**describe_model(self.model), "name": getattr(self.model.config, "_name_or_path", "")},
-            "window": SurprisalScorer(self.model).window,
-        }
+        return identity(
+            self.model,
+            self.tokenizer,
+            name=getattr(self.model.config, "_name_or_path", ""),
+            window=SurprisalScorer(self.model).window,
+            target=self.target,
+            definitions=self.calculator.definitions,
+            template=self.reference_context.template,
+        )
 
     def __call__(self, prompts, completions, **columns) -> list[float | None]:
         """One reward a completion, None for a skipped row: TRL's calling convention.
@@ -183,7 +180,7 @@ class MultiLevelPPLRewardFunction:
                 raise InputError(f"{len(column)} {name} for {n} texts: there must be one for each")
         if self.target == "reference" and references is None:
             raise InputError("target='reference' needs a column `reference`: rename the data set's column to it")
-        self._forget_if_trained()
+        self._cache.forget_if_trained(self.model)
         prompts = [None] * n if prompts is None else list(prompts)
         references = [None] * n if references is None else list(references)
         contexts = [render_prompt(prompt, self.tokenizer) for prompt in prompts]
@@ -204,7 +201,9 @@ class MultiLevelPPLRewardFunction:
         else:
             current = np.minimum(self._perplexities(list(zip(contexts, texts, strict=True))), _HIGHEST)
             if self.baselines is None:
-                first_visit = self._visit(contexts, current, baseline, absent)
+                rows = np.flatnonzero(absent)
+                visited = [contexts[row] for row in rows]
+                baseline[rows], first_visit[rows] = self.first_visits.measure(visited, current[rows])
             elif absent.any() and self.missing == "error":
                 self._refuse(absent, prompts, references, ids)
 
@@ -239,31 +238,20 @@ class MultiLevelPPLRewardFunction:
         result = torch.from_numpy(rewards).float().to(self.device)
         return (result, details) if return_details else result
 
-    def __getstate__(self) -> dict:
-        # A copy's parameters count their changes anew.
-        return {**self.__dict__, "_weights_version": None}
-
     def state_dict(self) -> dict:
         """What a resumed run needs: the zero-shot baselines recorded so far, and the observer's state."""
-        state = {"first_visits": {key: value.tolist() for key, value in self.first_visits.items()}}
+        state = {"first_visits": self.first_visits.state_dict()}
         return state if self.observer is None else {**state, "diagnostics": self.observer.state_dict()}
 
     def load_state_dict(self, state: Mapping) -> None:
-        self.first_visits = {key: np.array(value) for key, value in state["first_visits"].items()}
+        self.first_visits.load_state_dict(state["first_visits"])
         if self.observer is not None and "diagnostics" in state:
             self.observer.load_state_dict(state["diagnostics"])
 
     def _perplexities(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """float64 [B, 3], from the cache where it has them."""
-        if not self.use_cache:
-            return self.calculator.score_pairs(self.model, pairs)
-        found = {pair: self._cache[pair] for pair in pairs if pair in self._cache}
-        new = list(dict.fromkeys(pair for pair in pairs if pair not in found))
-        found.update(zip(new, self.calculator.score_pairs(self.model, new), strict=True))
-        self._cache.update((pair, found[pair]) for pair in new)
-        while len(self._cache) > self.CACHE_ENTRIES:
-            self._cache.popitem(last=False)
-        return np.array([found[pair] for pair in pairs]).reshape(len(pairs), len(LEVELS))
+        score = functools.partial(self.calculator.score_pairs, self.model)
+        return self._cache.perplexities(pairs, score) if self.use_cache else score(pairs)
 
     def _given_baselines(self, prompts, references, ids, rows) -> np.ndarray:
         """float64 [B, 3] from the data set's columns, else from `baselines`; nan where a row has none."""
@@ -279,48 +267,12 @@ class MultiLevelPPLRewardFunction:
                     found[place] = values
         return found
 
-    def _visit(self, contexts, current, baseline, absent) -> np.ndarray:
-        """Fill in zero-shot baselines: a prompt's first completions make it. Returns which rows are a first visit."""
-        groups: dict[str, list[int]] = {}
-        for place in np.flatnonzero(absent):
-            groups.setdefault(stable_id(contexts[place]), []).append(place)
-        first_visit = np.zeros(len(contexts), dtype=bool)
-        # A group may be split over processes: what they found for a prompt becomes one mean, the same in each of them.
-        found: dict[str, list[np.ndarray]] = {}
-        new = {key: current[places] for key, places in groups.items() if key not in self.first_visits}
-        for key, rows in from_all(new.items()):
-            found.setdefault(key, []).append(rows[~np.isnan(rows).any(axis=1)])
-        for key, parts in found.items():
-            if len(scored := np.concatenate(parts)):
-                self.first_visits[key] = scored.mean(axis=0)
-        for key, places in groups.items():
-            first_visit[places] = key in new
-            baseline[places] = self.first_visits.get(key, np.nan)
-        return first_visit
-
     def _refuse(self, absent, prompts, references, ids) -> None:
         first = [_key(ids, prompts, references, place) for place in np.flatnonzero(absent)[:3]]
         raise BaselineError(
             f"{self.baselines.source} has no baseline for {absent.sum()} of {len(absent)} rows, the first are {first}: "
             "compute them with compute_baselines_trl.py on this data set, or skip such rows with missing='skip'"
         )
-
-    def _forget_if_trained(self) -> None:
-        """Drop what was computed before the scorer's own weights changed, and say so once if they are being trained."""
-        parameters = list(base_parameters(self.model))
-        version = sum(parameter._version for parameter in parameters)
-        if self._weights_version is not None and version != self._weights_version:
-            # What needs no gradient is written, too: with the same values when DDP starts.
-            trained = any(parameter.requires_grad for parameter in parameters)
-            if trained and not self._warned_of_training:
-                warnings.warn(
-                    "the scorer's own weights change during training, so its baselines lose their meaning: train "
-                    "adapters (LoRA), or pass a frozen copy of the model as baseline_model",
-                    stacklevel=3,
-                )
-                self._warned_of_training = True
-            self._cache.clear()
-        self._weights_version = version
 
     def _log(self, log_metric, log_extra=None) -> None:
         """Means over all processes, the same names at every call on every process; without a scored row 0.
