@@ -5,7 +5,7 @@ a slice at a time. Rows are packed end to end and share their prefixes; where a 
 length share a padded batch, and rows with a common prefix its keys and values.
 """
 
-import inspect
+import functools
 import logging
 from typing import NamedTuple
 
@@ -16,11 +16,11 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..frozen import frozen
 from ..processes import in_step, is_sharded
-from .batching import Group, Pack, Row, batches, lay_out, packs, padded, share_prefixes, windows
+from .batching import Group, Pack, Row, batches, lay_out, packs, share_prefixes, windows
 from .head import Head, surprisal
 from .onednn import fast_products
-from .packed import CannotPackError, can_pack, plain_cache, run_packed
-from .padded import run_prefix
+from .packed import CannotPackError, can_pack, run_packed
+from .padded import can_continue, run_padded, run_prefix
 from .tokens import Encoded
 
 logger = logging.getLogger(__name__)
@@ -156,9 +156,7 @@ class SurprisalScorer:
     def _compare_cache(self) -> bool:
         """Whether the model continues from the keys and values of a prefix as from the prefix itself."""
         decoder = self._decoder
-        if not self._head_agrees or "past_key_values" not in inspect.signature(decoder.forward).parameters:
-            return False
-        if decoder.forward.__module__.startswith("unsloth") or not plain_cache(decoder.config):
+        if not (self._head_agrees and can_continue(decoder)):
             return False
         ids = self._probe_ids()
         hidden = self._hidden(ids[:, 4:].expand(2, -1), run_prefix(decoder, ids[:, :4]))
@@ -245,13 +243,11 @@ class SurprisalScorer:
     def _read(self, batch: list[Row], skip: int = 0, prefix=None, model=None) -> torch.Tensor:
         """Hidden states [m, H] that predict the rows' labels; float32 logits [m, V] of `model`, or of one whose head
         is its own affair."""
-        ids, place, read = padded(batch, skip)
-        inputs = torch.from_numpy(ids).to(self.model.device)
         if model is None and self._head_agrees:
-            states = self._hidden(inputs, prefix)
+            forward = functools.partial(self._hidden, prefix=prefix)
         else:
-            states = self._own_logits(model or self._base, inputs)
-        return states[torch.from_numpy(place).to(states.device), torch.from_numpy(read).to(states.device)]
+            forward = functools.partial(self._own_logits, model or self._base)
+        return run_padded(forward, batch, skip, self.model.device)
 
     # --- in step with other processes --------------------------------------------------------------------------------
 
