@@ -5,6 +5,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -124,22 +125,22 @@ def _write_rows(file, job: Job, count: int) -> None:
     records = ((record[0], record[2:5]) for number in range(count) for record in job.parts.read(number)[1])
     record = next(records, None)
     first, writer = 0, None
-    for table in job.dataset.with_format("arrow").iter(batch_size=1000):
-        places, values = [], []
-        while record is not None and record[0] < first + len(table):
-            places.append(record[0] - first)
-            values.append(record[1])
-            record = next(records, None)
-        first += len(table)
-        kept = table.take(places).drop_columns([name for name in BASELINE_COLUMNS if name in table.column_names])
-        for name, column in zip(BASELINE_COLUMNS, np.reshape(values, (-1, 3)).T, strict=True):
-            kept = kept.append_column(name, pyarrow.array(column))
-        if writer is None:
-            features = job.dataset.features or Features.from_arrow_schema(table.schema)
-            others = {name: feature for name, feature in features.items() if name not in BASELINE_COLUMNS}
-            schema = Features({**others, **dict.fromkeys(BASELINE_COLUMNS, Value("float64"))}).arrow_schema
-            writer = pyarrow.parquet.ParquetWriter(file, schema)
-        writer.write_table(kept.cast(schema))
-        if record is None:
-            break
-    writer.close()
+    with ExitStack() as closing:
+        for table in job.dataset.with_format("arrow").iter(batch_size=1000):
+            rows, values = [], []
+            while record is not None and record[0] < first + len(table):
+                rows.append(record[0] - first)
+                values.append(record[1])
+                record = next(records, None)
+            first += len(table)
+            kept = table.take(rows).drop_columns([name for name in BASELINE_COLUMNS if name in table.column_names])
+            for name, column in zip(BASELINE_COLUMNS, np.reshape(values, (-1, 3)).T, strict=True):
+                kept = kept.append_column(name, pyarrow.array(column))
+            if writer is None:
+                features = job.dataset.features or Features.from_arrow_schema(table.schema)
+                others = {name: feature for name, feature in features.items() if name not in BASELINE_COLUMNS}
+                schema = Features({**others, **dict.fromkeys(BASELINE_COLUMNS, Value("float64"))}).arrow_schema
+                writer = closing.enter_context(pyarrow.parquet.ParquetWriter(file, schema))
+            writer.write_table(kept.cast(schema))
+            if record is None:
+                break
