@@ -78,8 +78,8 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> float:
 
 def whole_rows():
     """The scorer's class with prefix sharing left out."""
-    from ppl.batching import Group
-    from ppl.surprisal import SurprisalScorer
+    from ppl.scoring.batching import Group
+    from ppl.scoring.surprisal import SurprisalScorer
 
     class WholeRows(SurprisalScorer):
         def _score_packs(self, groups, surprisals):
@@ -152,9 +152,9 @@ def grpo_step(
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from ppl.calculator import MultiLevelPPLCalculator
-    from ppl.levels import AGGREGATIONS
-    from ppl.reward import MultiLevelPPLRewardFunction
+    from ppl.definitions import AGGREGATIONS
+    from ppl.reward.function import MultiLevelPPLRewardFunction
+    from ppl.scoring.calculator import MultiLevelPPLCalculator
 
     policy, tokenizer, refused = load_model(model, load_in_4bit=in_4bit, unsloth=unsloth, max_seq_length=2048)
     if refused:

@@ -99,10 +99,10 @@ def scoring_rows(rows: Rows, title: str, model, tokenizer, count: int, sizes: Si
     """Measures; returns the perplexities of the texts, float64 [B, 3]."""
     import numpy as np
 
-    from ppl.calculator import MultiLevelPPLCalculator
-    from ppl.levels import AGGREGATIONS
-    from ppl.surprisal import SurprisalScorer
-    from ppl.tokens import TextEncoder
+    from ppl.definitions import AGGREGATIONS
+    from ppl.scoring.calculator import MultiLevelPPLCalculator
+    from ppl.scoring.surprisal import SurprisalScorer
+    from ppl.scoring.tokens import TextEncoder
 
     lengths = [int(20 * 35 ** (n / (sizes.texts - 1))) for n in range(sizes.texts)]
     pairs = [("", text) for text in random_texts(tokenizer, lengths)]
@@ -146,8 +146,8 @@ def scoring_rows(rows: Rows, title: str, model, tokenizer, count: int, sizes: Si
 
 
 def memory_row(rows: Rows, title: str, model, tokenizer, sizes: Sizes) -> None:
-    from ppl.surprisal import SurprisalScorer
-    from ppl.tokens import TextEncoder
+    from ppl.scoring.surprisal import SurprisalScorer
+    from ppl.scoring.tokens import TextEncoder
 
     scorer = SurprisalScorer(model)
     length = min(sizes.long_text, scorer.window - 1)
@@ -161,8 +161,8 @@ def memory_row(rows: Rows, title: str, model, tokenizer, sizes: Sizes) -> None:
 
 def precision(rows: Rows, toy: bool, folder: str) -> None:
     """A trained model, the embedded one, on stories it has not seen: its random twin would be right about nothing."""
-    from ppl.calculator import MultiLevelPPLCalculator
     from ppl.models import load_model
+    from ppl.scoring.calculator import MultiLevelPPLCalculator
 
     stories = json.loads((EXAMPLES / "tiny_stories" / "test.json").read_text(encoding="utf-8"))
     pairs = [("", row["prompt"] + row["completion"]) for row in stories]

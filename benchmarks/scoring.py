@@ -127,7 +127,7 @@ def ids_of(tokenizer, text: str):
 def mixed_texts(model, tokenizer, texts, rounds):
     import torch
 
-    from ppl.calculator import MultiLevelPPLCalculator
+    from ppl.scoring.calculator import MultiLevelPPLCalculator
 
     calculator = MultiLevelPPLCalculator(tokenizer)
     rows = [ids_of(tokenizer, text)[:, :-1] for text in texts]
@@ -180,7 +180,7 @@ def bare(model, ids, head_rows: int = 128) -> None:
 
 
 def bare_with_our_products(model, rows) -> None:
-    from ppl.onednn import fast_products
+    from ppl.scoring.onednn import fast_products
 
     with fast_products(model):
         for row in rows:
@@ -246,8 +246,8 @@ def check_equal(name: str, theirs, ours, tolerance: float) -> float:
 def shared_prompt(model, tokenizer, rounds, seed):
     import numpy as np
 
-    from ppl.surprisal import SurprisalScorer
-    from ppl.tokens import TextEncoder
+    from ppl.scoring.surprisal import SurprisalScorer
+    from ppl.scoring.tokens import TextEncoder
 
     prompt, *completions = stories(tokenizer, [PROMPT] + [COMPLETION] * GROUP, seed + 1)
     completions = [" " + completion for completion in completions]
@@ -301,8 +301,8 @@ def peak_of_scoring(loop: bool, seed: int) -> int:
     """Bytes, in a process of its own."""
     import torch
 
-    from ppl.surprisal import SurprisalScorer
-    from ppl.tokens import Encoded
+    from ppl.scoring.surprisal import SurprisalScorer
+    from ppl.scoring.tokens import Encoded
 
     torch.set_grad_enabled(False)
     model = random_gpt2(seed)
@@ -320,8 +320,8 @@ def peak_of_scoring(loop: bool, seed: int) -> int:
 
 def text_work(tokenizer, texts, rounds):
     """Alignment is what `TextEncoder.encode` takes beyond the tokenization it does itself."""
-    from ppl.tokens import TextEncoder
-    from ppl.units import segment
+    from ppl.scoring.tokens import TextEncoder
+    from ppl.scoring.units import segment
 
     encoder, contexts = TextEncoder(tokenizer), [""] * len(texts)
     seconds = alternate(

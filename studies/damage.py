@@ -4,9 +4,9 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
-import results  # noqa: F401 (with it, ppl is found)
+import common  # noqa: F401 (with it, ppl is found)
 
-from ppl.units import segment
+from ppl.scoring.units import segment
 
 _AROUND_WORD = re.compile(r"(\W*)(.*?)(\W*)", re.DOTALL)
 _AROUND_SENTENCE = re.compile(r"(\s*)(.*?)(\s*)", re.DOTALL)

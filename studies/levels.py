@@ -11,14 +11,13 @@ import sys
 from itertools import combinations
 from pathlib import Path
 
+from common import print_table, quiet_axes, write_figure, write_json
 from damage import DAMAGES, Damages
-from results import print_table, quiet_axes, write_figure, write_json
 
 from ppl import cli
 from ppl.data import find_columns, load_split, message_text, render_prompt
+from ppl.definitions import AGGREGATIONS, LEVELS
 from ppl.errors import InputError
-from ppl.levels import AGGREGATIONS
-from ppl.units import LEVELS
 
 PAIRS = list(combinations(LEVELS, 2))
 CORRELATIONS = {"damages": "all damages", "within": "within a damage", "samples": "its own samples"}
@@ -107,10 +106,10 @@ def log_perplexities(args: argparse.Namespace, model, tokenizer, pairs: list[tup
     """Per aggregation float64 [N, 3], ln PPL of (context, text) at each level, all from one pass of the scorer."""
     import numpy as np
 
-    from ppl.levels import level_perplexities
-    from ppl.surprisal import SurprisalScorer
-    from ppl.tokens import TextEncoder
-    from ppl.units import segment
+    from ppl.scoring.levels import level_perplexities
+    from ppl.scoring.surprisal import SurprisalScorer
+    from ppl.scoring.tokens import TextEncoder
+    from ppl.scoring.units import segment
 
     contexts, texts = map(list, zip(*pairs, strict=True))
     encoded = TextEncoder(tokenizer).encode(contexts, texts)
@@ -206,7 +205,7 @@ def figure(numbers: dict):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from ppl.report import COLORS
+    from ppl.definitions import COLORS
 
     made = Figure(figsize=(13, 3.6), layout="constrained")
     FigureCanvasAgg(made)

@@ -17,11 +17,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from results import EXAMPLES, print_table, quiet_axes, write_figure, write_json
+from common import EXAMPLES, print_table, quiet_axes, write_figure, write_json
 
 from ppl import cli
+from ppl.definitions import LEVELS
 from ppl.errors import InputError
-from ppl.units import LEVELS
 
 DEMO = "--max_new_tokens 64 --learning_rate 2e-3 --per_device_train_batch_size 16"
 BASELINES = "--load_in_4bit --generate 4 --max_new_tokens 64"
@@ -178,8 +178,8 @@ def common_scores(args: argparse.Namespace, found: dict) -> dict:
     geometric mean over the completions of their own geometric perplexities ("word", "phrase", "sentence")."""
     import numpy as np
 
-    from ppl.calculator import MultiLevelPPLCalculator
     from ppl.models import load_model
+    from ppl.scoring.calculator import MultiLevelPPLCalculator
 
     model, tokenizer, _ = load_model(args.model_name)
     pairs, places = [], []
@@ -258,7 +258,7 @@ def figure(numbers: dict):
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-    from ppl.report import COLORS
+    from ppl.definitions import COLORS
 
     arms = list(numbers["arms"])
     made = Figure(figsize=(11, 1.4 + 0.42 * len(arms)), layout="constrained")

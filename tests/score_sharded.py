@@ -9,8 +9,8 @@ import torch
 import toys
 from torch.distributed.fsdp import fully_shard
 
-from ppl.surprisal import SurprisalScorer
-from ppl.tokens import TextEncoder
+from ppl.scoring.surprisal import SurprisalScorer
+from ppl.scoring.tokens import TextEncoder
 
 
 def main() -> None:

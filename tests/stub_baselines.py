@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "rl_training" / "examples"
 
 import compute_baselines_trl
 from ppl import cli
-from ppl.baseline_run import compute
-from ppl.baseline_scores import Scorer, Scores
+from ppl.baselines.run import compute
+from ppl.baselines.scores import Scorer, Scores
 
 
 def load(args, columns, device, pause=0.0):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import toys
+from baseline_files import write
 
 import compute_baselines_trl
-from ppl.baselines import write
 
 COMPUTE = "compute_baselines_trl"
 

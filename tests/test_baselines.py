@@ -13,14 +13,15 @@ import sys
 
 import numpy as np
 import pytest
+from baseline_files import write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import compute_baselines_trl
-from ppl import safe_pickle
-from ppl.baselines import SUFFIXES, BaselineError, Baselines, check_meta, meta_path, write
+from ppl.baselines import safe_pickle
+from ppl.baselines.file import SUFFIXES, BaselineError, Baselines, check_meta, meta_path
 from ppl.data import stable_id
-from ppl.units import LEVELS
+from ppl.definitions import LEVELS
 
 RECORD = {"word": 45.25, "phrase": 47.5, "sentence": 51.125, "n_tokens": 12, "prompt_id": stable_id("Once")}
 META = {
@@ -81,7 +82,7 @@ def test_many_rows_in_pieces(tmp_path):
 
 def test_a_file_is_read_without_torch(tmp_path):
     write(tmp_path / "b.pkl", {"a": RECORD}, META)
-    code = "import sys; from ppl.baselines import Baselines; Baselines.load('b.pkl'); sys.exit('torch' in sys.modules)"
+    code = "import sys; from ppl.baselines import file; file.Baselines.load('b.pkl'); sys.exit('torch' in sys.modules)"
     folder = str(compute_baselines_trl.__file__).rpartition("/")[0]
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": folder}).returncode == 0
 

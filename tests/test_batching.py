@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppl.batching import Group, Row, batches, packs, padded, share_prefixes, windows
-from ppl.tokens import Encoded
+from ppl.scoring.batching import Group, Row, batches, packs, padded, share_prefixes, windows
+from ppl.scoring.tokens import Encoded
 
 
 def encoded(total, context=1):

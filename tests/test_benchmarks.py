@@ -8,17 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 import toys
+from folders import importable
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture
-def scoring(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import scoring
+def scoring():
+    with importable(BENCHMARKS), torch.no_grad():
+        import scoring
 
-    with torch.no_grad():
         yield scoring
+
+
+@pytest.mark.parametrize("folder", [BENCHMARKS, BENCHMARKS.parent / "studies"] * 2, ids=lambda folder: folder.name)
+def test_a_folders_common_is_its_own(folder):
+    with importable(folder):
+        import common
+    assert Path(common.__file__) == folder / "common.py"
 
 
 def test_this_engine_and_the_usual_loop_find_the_same_and_are_compared(scoring, gpt2_model, tokenizer):

@@ -13,11 +13,11 @@ from torch.nn.functional import dropout
 
 import test_multilevel_ppl_trl as script
 from ppl import checks
-from ppl.calculator import MultiLevelPPLCalculator
-from ppl.head import Head
 from ppl.models import load_model
-from ppl.reward import MultiLevelPPLRewardFunction
-from ppl.thresholds import Thresholds
+from ppl.reward.function import MultiLevelPPLRewardFunction
+from ppl.reward.thresholds import Thresholds
+from ppl.scoring.calculator import MultiLevelPPLCalculator
+from ppl.scoring.head import Head
 
 EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
 NUMBER = r"[\d.]+e[+-]\d\d"

@@ -22,12 +22,13 @@ import toys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compute_baselines_trl
-from ppl import baseline_run, shards
-from ppl.baselines import SUFFIXES, BaselineError, Baselines, check_meta, read_meta
+from ppl.baselines import parts
+from ppl.baselines import run as baseline_run
+from ppl.baselines.file import SUFFIXES, BaselineError, Baselines, check_meta, read_meta
+from ppl.baselines.plot import plot_levels
 from ppl.data import load_split, stable_id
+from ppl.definitions import LEVELS
 from ppl.errors import InputError
-from ppl.report import plot_levels
-from ppl.units import LEVELS
 
 SCRIPT = Path(compute_baselines_trl.__file__)
 STUB = Path(stub_baselines.__file__)
@@ -125,7 +126,7 @@ def test_the_pickle_is_a_plain_dict(toy):
 
 
 def test_the_reward_takes_the_file_of_its_own_model_and_no_other(toy):
-    from ppl.reward import MultiLevelPPLRewardFunction
+    from ppl.reward.function import MultiLevelPPLRewardFunction
 
     write_rows("rows.jsonl", ROWS)
     assert run("--model_name", toy, "--dataset_name", "rows.jsonl", "--output_path", "b.json") == 0
@@ -215,7 +216,7 @@ def test_num_samples_counts_rows_with_text():
 
 @pytest.mark.parametrize("streaming", [[], ["--streaming"]])
 def test_output_dataset_is_one_that_the_reward_uses_as_it_is(streaming, capsys):
-    from ppl.reward import row_baselines
+    from ppl.reward.function import row_baselines
 
     stale = {"baseline_word": 0.5}  # of an earlier time
     rows = [{"prompt": f"{n}", "completion": "Text.", **stale, "kept": n} for n in range(1500)]
@@ -518,13 +519,13 @@ def test_a_process_that_dies_ends_the_run_by_name_and_another_number_goes_on():
 
 
 def test_processes_see_who_died(tmp_path):
-    parts = shards.Parts(tmp_path / "b.pkl")
-    parts.make()
+    folder = parts.Parts(tmp_path / "b.pkl")
+    folder.make()
     processes = []
     for index in range(4):
-        process = shards.Processes()
+        process = parts.Processes()
         process.index, process.count = index, 4
-        process.claim(parts)
+        process.claim(folder)
         processes.append(process)
     main, finished, failed, killed = processes
     assert main.died() == ""
@@ -538,12 +539,12 @@ def test_processes_see_who_died(tmp_path):
     )
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with pytest.raises(InputError, match="another run"):
-        shards.Processes().claim(parts)
+        parts.Processes().claim(folder)
 
 
 def test_meta_of_the_dataset_matches_what_the_reward_expects(toy):
     """The meta file has every key that the reward compares, under the same name."""
-    from ppl.reward import MultiLevelPPLRewardFunction
+    from ppl.reward.function import MultiLevelPPLRewardFunction
 
     write_rows("rows.jsonl", ROWS)
     assert run("--model_name", toy, "--dataset_name", "rows.jsonl", "--output_dataset", "folder") == 0

@@ -10,8 +10,8 @@ import torch
 from training_runs import train
 
 from ppl.data import TINY_STORIES
-from ppl.diagnostics import WINDOW, Diagnostics, in_one_line
-from ppl.reward import MultiLevelPPLRewardFunction
+from ppl.reward.function import MultiLevelPPLRewardFunction
+from ppl.training.diagnostics import WINDOW, Diagnostics, in_one_line
 
 STATE = types.SimpleNamespace(is_world_process_zero=True, global_step=0)
 WORDS = ["fox", "mill", "river", "stone", "bread", "crow", "cheese", "winter", "lamp", "garden", "boat", "song"]

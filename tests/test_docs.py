@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from ppl.levels import level_perplexities
-from ppl.units import segment
+from ppl.scoring.levels import level_perplexities
+from ppl.scoring.units import segment
 
 ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -93,8 +93,9 @@ def test_the_example_by_hand_is_what_the_code_computes():
 
 def test_the_readme_names_every_module():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in [*(ROOT / "rl_training" / "examples").glob("*.py"), *(ROOT / "rl_training/examples/ppl").glob("*.*")]:
-        if path.name != "__init__.py":
+    examples = ROOT / "rl_training" / "examples"
+    for path in [*examples.glob("*.py"), *(examples / "ppl").rglob("*.*"), *(examples / "engines").glob("*.py")]:
+        if path.name != "__init__.py" and "__pycache__" not in path.parts:
             assert re.search(rf"\b{re.escape(path.name)}\b", readme), f"{path.name} has no line in the README's tree"
 
 

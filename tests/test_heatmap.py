@@ -8,9 +8,9 @@ import pytest
 import toys
 from chromium import Chromium
 
-from ppl import heatmap
-from ppl.calculator import MultiLevelPPLCalculator
-from ppl.units import LEVELS
+from ppl.definitions import LEVELS
+from ppl.pages import heatmap
+from ppl.scoring.calculator import MultiLevelPPLCalculator
 
 TEXT = (
     "  Once upon a time there was a <script>window.hacked = 1</script> fox & an <b>owl</b>.\r\n"

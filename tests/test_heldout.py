@@ -7,7 +7,8 @@ import peft
 import pytest
 import toys
 
-from ppl.heldout import distinct, kl_to_frozen
+from ppl.training.heldout import kl_a_token, kl_by_text
+from ppl.variety import distinct
 
 PROMPTS = ["Once upon a time", "The fox said: ", "The fox said: "]
 COMPLETIONS = [" there was a small fox.", "I am hungry; I want to eat.", "they walked home"]
@@ -17,6 +18,11 @@ COMPLETIONS = [" there was a small fox.", "I am hungry; I want to eat.", "they w
 def adapted():
     options = {"r": 4, "lora_dropout": 0.5, "init_lora_weights": False, "target_modules": "all-linear"}
     return peft.get_peft_model(toys.llama(), peft.LoraConfig(**options, task_type="CAUSAL_LM"))
+
+
+def kl(model, tokenizer, prompts, completions):
+    """As the held-out table has it."""
+    return kl_a_token(*zip(*kl_by_text(model, model, tokenizer, prompts, completions), strict=True))
 
 
 def test_kl_is_the_mean_difference_of_the_surprisals_with_and_without_adapters(adapted, tokenizer):
@@ -31,13 +37,13 @@ def test_kl_is_the_mean_difference_of_the_surprisals_with_and_without_adapters(a
     expected = (sum(frozen) - sum(own)) / len(own)
     assert abs(expected) > 0.02
     adapted.train()  # dropout would show
-    assert kl_to_frozen(adapted, adapted, tokenizer, PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-4)
+    assert kl(adapted, tokenizer, PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-4)
     assert adapted.training
 
 
 def test_kl_is_0_without_adapters_and_nan_without_tokens(model, adapted, tokenizer):
-    assert kl_to_frozen(model, model, tokenizer, PROMPTS, COMPLETIONS) == 0
-    assert math.isnan(kl_to_frozen(adapted, adapted, tokenizer, ["Once"], [" "]))
+    assert kl(model, tokenizer, PROMPTS, COMPLETIONS) == 0
+    assert math.isnan(kl(adapted, tokenizer, ["Once"], [" "]))
 
 
 def test_distinct_is_the_share_of_runs_that_are_not_said_twice():

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator
-from ppl.levels import AGGREGATIONS, level_perplexities, unit_sums
-from ppl.tokens import TextEncoder
-from ppl.units import segment
+from ppl.definitions import AGGREGATIONS
+from ppl.scoring.levels import level_perplexities, unit_sums
+from ppl.scoring.tokens import TextEncoder
+from ppl.scoring.units import segment
 
 TEXT = 'Once upon a time, there was a small fox. It said: "I am hungry!"\nThe end.'
 

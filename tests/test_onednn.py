@@ -8,10 +8,10 @@ import toys
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from ppl import onednn
-from ppl.onednn import fast_products
-from ppl.surprisal import SurprisalScorer
-from ppl.tokens import TextEncoder
+from ppl.scoring import onednn
+from ppl.scoring.onednn import fast_products
+from ppl.scoring.surprisal import SurprisalScorer
+from ppl.scoring.tokens import TextEncoder
 
 
 @pytest.fixture

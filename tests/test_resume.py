@@ -13,7 +13,7 @@ import pytest
 from training_runs import EXAMPLES, log_history, refusal, train
 
 from ppl.errors import InputError
-from ppl.resume import LATEST, STATE_FILE, find_checkpoint, resume_command
+from ppl.training.resume import LATEST, STATE_FILE, find_checkpoint, resume_command
 
 STEPS = 18
 # Five prompts, each of them two optimizer steps from one sampling: an epoch is ten steps. Without baselines, the first
@@ -113,8 +113,8 @@ def test_checkpoints_wait_for_the_next_sampling(undisturbed):
 
 
 def test_the_settings_beside_the_model_give_the_same_run(undisturbed):
-    from ppl.train_config import grpo_config
-    from ppl.train_plan import BatchPlan
+    from ppl.training.config import grpo_config
+    from ppl.training.plan import BatchPlan
     from train_grpo_multilevel_unsloth import parse_args
 
     asked, ours = [], []

@@ -11,7 +11,7 @@ import toys
 from written_down import COLUMNS, MODEL, TOKENIZER, baseline_of, levels, reward
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLRewardFunction
-from ppl.baselines import BaselineError
+from ppl.baselines.file import BaselineError
 from ppl.data import stable_id
 
 # --- where a baseline comes from, in order ---------------------------------------------------------------------------

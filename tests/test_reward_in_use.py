@@ -10,10 +10,11 @@ import peft
 import pytest
 import torch
 import toys
+from baseline_files import write
 from written_down import COLUMNS, MODEL, TOKENIZER, baseline_of, levels, reward
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
-from ppl.baselines import BaselineError, write
+from ppl.baselines.file import BaselineError
 
 # --- a reward of one's own -------------------------------------------------------------------------------------------
 
@@ -193,7 +194,7 @@ def test_what_was_scored_is_not_scored_again():
 
 def test_the_cache_is_bounded():
     function = reward({str(n): n + 1 for n in range(50)})
-    function.CACHE_ENTRIES = 10
+    function._cache.ENTRIES = 10
     for start in (0, 20):
         numbers = range(start, start + 20)
         _, details = function.compute_rewards([str(n) for n in numbers], return_details=True)

@@ -15,8 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 import multi_level_ppl_trl
 from multi_level_ppl_trl import main
-from ppl.calculator import MultiLevelPPLCalculator
 from ppl.models import load_model
+from ppl.scoring.calculator import MultiLevelPPLCalculator
 
 EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
 TEXT = 'Mr. Brown said: "Come in!" The fox, who was [very] hungry, ran home.\nThe end — 中文 😀'
@@ -197,11 +197,10 @@ def test_where_no_page_can_be_written_it_says_so_before_a_model_is_loaded(capsys
     monkeypatch.setattr("ppl.models.load_model", lambda *_, **__: pytest.fail("it was loaded"))
     at = str(tmp_path)
     assert "does not exist" in refused(capsys, "--text", "a", "--html", f"{at}/none/page.html")
-    assert "is not a file" in refused(capsys, "--text", "a", "--html", at)
+    assert f"{at} is a folder" in refused(capsys, "--text", "a", "--html", at)
     assert "is not a file" in refused(capsys, "--text", "a", "--html", os.devnull)
     assert "'' is not a file" in refused(capsys, "--text", "a", "--html", "")
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    assert "no permission" in refused(capsys, "--text", "a", "--html", f"{at}/page.html")
+    assert "cannot write in /proc" in refused(capsys, "--text", "a", "--html", "/proc/page.html")
 
 
 def test_an_unknown_model_is_refused(capsys, tmp_path):

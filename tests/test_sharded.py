@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import toys
 
-from ppl.sharded import is_sharded
-from ppl.surprisal import SurprisalScorer
-from ppl.tokens import TextEncoder
+from ppl.processes import is_sharded
+from ppl.scoring.surprisal import SurprisalScorer
+from ppl.scoring.tokens import TextEncoder
 
 HERE = Path(__file__).parent
 TEXTS = [["The fox said nothing at all.", "Mr. Brown paid 1,000 dollars for a house.", "The end."], ["It was far."]]

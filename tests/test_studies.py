@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from folders import importable
 
 ROOT = Path(__file__).parent.parent
 TEST = ROOT / "rl_training" / "examples" / "tiny_stories" / "test.json"
@@ -30,13 +31,10 @@ def run(script: str, *flags: str) -> str:
 
 @pytest.fixture(scope="module")
 def damage():
-    sys.path.insert(0, str(ROOT / "studies"))
-    try:
+    with importable(ROOT / "studies"):
         import damage
 
         yield damage
-    finally:
-        sys.path.remove(str(ROOT / "studies"))
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ppl import packed, prefix_cache, surprisal
-from ppl.batching import Group
-from ppl.head import Head
-from ppl.surprisal import SurprisalScorer
-from ppl.tokens import TextEncoder
+from ppl.scoring import packed, padded, surprisal
+from ppl.scoring.batching import Group
+from ppl.scoring.head import Head
+from ppl.scoring.surprisal import SurprisalScorer
+from ppl.scoring.tokens import TextEncoder
 
 PROMPT = (
     "Once upon a time there was a small fox, and it lived near the old mill. Mr. Brown paid 1,000 dollars for a house. "
@@ -258,8 +258,8 @@ def test_a_cache_that_does_not_continue_as_the_model_does_is_not_used(tokenizer,
     model = toys.llama()
     model.set_attn_implementation("eager")
     expected = twin(model, tokenizer, GROUP)
-    update = prefix_cache.PrefixLayer.update
-    monkeypatch.setattr(prefix_cache.PrefixLayer, "update", lambda self, k, v, *rest: update(self, 1.1 * k, v, *rest))
+    update = padded.PrefixLayer.update
+    monkeypatch.setattr(padded.PrefixLayer, "update", lambda self, k, v, *rest: update(self, 1.1 * k, v, *rest))
     scorer = SurprisalScorer(model)
     assert_close(score(model, tokenizer, GROUP, scorer), expected)
     assert scorer._cache_agrees is False

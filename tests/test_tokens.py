@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
-from ppl.tokens import TextEncoder
+from ppl.scoring.tokens import TextEncoder
 
 
 def encode(tokenizer, target, context=""):

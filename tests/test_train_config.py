@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from ppl import train_flags
-from ppl.train_config import grpo_config
-from ppl.train_plan import plan_batches
+from ppl.training.config import grpo_config
+from ppl.training.flags import grpo_fields
+from ppl.training.plan import plan_batches
 from train_grpo_multilevel_unsloth import parse_args
 
 
@@ -19,7 +19,7 @@ def test_a_threshold_below_0_is_no_flag(word, found):
 def test_the_field_names_read_from_the_source_are_those_of_the_class():
     from trl import GRPOConfig
 
-    assert train_flags.grpo_fields() == {field.name for field in dataclasses.fields(GRPOConfig)}
+    assert grpo_fields() == {field.name for field in dataclasses.fields(GRPOConfig)}
 
 
 def refused(capsys, *argv) -> str:

@@ -7,7 +7,8 @@ import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppl.units import LEVELS, segment
+from ppl.definitions import LEVELS
+from ppl.scoring.units import segment
 
 
 def cut(text, level, language="en", max_phrase_words=4):

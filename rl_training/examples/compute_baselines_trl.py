@@ -11,6 +11,13 @@ import argparse
 import sys
 
 from ppl import cli
+from ppl.definitions import (
+    DEFAULT_MAX_NEW_TOKENS,
+    DEFAULT_SEED,
+    DEFAULT_TARGET,
+    DEFAULT_TEMPERATURE,
+    TARGETS,
+)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -22,8 +29,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--plot", metavar="OUT.png", help="also draw the distribution of the three levels")
     parser.add_argument(
         "--target",
-        choices=("completion", "reference"),
-        default="completion",
+        choices=TARGETS,
+        default=DEFAULT_TARGET,
         help="what the reward will measure; kept in the meta file, the baseline is that of the reference either way",
     )
     cli.add_template_flag(parser)
@@ -35,9 +42,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     own.add_argument(
         "--generate", type=cli.positive_int, metavar="N", help="sample N completions a prompt and take their mean"
     )
-    own.add_argument("--max_new_tokens", type=cli.positive_int, default=128, help="as in training")
-    own.add_argument("--temperature", type=float, default=1.0, help="as in training")
-    own.add_argument("--seed", type=int, default=42, help="of the sampling")
+    own.add_argument("--max_new_tokens", type=cli.positive_int, default=DEFAULT_MAX_NEW_TOKENS, help="as in training")
+    own.add_argument("--temperature", type=float, default=DEFAULT_TEMPERATURE, help="as in training")
+    own.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the sampling")
     parser.add_argument("--streaming", action="store_true", help="read the data set as it is scored, and keep no copy")
     cli.add_model_flags(parser)
     cli.add_unsloth_flags(parser)
@@ -51,7 +58,7 @@ def main(argv=None) -> int:
 
 
 def _compute(args: argparse.Namespace) -> int:
-    from ppl.baseline_run import compute
+    from ppl.baselines.run import compute
 
     return compute(args)
 

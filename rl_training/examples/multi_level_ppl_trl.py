@@ -9,18 +9,18 @@ prints the perplexity of its words, phrases and sentences and the most surprisin
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 from ppl import cli
 from ppl.errors import InputError
+from ppl.files import writable_file, write_text
 
 _EXPORTS = {
-    "MultiLevelPPLCalculator": "calculator",
-    "MultiLevelPPLRewardFunction": "reward",
-    "DEFAULT_THRESHOLDS": "thresholds",
-    "LEVELS": "units",
+    "MultiLevelPPLCalculator": "scoring.calculator",
+    "MultiLevelPPLRewardFunction": "reward.function",
+    "DEFAULT_THRESHOLDS": "definitions",
+    "LEVELS": "definitions",
 }
 __all__ = list(_EXPORTS)
 
@@ -30,7 +30,7 @@ def _configured_reward():
 
     What is wrong with the file is said now, before the trainer loads a model.
     """
-    from ppl.reward_config import multi_level_ppl, read_settings
+    from ppl.reward.config import multi_level_ppl, read_settings
 
     read_settings()
     return multi_level_ppl
@@ -67,13 +67,13 @@ def score(args: argparse.Namespace) -> int:
     # What can be refused is refused before a model is loaded.
     text = read_text(args)
     check_unicode("--context", args.context)
-    page = page_path(args.html) if args.html is not None else None
+    page = writable_file(args.html, "--html") if args.html is not None else None
 
     from rich.console import Console
 
     with Console(stderr=True).status(f"Loading {args.model_name} ..."):
-        from ppl.calculator import MultiLevelPPLCalculator
         from ppl.models import load_model
+        from ppl.scoring.calculator import MultiLevelPPLCalculator
 
         model, tokenizer, _ = load_model(
             args.model_name, load_in_4bit=bool(args.load_in_4bit), dtype=args.dtype, device=args.device
@@ -130,23 +130,11 @@ def check_unicode(source: str, text: str) -> None:
         raise InputError(f"{source} is not UTF-8 at character {error.start}") from error
 
 
-def page_path(name: str) -> Path:
-    """Where the page goes, symbolic links resolved. Raises `InputError` if no file can be made there."""
-    path = Path(os.path.realpath(name))
-    if not name or (os.path.exists(name) and not os.path.isfile(name)):
-        raise InputError(f"--html {name or repr(name)} is not a file: expected a name such as page.html")
-    if not os.path.isdir(path.parent):
-        raise InputError(f"--html {name}: the folder {path.parent} does not exist: make it first")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"--html {name}: no permission to write in {path.parent}")
-    return path
-
-
 def level_perplexities(explained: dict[str, list[dict]], aggregation: str) -> dict[str, float]:
     """Each level's perplexity from its units: what `compute_all_levels` gives, without a second forward pass."""
     import numpy as np
 
-    from ppl.levels import aggregate
+    from ppl.scoring.levels import aggregate
 
     rates = {
         level: (
@@ -179,7 +167,7 @@ def print_tables(explained, perplexities, top: int = 5) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ppl.heatmap import most_surprising, number, one_line
+    from ppl.pages.heatmap import most_surprising, number, one_line
 
     levels = Table("Level", box=box.SIMPLE_HEAD)
     for name in ("Perplexity", "Units", "Tokens"):
@@ -204,8 +192,7 @@ def print_tables(explained, perplexities, top: int = 5) -> None:
 
 
 def write_page(path: Path, args, model, text: str, explained, perplexities) -> None:
-    from ppl import heatmap
-    from ppl.baselines import write_atomically
+    from ppl.pages import heatmap
 
     fragment = heatmap.heatmap(explained, text, perplexities, context=args.context, language=args.language)
     facts = {
@@ -216,7 +203,7 @@ def write_page(path: Path, args, model, text: str, explained, perplexities) -> N
     }
     html = heatmap.page("Multi-level perplexity", [fragment], facts)
     try:
-        write_atomically(path, lambda file: file.write(html.encode()))
+        write_text(path, html)
     except OSError as error:
         raise InputError(f"--html {args.html}: {error.strerror}: choose another place") from error
 

@@ -31,9 +31,9 @@ def report(args: argparse.Namespace) -> int:
     print(f"Multi-Level PPL Reward Function Test (TRL)\n{LINE}\nModel: {args.model_name}\nDevice: {device}\n")
     print("Loading model...", flush=True)
 
-    from ppl.calculator import MultiLevelPPLCalculator
     from ppl.checks import CHECKS
     from ppl.models import load_model
+    from ppl.scoring.calculator import MultiLevelPPLCalculator
 
     model, tokenizer, _ = load_model(
         args.model_name, load_in_4bit=bool(args.load_in_4bit), dtype=args.dtype, device=args.device

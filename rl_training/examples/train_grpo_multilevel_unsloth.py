@@ -11,14 +11,24 @@ import os
 import sys
 from pathlib import Path
 
-from ppl import cli, train_flags
-from ppl.baselines import Baselines, check_meta, read_meta
+from ppl import cli
+from ppl.baselines.file import Baselines, check_meta, read_meta
 from ppl.data import check_references, find_columns, load_split, message_text, split_heldout
-from ppl.guard import WEIGHT, check_reward_weights, loop_guard
+from ppl.definitions import (
+    DEFAULT_MAX_NEW_TOKENS,
+    DEFAULT_SEED,
+    DEFAULT_TARGET,
+    DEFAULT_TEMPERATURE,
+    DEFAULT_WEIGHTS,
+    MISSING,
+    TARGETS,
+)
 from ppl.models import add_lora, import_unsloth, load_model, model_path
-from ppl.resume import LATEST, find_checkpoint, launched, resume_command
-from ppl.train_config import REPORTERS, check_reporters, grpo_config, loading, reward_settings
-from ppl.train_plan import plan_batches
+from ppl.reward.loop_guard import WEIGHT, check_reward_weights, loop_guard
+from ppl.training import flags as train_flags
+from ppl.training.config import REPORTERS, check_reporters, grpo_config, loading, reward_settings
+from ppl.training.plan import plan_batches
+from ppl.training.resume import LATEST, find_checkpoint, launched, resume_command
 
 
 def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
@@ -49,7 +59,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     reward.add_argument(
         "--baselines_path", help="of compute_baselines_trl.py (default: each prompt's first completions)"
     )
-    reward.add_argument("--target", choices=("completion", "reference"), default="completion", help="whose perplexity")
+    reward.add_argument("--target", choices=TARGETS, default=DEFAULT_TARGET, help="whose perplexity")
     reward.add_argument(
         "--extract", metavar="REGEX",
         help="with --target reference, the part of a completion that counts: the first group or the match, such as "
@@ -57,7 +67,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     )  # fmt: skip
     cli.add_template_flag(reward)
     reward.add_argument(
-        "--ppl_weights", type=float, nargs=3, metavar=("W", "P", "S"), default=[0.2, 0.3, 0.5],
+        "--ppl_weights", type=float, nargs=3, metavar=("W", "P", "S"), default=list(DEFAULT_WEIGHTS),
         help="weights of word, phrase and sentence",
     )  # fmt: skip
     reward.add_argument(
@@ -70,7 +80,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
         "--repetition_penalty", type=float, default=WEIGHT, metavar="W",
         help="what loops cost, in ranges of the reward; 0: nothing",
     )  # fmt: skip
-    reward.add_argument("--missing", choices=("error", "skip"), default="error", help="rows without a baseline")
+    reward.add_argument("--missing", choices=MISSING, default="error", help="rows without a baseline")
     reward.add_argument("--allow_baseline_mismatch", action="store_true", help="use baselines made otherwise")
 
     training = parser.add_argument_group("training (every other field of TRL's GRPOConfig is a flag, too)")
@@ -82,14 +92,16 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     training.add_argument(
         "--num_generations", type=cli.positive_int, help="completions a prompt (default: 8 if it fits)"
     )
-    training.add_argument("--max_new_tokens", type=cli.positive_int, default=128, help="longest completion")
-    training.add_argument("--temperature", type=float, default=1.0, help="of sampling")
+    training.add_argument(
+        "--max_new_tokens", type=cli.positive_int, default=DEFAULT_MAX_NEW_TOKENS, help="longest completion"
+    )
+    training.add_argument("--temperature", type=float, default=DEFAULT_TEMPERATURE, help="of sampling")
     training.add_argument("--learning_rate", type=float, default=5e-5, help="peak")
     training.add_argument("--lora_r", type=cli.positive_int, default=16, help="rank of the adapter")
     training.add_argument("--lora_alpha", type=cli.positive_int, default=16, help="scale of the adapter")
     training.add_argument("--logging_steps", type=float, default=10, help="steps between log lines")
     training.add_argument("--save_steps", type=float, default=500, help="steps between checkpoints")
-    training.add_argument("--seed", type=int, default=42, help="of everything random")
+    training.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of everything random")
     training.add_argument("--wandb_project", help="log to this project of Weights & Biases")
     training.add_argument(
         "--report_to", nargs="+", choices=REPORTERS,
@@ -187,14 +199,14 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
 
     from transformers import PrinterCallback, ProgressCallback
 
-    from ppl.callbacks import OneLineProgress, RewardState, SafeStops
-    from ppl.diagnostics import Diagnostics
-    from ppl.grpo_trainer import ResumableGRPOTrainer
-    from ppl.heldout import evaluate, read_before, write_heldout
-    from ppl.merge import save_merged
-    from ppl.reward import MultiLevelPPLRewardFunction
-    from ppl.training_page import TrainingPage, command_line, explain_heldout
-    from ppl.training_report import plot_training, print_comparison
+    from ppl.pages.comparison import plot_training, print_comparison
+    from ppl.pages.run import RunPage, command_line, explain_heldout
+    from ppl.reward.function import MultiLevelPPLRewardFunction
+    from ppl.training.callbacks import OneLineProgress, RewardState, SafeStops
+    from ppl.training.diagnostics import Diagnostics
+    from ppl.training.heldout import evaluate, read_before, write_heldout
+    from ppl.training.merge import save_merged
+    from ppl.training.trainer import ResumableGRPOTrainer
 
     reward_fn = MultiLevelPPLRewardFunction(scorer, scorer_tokenizer, baselines, **settings)
     if baselines is None and not args.allow_baseline_mismatch:
@@ -252,7 +264,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
         "Baselines": args.baselines_path or "no file",
     }
     references = list(heldout_rows["reference"])
-    page = TrainingPage(
+    page = RunPage(
         output / "report.html", args.model_name, facts, command_line(launched(command)),
         output / train_flags.CONFIG_FILE, before, explain_heldout(reward_fn, before, references),
     )  # fmt: skip

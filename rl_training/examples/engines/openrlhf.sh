@@ -9,7 +9,7 @@ EXAMPLES=$(cd "$(dirname "$0")/.." && pwd)
 export PPL_REWARD_CONFIG=${PPL_REWARD_CONFIG:-$EXAMPLES/engines/reward.yaml}  # before `ray start`, for its workers
 
 python -m openrlhf.cli.train_ppo_ray \
-    --reward.remote_url "$EXAMPLES/ppl/adapters.py" \
+    --reward.remote_url "$EXAMPLES/engines/reward.py" \
     --data.prompt_dataset "${DATASET:?a data set on the hub or a .jsonl file}" \
     --data.input_key prompt \
     --data.label_key reference \

@@ -1,1 +1,25 @@
-"""What the four scripts share: one concern a file, none of them imports a script."""
+"""What the four scripts share: one concern a file, none of them imports a script.
+
+scoring/     text and model -> perplexities
+baselines/   a data set -> the file that the reward compares with
+reward/      perplexities and baselines -> the reward
+training/    what the training script wires
+pages/       what a person looks at
+
+Each wing's __init__.py is its map. A wing imports those above it; training and pages import all three above them, and
+pages shows what training has measured. What several wings share stands in this folder:
+
+definitions.py        tables of choices and defaults; imports nothing
+errors.py             the exception that is the user's to mend
+files.py              the only place that writes a file
+cli.py                the flags that scripts share, and how a script ends
+data.py               a data set -> prompt, reference, id
+models.py             model and tokenizer from Unsloth, transformers or the embedded folder
+frozen.py             adapters off, eval mode, no gradient, and back
+sampling.py           completions of the model as it stands
+processes.py          several processes of one run, weights spread over them
+identity.py           what two numbers must share to be compared
+reference_context.py  what stands before a reference that is scored
+variety.py            how often a text says the same again
+checks.py             the checks of the test script: uses scoring and reward as a script does
+"""

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 
 import torch
 
-from .calculator import MultiLevelPPLCalculator
+from .definitions import DEFAULT_THRESHOLDS, LEVELS
 from .frozen import frozen
 from .models import describe_model
-from .reward import MultiLevelPPLRewardFunction
-from .thresholds import DEFAULT_THRESHOLDS
-from .units import LEVELS
+from .reward.function import MultiLevelPPLRewardFunction
+from .scoring.calculator import MultiLevelPPLCalculator
 
 # (context, text), hard ones: abbreviations, quotes, brackets, line breaks, scripts without spaces, emoji, one word.
 SAMPLES = (

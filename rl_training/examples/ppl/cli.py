@@ -5,10 +5,15 @@ import os
 import sys
 from collections.abc import Callable
 
+from .definitions import (
+    AGGREGATIONS,
+    DEFAULT_AGGREGATION,
+    DEFAULT_LANGUAGE,
+    DEFAULT_PHRASE_WORDS,
+    DEFAULT_TEMPLATE,
+    DTYPES,
+)
 from .errors import InputError
-from .placement import DEFAULT_TEMPLATE
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -64,10 +69,12 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_definition_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("definitions")
-    group.add_argument("--max_phrase_words", type=positive_int, default=4, help="most words of a phrase")
-    group.add_argument("--language", default="en", help="ISO 639 code for splitting sentences")
     group.add_argument(
-        "--aggregation", choices=("geometric", "arithmetic", "selective"), default="geometric",
+        "--max_phrase_words", type=positive_int, default=DEFAULT_PHRASE_WORDS, help="most words of a phrase"
+    )
+    group.add_argument("--language", default=DEFAULT_LANGUAGE, help="ISO 639 code for splitting sentences")
+    group.add_argument(
+        "--aggregation", choices=AGGREGATIONS, default=DEFAULT_AGGREGATION,
         help="mean over a level's units; selective: of the most surprising fifth of the words, the median phrase, and "
         "the first words of sentences",
     )  # fmt: skip

@@ -1,0 +1,333 @@
+"""The baselines file: what it may hold, how it is read without running anything, what it was made with."""
+
+import importlib.metadata
+import io
+import itertools
+import json
+import pickle
+import reprlib
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..data import Text, stable_id
+from ..definitions import (
+    DEFAULT_AGGREGATION,
+    DEFAULT_LANGUAGE,
+    DEFAULT_PHRASE_WORDS,
+    DEFAULT_TARGET,
+    DEFAULT_TEMPLATE,
+    LEVELS,
+)
+from ..errors import InputError
+from ..files import write_text
+from ..identity import differences
+from . import safe_pickle
+
+SUFFIXES = (".pkl", ".json", ".parquet")
+_VERSIONED = ("torch", "transformers", "tokenizers", "unsloth", "bitsandbytes", "sentencex", "regex")
+_META_TYPES = {"model": dict, "definitions": dict, "dataset": dict, "window": int | None, "longest": int}
+_ROWS_AT_ONCE = 8192  # rows that a writer holds
+
+
+class BaselineError(InputError):
+    """A baselines file that cannot be used as it is; the message says what to do."""
+
+
+class Baselines(Mapping[str, np.ndarray]):
+    """Level perplexities by row: `baselines[id]` is float64 [3], in the order of `LEVELS`.
+
+    `records`: `{id or prompt: {"word": float, "phrase": float, "sentence": float, ...}}`. `meta`: what they were made
+    with, {} if unknown. Raises `BaselineError` for a value that is no finite positive number.
+    """
+
+    def __init__(self, records: Mapping, meta: Mapping | None = None, source: str = "baselines") -> None:
+        if not isinstance(records, Mapping):
+            raise BaselineError(f"{source}: expected a dict of id -> levels, found {type(records).__name__}")
+        self.meta = dict(meta or {})
+        self.source = source
+        self._rows = dict(zip(records, range(len(records)), strict=True))
+        self._levels = _all_levels(records, source)
+        self._levels.flags.writeable = False
+        by_prompt: dict[str, int | None] = {}
+        for row, record in enumerate(records.values()):
+            if isinstance(prompt := record.get("prompt_id"), str):
+                by_prompt[prompt] = None if prompt in by_prompt else row  # two rows: it does not tell them apart
+        self._by_prompt = {prompt: row for prompt, row in by_prompt.items() if row is not None}
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Baselines":
+        """Read a .pkl, .json or .parquet file and the .meta.json beside it. Nothing in them is executed."""
+        path = Path(path)
+        if path.suffix not in SUFFIXES:
+            raise BaselineError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise BaselineError(f"{path}: {error.strerror}: make it with compute_baselines_trl.py") from error
+        records = {".pkl": _parse_pickle, ".json": _parse_json, ".parquet": _parse_parquet}[path.suffix](content, path)
+        return cls(records, read_meta(path), source=str(path))
+
+    def find(self, row_id, prompt: Text | None) -> np.ndarray | None:
+        """float64 [3] by id, else by the prompt itself, else by the prompt's hash if that names one row; or None."""
+        row = self._rows.get(row_id) if row_id is not None else None
+        if row is None and isinstance(row_id, int | np.integer):
+            row = self._rows.get(str(row_id))  # JSON has no other keys
+        if row is None and isinstance(prompt, str):
+            row = self._rows.get(prompt)
+        if row is None and prompt is not None:
+            row = self._by_prompt.get(stable_id(prompt))
+        return None if row is None else self._levels[row]
+
+    def check_coverage(self, ids: Sequence, prompts: Sequence[Text]) -> None:
+        """Raises `BaselineError` if a row has none, with their number, the first few ids, and the remedy."""
+        absent = [i for i, prompt in zip(ids, prompts, strict=True) if self.find(i, prompt) is None]
+        if absent:
+            made_from = self.meta.get("dataset", {})
+            origin = f"; it is of {made_from.get('name')!r}, split {made_from.get('split')!r}" if made_from else ""
+            raise BaselineError(
+                f"{self.source} has no baseline for {len(absent)} of {len(ids)} rows, first {absent[:3]}{origin}: "
+                "compute them with compute_baselines_trl.py on this data set and split, or leave such rows out "
+                "(missing='skip')"
+            )
+
+    def __getitem__(self, key) -> np.ndarray:
+        return self._levels[self._rows[key]]
+
+    def __iter__(self) -> Iterator:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+# --- what a file was made with ---------------------------------------------------------------------------------------
+
+
+def check_meta(baselines: Baselines, expected: Mapping) -> None:
+    """Refuse baselines made for another target, with other definitions, or by another model than the scorer.
+
+    expected: "target", "definitions", "tokenizer", "model" as `ppl.models.describe_model` gives it, and "window", the
+    most tokens the scorer takes at once. Compares what both name: a dict without a meta file is taken at its word, a
+    model's name is told but not compared, and another window only matters if a text was longer. Raises `BaselineError`.
+    """
+    differing = differences(baselines.meta, expected)
+    if differing:
+        made, scorer = (", ".join(f"{key} {both[side]}" for key, both in differing.items()) for side in (0, 1))
+        raise BaselineError(
+            f"{baselines.source} was made by {_named(baselines.meta)} with {made}; the scorer here, {_named(expected)}"
+            f", has {scorer}: make the right one with `{_command(baselines, expected, differing)}`, or insist with "
+            "--allow_baseline_mismatch (in Python allow_baseline_mismatch=True)"
+        )
+
+
+def _named(identity: Mapping) -> str:
+    name = identity.get("model", {}).get("name")
+    return repr(name) if name else "a model of unknown name"
+
+
+def _command(baselines: Baselines, expected: Mapping, differing: Iterable[str]) -> str:
+    """The call of compute_baselines_trl.py that makes the file as `expected` has it."""
+    model, made_from = expected.get("model", {}), baselines.meta.get("dataset", {})
+    flags = {"model_name": model.get("name") or "MODEL"}
+    if model.get("quantization") == "4bit":
+        flags["load_in_4bit"] = None
+    if "dtype" in differing:
+        flags["dtype"] = model["dtype"]
+    if "window" in differing and expected["window"]:
+        flags["max_seq_length"] = expected["window"]
+    flags |= {f"dataset_{key}": made_from.get(key) for key in ("name", "config", "split") if made_from.get(key)}
+    flags |= {f"{key}_column": name for key, name in dict(made_from.get("columns") or {}).items() if name}
+    if made_from.get("num_samples"):
+        flags["num_samples"] = made_from["num_samples"]
+    usual = {
+        "target": DEFAULT_TARGET,
+        "max_phrase_words": DEFAULT_PHRASE_WORDS,
+        "language": DEFAULT_LANGUAGE,
+        "aggregation": DEFAULT_AGGREGATION,
+        "template": DEFAULT_TEMPLATE,
+    }
+    wanted = {"target": expected.get("target"), **expected.get("definitions", {})}
+    flags |= {key: wanted[key] for key in usual if wanted.get(key) not in (None, usual[key])}
+    flags |= {"output_path": baselines.source, "overwrite": None}
+    words = [word for key, value in flags.items() for word in (f"--{key}", value) if word is not None]
+    return shlex.join(["python", "compute_baselines_trl.py", *map(str, words)])
+
+
+def meta_path(path: str | Path) -> Path:
+    return Path(f"{path}.meta.json")
+
+
+def read_meta(path: str | Path) -> dict:
+    """What the file beside `path` says it was made with; {} if there is none."""
+    try:
+        meta = json.loads(meta_path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError as error:
+        raise BaselineError(f"{meta_path(path)}: not JSON ({error}): delete it or recompute the baselines") from error
+    if not isinstance(meta, dict):
+        raise BaselineError(f"{meta_path(path)}: expected a JSON object, found {type(meta).__name__}")
+    for key, types in _META_TYPES.items():
+        if key in meta and not isinstance(meta[key], types):
+            raise BaselineError(f"{meta_path(path)}: {key} is {meta[key]!r:.80}: delete it or recompute the baselines")
+    return meta
+
+
+def write_meta(path: str | Path, meta: Mapping) -> None:
+    """Write what the file under `path` was made with beside it."""
+    write_text(meta_path(path), json.dumps(meta, indent=2, ensure_ascii=False))
+
+
+def versions() -> dict[str, str]:
+    """Versions of the installed packages that can change a number."""
+    installed = {}
+    for name in _VERSIONED:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def _all_levels(records: Mapping, source: str) -> np.ndarray:
+    """float64 [N, 3]"""
+    try:
+        flat = [record[level] for record in records.values() for level in LEVELS]
+        if {float, int}.issuperset(map(type, flat)):
+            values = np.array(flat, dtype=float).reshape(-1, len(LEVELS))
+            if (np.isfinite(values) & (values > 0)).all():
+                return values
+    except (TypeError, KeyError, IndexError, OverflowError):
+        pass
+    # Something is wrong or of another type: one by one, to say which.
+    return np.array([_levels(record, key, source) for key, record in records.items()]).reshape(-1, len(LEVELS))
+
+
+def _levels(record, key, source: str) -> list[float]:
+    if not isinstance(record, Mapping):
+        raise BaselineError(f"{source}: id {_shown(key)}: expected a dict of levels, found {_shown(record)}")
+    values = []
+    for level in LEVELS:
+        value = record.get(level)
+        number = value.item() if isinstance(value, np.generic) else value
+        if type(number) not in (int, float) or not 0 < number <= sys.float_info.max:
+            raise BaselineError(
+                f"{source}: id {_shown(key)}: {level} is {_shown(value)}, expected a finite positive number: "
+                "recompute it with compute_baselines_trl.py"
+            )
+        values.append(float(number))
+    return values
+
+
+def _shown(value) -> str:
+    """A repr of bounded length and cost, whatever a file holds."""
+    try:
+        return f"{reprlib.repr(value):.80}"
+    except ValueError:  # a number of too many digits
+        return f"a number of type {type(value).__name__}"
+
+
+# --- formats ---------------------------------------------------------------------------------------------------------
+
+
+def write_records(file, suffix: str, items: Iterable[tuple[str | int, Mapping]]) -> None:
+    """Write (id, record) pairs in the format of `suffix`, holding no more than a few thousand of them."""
+    {".pkl": _write_pickle, ".json": _write_json, ".parquet": _write_parquet}[suffix](file, _chunks(items))
+
+
+def _chunks(items: Iterable[tuple]) -> Iterator[dict]:
+    items = iter(items)
+    while chunk := dict(itertools.islice(items, _ROWS_AT_ONCE)):
+        yield chunk
+
+
+def _write_pickle(file, chunks: Iterable[dict]) -> None:
+    # A dict's pickle is: protocol, empty dict, memo 0; then its items; then the end. So the items of many dicts, one
+    # after the other, are the pickle of one dict. Each piece writes its memos over those of the one before, done with.
+    file.write(b"\x80\x02}")
+    for chunk in chunks:
+        file.write(pickle.dumps(chunk, protocol=2).removeprefix(b"\x80\x02}q\x00").removesuffix(b"."))
+    file.write(b".")
+
+
+def _write_json(file, chunks: Iterable[dict]) -> None:
+    separator = b"{\n"
+    for chunk in chunks:
+        for key, record in chunk.items():
+            entry = f"{json.dumps(str(key), ensure_ascii=False)}: {json.dumps(record, ensure_ascii=False)}"
+            file.write(separator + entry.encode("utf-8", "surrogatepass"))
+            separator = b",\n"
+    file.write(b"\n}\n" if separator == b",\n" else b"{}\n")
+
+
+def _write_parquet(file, chunks: Iterable[dict]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    types = {int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string()}
+    levels = dict.fromkeys(LEVELS, pyarrow.float64())
+    tables = ([{"id": key, **record} for key, record in chunk.items()] for chunk in chunks)
+    first = next(tables, [])
+    fields = {name: types[type(value)] for name, value in (first[0] if first else {"id": ""}).items()}
+    schema = pyarrow.schema({**fields, **levels})
+    with pyarrow.parquet.ParquetWriter(file, schema) as writer:
+        for rows in itertools.chain([first], tables):
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+
+
+def _parse_pickle(content: bytes, path: Path):
+    try:
+        return safe_pickle.loads(content)
+    except safe_pickle.PickleRefused as error:
+        raise BaselineError(
+            f"{path}: not a baselines pickle ({error}): recompute it with compute_baselines_trl.py"
+        ) from error
+
+
+def _parse_json(content: bytes, path: Path):
+    try:
+        return json.loads(content, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise BaselineError(f"{path}: not JSON ({error}): recompute it with compute_baselines_trl.py") from error
+
+
+def _without_duplicates(pairs: list[tuple]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"{twice!r:.80} is there twice")
+    return found
+
+
+def _parse_parquet(content: bytes, path: Path) -> dict:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(content))
+        names = table.schema_arrow.names
+        if absent := [name for name in ("id", *LEVELS) if name not in names]:
+            raise BaselineError(f"{path}: no column {', '.join(absent)}, only {', '.join(names)}")
+        kept = [name for name in ("id", *LEVELS, "prompt_id") if name in names]
+        columns = table.read(columns=kept).to_pydict()
+    # What pyarrow raises for a damaged file depends on where the damage is.
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, BaselineError):
+            raise
+        raise BaselineError(f"{path}: not Parquet ({error}): recompute it with compute_baselines_trl.py") from error
+    ids = columns.pop("id")
+    if wrong := [i for i in ids if type(i) is not str and type(i) is not int]:
+        raise BaselineError(f"{path}: an id is {_shown(wrong[0])}, expected a string or a whole number")
+    records = {
+        i: dict(zip(columns, row, strict=True)) for i, row in zip(ids, zip(*columns.values(), strict=True), strict=True)
+    }
+    if len(records) < len(ids):
+        twice = Counter(ids).most_common(1)[0][0]
+        raise BaselineError(f"{path}: id {_shown(twice)} is there twice: recompute it with compute_baselines_trl.py")
+    return records

@@ -1,0 +1,234 @@
+"""Work that can be killed at any moment: finished windows of rows are kept as shards until all are there.
+
+A window is some consecutive rows of the data set. Its shard appears whole or not at all, and does not depend on who
+wrote it, so any number of processes, in any number of runs, may each add some.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ..errors import InputError
+from ..files import write_text
+
+_FINISHED = "finished"
+_SETTINGS = "settings.json"
+
+
+class Parts:
+    """The folder of shards beside `output`, and the settings that they were made with."""
+
+    def __init__(self, output: Path) -> None:
+        self.folder = Path(f"{output}.parts")
+
+    def settings(self) -> dict:
+        """What the shards were made with; {} if there are none."""
+        path = self.folder / _SETTINGS
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read ({error}): delete {self.folder} to start anew") from error
+        if not isinstance(settings, dict):
+            raise InputError(f"{path} is no JSON object: delete {self.folder} to start anew")
+        return settings
+
+    def check(self, settings: Mapping) -> None:
+        """Raises `InputError` if shards were made with another value of one of `settings`."""
+        theirs = self.settings() if self.done() else {}
+        for name, mine in settings.items():
+            if theirs and theirs.get(name) != mine:
+                raise InputError(
+                    f"{self.folder} holds the parts of a run with {name} {json.dumps(theirs.get(name))}, now it is "
+                    f"{json.dumps(mine)}: repeat that run's command to finish it, choose another output, or delete the "
+                    "folder to start anew"
+                )
+
+    def make(self) -> None:
+        """Make the folder, unless it is there. Raises `InputError` if it cannot be made or is somebody else's."""
+        with cannot_write(self.folder):
+            self.folder.mkdir(exist_ok=True)
+            there = os.listdir(self.folder)
+        foreign = [name for name in there if not name.startswith((".", "process-"))]
+        if foreign and _SETTINGS not in there:
+            raise InputError(f"{self.folder} holds {foreign[0]}, which is none of ours: choose another output")
+
+    def start(self, settings: Mapping, **kept) -> None:
+        """Note the settings of the shards to come, and `kept` with them, unless some are there already.
+
+        Raises `InputError` if those were made with other settings.
+        """
+        self.check(settings)
+        if not self.done():
+            with cannot_write(self.folder):
+                write_text(self.folder / _SETTINGS, json.dumps({**settings, **kept}, indent=2), "surrogatepass")
+
+    def done(self) -> set[int]:
+        """The numbers of the windows that are finished."""
+        if not self.folder.is_dir():
+            return set()
+        return {int(name[:-6]) for name in os.listdir(self.folder) if name.endswith(".jsonl") and name[:-6].isdigit()}
+
+    def write(self, number: int, header: Mapping, records: list[list]) -> None:
+        lines = "\n".join(json.dumps(line) for line in (header, *records))
+        with cannot_write(self.folder):
+            write_text(self._path(number), f"{lines}\n", "surrogatepass")
+
+    def header(self, number: int) -> dict:
+        return next(self._lines(number))
+
+    def read(self, number: int) -> tuple[dict, list[list]]:
+        header, *records = self._lines(number)
+        return header, records
+
+    def remove(self) -> None:
+        """The settings last: as long as they are there, what is left of the folder is known for what it is."""
+        ours = [path for path in self.folder.iterdir() if path.is_file() and path.name != _SETTINGS]
+        for path in [*ours, self.folder / _SETTINGS]:
+            path.unlink(missing_ok=True)
+        self.folder.rmdir()
+
+    def remove_if_empty(self) -> None:
+        if self.folder.is_dir() and not self.done():
+            self.remove()
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:08d}.jsonl"
+
+    def _lines(self, number: int) -> Iterator:
+        path = self._path(number)
+        try:
+            with open(path, encoding="utf-8") as file:
+                for line in file:
+                    yield json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path} is damaged: delete it, and the same command scores its rows again") from error
+
+
+class Processes:
+    """Who else works on the same parts: one process, or those of `accelerate launch` or torchrun.
+
+    Each holds a lock in the folder as long as it lives, so that the others see when it has died.
+    """
+
+    def __init__(self, device: str | None = None) -> None:
+        self.index, self.count = 0, 1
+        self._state = self._lock = None
+        self._folder: Path | None = None
+        sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+        if any(int(os.environ.get(name, 1)) > 1 for name in sizes):
+            import torch
+            from accelerate import PartialState
+
+            self._state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+            self.index, self.count = self._state.process_index, self._state.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        return self.index == 0
+
+    @property
+    def name(self) -> str:
+        return f"process {self.index} of {self.count}"
+
+    @property
+    def device(self) -> str | None:
+        """This process's own, where there are several; None: whatever is best."""
+        return str(self._state.device) if self._state else None
+
+    def wait(self) -> None:
+        """For all to arrive here. If one cannot, it has said why; the others leave."""
+        if self._state:
+            try:
+                self._state.wait_for_everyone()
+            except RuntimeError:
+                raise SystemExit(1) from None
+
+    def claim(self, parts: Parts) -> None:
+        """Take this process's lock, which a dead one has lost. Raises `InputError` if another run has it."""
+        self._folder = parts.folder
+        with cannot_write(parts.folder):
+            self._lock = open(parts.folder / f"process-{self.index}", "a+")  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.seek(0)
+            raise InputError(
+                f"another run ({self._lock.read().strip()}) is at work in {parts.folder}: wait until it has ended"
+            ) from error
+        self._say(f"process id {os.getpid()}")
+        if self.count > 1:
+            signal.signal(signal.SIGTERM, self._stopped)
+
+    def finish(self) -> None:
+        """This process has done its share."""
+        if self.count > 1:
+            self._say(_FINISHED)
+
+    def failed(self, error: BaseException) -> None:
+        """This process ends with `error`: the others find it in its lock file."""
+        if self._lock and self.count > 1:
+            self._say(f"{type(error).__name__}: {error}")
+
+    def died(self) -> str:
+        """The processes that ended before their share was done, each with its reason if it left one; "" if none did."""
+        found = []
+        for index in range(self.count):
+            last = self._last_words(index)
+            if last not in (None, _FINISHED):
+                reason = "killed, perhaps for want of memory" if last.startswith("process id") else last
+                found.append(f"process {index} of {self.count} has ended ({reason})")
+        return "; ".join(found)
+
+    def close(self) -> None:
+        if self._lock:
+            self._lock.close()
+        if self._state:
+            self._state.destroy_process_group()
+
+    def _say(self, text: str) -> None:
+        self._lock.truncate(0)
+        self._lock.write(text)
+        self._lock.flush()
+
+    def _last_words(self, index: int) -> str | None:
+        """What a process left in its lock file; None while it lives."""
+        if index == self.index:
+            return None
+        with open(self._folder / f"process-{index}", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+            return file.read().strip()
+
+    def _stopped(self, *_) -> None:
+        """The launcher stops all processes once one has died: the first that is left says which; the others stay until
+        it has looked, not to be taken for dead."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if any(self._last_words(index) is None for index in range(self.index)):
+            time.sleep(2)
+            raise SystemExit(1)
+        raise InputError(f"{self.died() or 'stopped'}: the same command goes on from here")
+
+
+class cannot_write:
+    """Turns an `OSError` within it into an `InputError` that names the path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _type, error, _traceback) -> None:
+        if isinstance(error, OSError):
+            raise InputError(
+                f"cannot write {self.path} ({error.strerror or error}): make room or choose another folder; from parts "
+                "that are there, the same command goes on"
+            ) from error

@@ -1,0 +1,31 @@
+"""Tables that many rooms need: what there is to choose from, and what is chosen where nobody says. Imports nothing."""
+
+LEVELS = ("word", "phrase", "sentence")
+BASELINE_COLUMNS = tuple(f"baseline_{level}" for level in LEVELS)  # of a data set that carries its baselines
+
+# Choices
+AGGREGATIONS = ("geometric", "arithmetic", "selective")
+TARGETS = ("completion", "reference")
+MISSING = ("error", "skip")  # what to do with a row without a baseline
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# What two numbers must share, where nobody says otherwise
+DEFAULT_PHRASE_WORDS = 4
+DEFAULT_LANGUAGE = "en"
+DEFAULT_AGGREGATION = "geometric"
+DEFAULT_TARGET = "completion"
+DEFAULT_TEMPLATE = "{prompt}{completion}{reference}"
+
+# From improvement to reward
+DEFAULT_WEIGHTS = (0.2, 0.3, 0.5)  # of word, phrase and sentence
+# (improvement in %, reward): Gurung & Lapata, "Learning to Reason for Long-Form Story Generation",
+# https://arxiv.org/abs/2503.22828
+DEFAULT_THRESHOLDS = ((0.05, 0.2), (0.5, 0.5), (1.0, 0.7), (2.0, 0.9), (3.0, 1.0))
+
+# Of sampling, for baselines as in training
+DEFAULT_MAX_NEW_TOKENS = 128
+DEFAULT_TEMPERATURE = 1.0
+DEFAULT_SEED = 42
+
+# In plots. Distinguishable by people who see red and green alike, and in grey.
+COLORS = {"word": "#0072b2", "phrase": "#e69f00", "sentence": "#444444"}

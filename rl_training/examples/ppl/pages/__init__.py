@@ -1,0 +1,8 @@
+"""What a person looks at. Imports scoring, baselines, reward and training; no other wing imports it.
+
+frame.py       what the HTML pages share, with frame.html.j2
+heatmap.py     a text coloured by surprisal, with heatmap.html.j2
+run.py         a training run as one page, with run.html.j2
+charts.py      a run's log -> line charts
+comparison.py  before and after as a table, and the reward's curve as a picture
+"""

@@ -1,0 +1,116 @@
+"""A text coloured by how much each of its words, phrases and sentences surprises the model, as one HTML file."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from markupsafe import Markup
+
+from ..definitions import LEVELS
+from .frame import ENVIRONMENT
+
+# A colour for each half doubling of perplexity, so that a step is half a bit a token and the scale is the same for
+# every text, level and model: 21 colours from 1 to 2 ** 10 and beyond. (background, text) for a light and a dark page,
+# evenly spaced in OKLCH, in order of lightness; text on its background has a contrast of 4.5 or more (WCAG 2.2 AA).
+STEPS_PER_DOUBLING = 2
+LIGHT = (
+    ("#f8f7f1", "#15120f"), ("#f6f4e6", "#15120f"), ("#f5f0da", "#15120f"), ("#f5eccd", "#15120f"),
+    ("#f5e7bd", "#15120f"), ("#f6e1ae", "#15120f"), ("#f6d99e", "#15120f"), ("#f6d18e", "#15120f"),
+    ("#f7c77e", "#15120f"), ("#f7bc6f", "#15120f"), ("#f8b160", "#15120f"), ("#f7a454", "#15120f"),
+    ("#f5964a", "#15120f"), ("#f28740", "#15120f"), ("#ee7738", "#15120f"), ("#e96634", "#15120f"),
+    ("#da532f", "#15120f"), ("#cb402c", "#ffffff"), ("#b72f2c", "#ffffff"), ("#a0212e", "#ffffff"),
+    ("#89132d", "#ffffff"),
+)  # fmt: skip
+DARK = (
+    ("#1e1d23", "#ffffff"), ("#25202f", "#ffffff"), ("#2e2139", "#ffffff"), ("#372342", "#ffffff"),
+    ("#42234a", "#ffffff"), ("#4d2450", "#ffffff"), ("#5b2553", "#ffffff"), ("#692555", "#ffffff"),
+    ("#782654", "#ffffff"), ("#882850", "#ffffff"), ("#982b4a", "#ffffff"), ("#a83244", "#ffffff"),
+    ("#b73b3c", "#ffffff"), ("#c64832", "#ffffff"), ("#d25829", "#0f0c0a"), ("#dd691e", "#0f0c0a"),
+    ("#e67d1d", "#0f0c0a"), ("#ed9223", "#0f0c0a"), ("#f3a732", "#0f0c0a"), ("#f8bd48", "#0f0c0a"),
+    ("#fbd35f", "#0f0c0a"),
+)  # fmt: skip
+
+
+def heatmap(
+    explained: Mapping[str, Sequence[dict]],
+    text: str,
+    perplexities: Mapping[str, float],
+    *,
+    caption: str = "",
+    context: str = "",
+    context_name: str = "Context, not scored",
+    language: str | None = None,
+    top: int = 10,
+) -> Markup:
+    """One text as a fragment for `page`: every level's units coloured, its perplexity, its most surprising units.
+
+    explained: of `MultiLevelPPLCalculator.explain`. text: the text it explains. perplexities: per level, of
+    `compute_all_levels`. context: shown before the text under `context_name`, not coloured. language: the text's, for
+    hyphens and voices. top: rows of the table of surprising units. Whatever the strings hold is shown as text.
+    """
+    levels = [
+        {
+            "name": level,
+            "perplexity": perplexities[level],
+            "units": len(explained[level]),
+            "tokens": sum(unit["n_tokens"] for unit in explained[level]),
+            "pieces": list(_pieces(explained[level], text)),
+            "top": most_surprising(explained[level], top),
+        }
+        for level in LEVELS
+    ]
+    return _template().heatmap(levels, caption, context, context_name, language)
+
+
+def page(title: str, heatmaps: Sequence[Markup], facts: Mapping[str, str] | None = None) -> str:
+    """A self-contained HTML page of fragments, side by side where there is room, with one switch for all their levels.
+
+    facts: names and values shown below the title.
+    """
+    return str(_template().page(title, heatmaps, facts or {}))
+
+
+def most_surprising(units: Sequence[dict], count: int) -> list[dict]:
+    """The `count` units of highest perplexity, highest first."""
+    return sorted(units, key=lambda unit: -unit["perplexity"])[:count]
+
+
+def colour(perplexity: float) -> int:
+    """The place in `LIGHT` and `DARK` of a unit's perplexity."""
+    if perplexity == math.inf:
+        return len(LIGHT) - 1
+    return min(max(math.floor(STEPS_PER_DOUBLING * math.log2(perplexity)), 0), len(LIGHT) - 1)
+
+
+def number(value: float) -> str:
+    """Three digits or more: 1.04, 12.3, 45,678, 1.2e+07."""
+    if value >= 1e6:
+        return f"{value:.1e}"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def one_line(text: str) -> str:
+    """For a table: white space as single spaces, nothing that moves a cursor."""
+    return "".join(char if char >= " " and not "\x7f" <= char <= "\x9f" else "�" for char in " ".join(text.split()))
+
+
+def _pieces(units: Sequence[dict], text: str):
+    """(characters, the unit they are coloured as, or None), in order: together the text.
+
+    White space at a unit's ends stays uncoloured: it sets the units apart, and colour would say nothing there.
+    """
+    place = 0
+    for unit in units:
+        visible = text[unit["start"] : unit["end"]].strip()
+        start = text.index(visible, unit["start"])
+        yield text[place:start], None
+        yield visible, unit
+        place = start + len(visible)
+    yield text[place:], None
+
+
+def _template():
+    return ENVIRONMENT.get_template("heatmap.html.j2").module
+
+
+ENVIRONMENT.globals.update(LEVELS=LEVELS, LIGHT=LIGHT, DARK=DARK, STEPS_PER_DOUBLING=STEPS_PER_DOUBLING)
+ENVIRONMENT.filters.update(colour=colour, number=number, one_line=one_line)

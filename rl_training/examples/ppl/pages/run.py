@@ -1,0 +1,216 @@
+"""A training run as one HTML page: its curves, held-out prompts before and after, its settings and its command."""
+
+import math
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import TrainerCallback
+
+from ..data import Text, message_text, render_prompt
+from ..definitions import COLORS
+from ..files import write_text
+from ..training.heldout import HeldOut
+from .charts import charts
+from .frame import ENVIRONMENT
+from .heatmap import heatmap, number
+
+SHOWN = 8  # prompts whose completions stand on the page
+SECONDS = 60  # at least, between two writings while the run goes on
+# On a light and a dark page, of lines: as in the plots, but with a contrast of 3 or more (WCAG 2.2 AA).
+LINE_COLORS = (
+    {**COLORS, "phrase": "#c26a00"},
+    {"word": "#5cb8f0", "phrase": "#f0a83c", "sentence": "#cfcac3"},
+)
+SECRETS = ("--hub_token", "--push_to_hub_token")
+
+# What a held-out score says, for those whose name does not.
+NOTES = {
+    "reward": "of the perplexities alone",
+    "KL": "how far the policy moved, nats a token",
+    "distinct-2": "word pairs said once; 1: none twice",
+    "repetition": "share of repeated word triples",
+    "words": "a completion",
+    "loop penalty": "added to the reward",
+}
+
+
+class Completion(NamedTuple):
+    """A held-out completion as the page shows it: `text` coloured by surprisal, `lead` before it in plain letters."""
+
+    lead: str
+    text: str
+    explained: dict[str, list[dict]]
+    perplexities: dict[str, float]
+    reward: float
+
+
+def explain_heldout(reward_fn, held_out: HeldOut, references: Sequence[Text]) -> list[Completion]:
+    """The first completion of each of the first `SHOWN` prompts, with the surprisal that the frozen scorer gives it.
+
+    references: one a prompt. With `target="reference"` they are what is scored and coloured, and the completion leads
+    up to them. Several processes must all call: a model may be spread over them.
+    """
+    found = []
+    for place, prompt in enumerate(held_out.prompts[:SHOWN]):
+        lead, text = "", held_out.completions[place][0]
+        context = render_prompt(prompt, reward_fn.tokenizer)
+        if reward_fn.target == "reference":
+            lead, text = text, message_text(references[place] or "")
+            context = reward_fn.reference_context.context(context, reward_fn.reference_context.extracted(lead)[0])
+        explained = reward_fn.calculator.explain(reward_fn.model, text, context)
+        perplexities = reward_fn.calculator.compute_all_levels(reward_fn.model, text, context)
+        found.append(Completion(lead, text, explained, perplexities, held_out.rewards[place][0]))
+    return found
+
+
+class RunPage(TrainerCallback):
+    """Keeps `path` up to date while a run goes on, at most once a minute; `write` with `after` makes it final.
+
+    title: of the page. facts: names and values below it. command: as `command_line` gives it. config: the file of
+    settings that `ppl.training.flags.write_config` writes. before: held-out prompts before the first step. shown: what
+    `explain_heldout` gives of them.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        title: str,
+        facts: Mapping[str, str],
+        command: str,
+        config: Path,
+        before: HeldOut,
+        shown: Sequence[Completion],
+    ) -> None:
+        self.path = path
+        self.title = title
+        self.facts = facts
+        self.command = command
+        self.config = config
+        self.before = before
+        self.shown = shown
+        self._written = -math.inf
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.write(state)
+
+    def on_log(self, args, state, control, **kwargs) -> None:
+        if time.monotonic() - self._written > SECONDS:
+            self.write(state)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.write(state)
+
+    def write(self, state, after: HeldOut | None = None, shown_after: Sequence[Completion] = ()) -> None:
+        """state: the trainer's. Only the first of several processes writes."""
+        if not state.is_world_process_zero:
+            return
+        html = run_page(
+            self.title, self.facts, self.command, self.config.read_text(encoding="utf-8"),
+            state.log_history, (state.global_step, state.max_steps),
+            self.before, self.shown, after, shown_after,
+        )  # fmt: skip
+        write_text(self.path, html, "replace")  # a lone surrogate in a text has no UTF-8
+        self._written = time.monotonic()
+
+
+def run_page(
+    title: str,
+    facts: Mapping[str, str],
+    command: str,
+    config: str,
+    log_history: Sequence[Mapping],
+    progress: tuple[int, int],
+    before: HeldOut,
+    shown_before: Sequence[Completion],
+    after: HeldOut | None = None,
+    shown_after: Sequence[Completion] = (),
+) -> str:
+    """The page. progress: steps done, of how many. after: held-out prompts after the last step; None: not yet."""
+    drawn, others, merged = charts(log_history)
+    scores = [
+        (name, NOTES.get(name, ""), *_before_after(value, after and after.scores.get(name, math.nan)))
+        for name, value in before.scores.items()
+    ]
+    pairs = [
+        {
+            "prompt": _prompt(before.prompts[place]),
+            "before": _figure("Before", one),
+            "after": _figure("After", shown_after[place]) if shown_after else None,
+        }
+        for place, one in enumerate(shown_before)
+    ]
+    blocks = [block.splitlines() for block in config.strip().split("\n\n")]
+    template = ENVIRONMENT.get_template("run.html.j2").module
+    return str(
+        template.page(
+            title=title,
+            facts=facts,
+            written=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC").lstrip("0"),
+            progress=progress,
+            charts=drawn,
+            other_charts=others,
+            merged=merged,
+            tiles=[
+                (name, _short(value), _short(after.scores.get(name, math.nan)) if after else "")
+                for name, value in before.scores.items()
+                if name == "reward" or name.endswith(" PPL")
+            ],
+            scores=scores,
+            finished=after is not None,
+            prompts=len(before.prompts),
+            completions=sum(map(len, before.completions)),
+            pairs=pairs,
+            coloured="references" if any(one.lead for one in shown_before) else "completions",
+            # Settings of the run, then what was left alone: comments in the file.
+            settings=[block for block in blocks if not all(line.startswith("#") for line in block)],
+            defaults=[block for block in blocks if all(line.startswith("#") for line in block)],
+            command=command,
+            colors=LINE_COLORS,
+        )
+    )
+
+
+def command_line(words: Sequence[str]) -> str:
+    """A command to read and to run again, without what is nobody's business: the value of a flag in `SECRETS`."""
+    shown = list(words)
+    for place, word in enumerate(words):
+        flag, equals, _ = word.partition("=")
+        if flag in SECRETS and equals:
+            shown[place] = f"{flag}=***"
+        elif flag in SECRETS and place + 1 < len(shown):
+            shown[place + 1] = "***"
+    return shlex.join(shown)
+
+
+def _before_after(before: float, after: float | None) -> tuple[str, str, str]:
+    if after is None:
+        return _score(before), "", ""
+    return _score(before), _score(after), _score(after - before, sign="+")
+
+
+def _score(value: float, sign: str = "") -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value:{sign}{',.3f' if abs(value) < 1e5 else '.2e'}}".replace("-", "−")
+
+
+def _short(value: float) -> str:
+    return "–" if math.isnan(value) else f"{'−' if value < 0 else ''}{number(abs(value))}"
+
+
+def _prompt(prompt: Text) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{message['role']}: {message_text([message])}" for message in prompt)
+
+
+def _figure(name: str, one: Completion):
+    reward = "skipped" if math.isnan(one.reward) else f"reward {one.reward:.2f}".replace("-", "−")
+    return heatmap(
+        one.explained, one.text, one.perplexities, caption=f"{name}: {reward}", context=one.lead,
+        context_name="Completion; below it the reference, which is scored", top=0,
+    )  # fmt: skip

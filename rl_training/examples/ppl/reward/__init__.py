@@ -1,0 +1,9 @@
+"""Perplexities and baselines -> the reward that GRPOTrainer calls. Imports scoring and baselines.
+
+function.py      the reward function: perplexities, baselines and thresholds put together
+cache.py         perplexities already computed, for as long as the scorer's weights stay as they are
+first_visits.py  without baselines: a prompt's first completions make its own
+thresholds.py    improvement in percent -> reward
+loop_guard.py    a second reward function: what a loop costs
+config.py        the reward as a YAML file describes it, for programs that take a function by its name
+"""

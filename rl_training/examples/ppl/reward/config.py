@@ -1,0 +1,113 @@
+"""The reward as a YAML file describes it, for programs that only take the name of a function: TRL's command line, and
+other engines through `engines/reward.py`. The environment variable PPL_REWARD_CONFIG names the file."""
+
+import difflib
+import inspect
+import os
+import threading
+from pathlib import Path
+
+import yaml
+
+from ..definitions import DTYPES
+from ..errors import InputError, one_of
+from ..models import load_model, model_path
+from ..scoring.calculator import MultiLevelPPLCalculator
+from .function import MultiLevelPPLRewardFunction
+from .thresholds import Thresholds, checked_weights
+
+VARIABLE = "PPL_REWARD_CONFIG"
+
+# For those who call from several threads: the model is switched to frozen and back around a call.
+SCORING = threading.Lock()
+
+_loading = threading.Lock()
+_loaded: dict[str, MultiLevelPPLRewardFunction] = {}
+
+
+def multi_level_ppl(prompts, completions, **columns) -> list[float | None]:
+    """The reward that PPL_REWARD_CONFIG describes, as a function in TRL's calling convention.
+
+        trl grpo --reward_funcs multi_level_ppl_trl.multi_level_ppl ...
+
+    See `MultiLevelPPLRewardFunction`. The model is loaded at the first call, once a process.
+    """
+    return reward_from_config()(prompts, completions, **columns)
+
+
+def reward_from_config(path: str | Path | None = None) -> MultiLevelPPLRewardFunction:
+    """The reward that the file describes: made at the first call in a process, whatever the thread, then the same one.
+
+    path: the YAML file; None: what PPL_REWARD_CONFIG names. Raises `InputError` if it describes none.
+    """
+    key = os.path.realpath(config_path(path))
+    with _loading:
+        if key not in _loaded:
+            _loaded[key] = _make(key)
+        return _loaded[key]
+
+
+def config_path(path: str | Path | None = None) -> str:
+    path = path or os.environ.get(VARIABLE)
+    if not path:
+        raise InputError(f"the environment variable {VARIABLE} is not set: expected the name of the reward's YAML file")
+    return str(path)
+
+
+def read_settings(path: str | Path | None = None) -> dict:
+    """The settings in the YAML file, names and values checked as far as that goes without the model.
+
+    Paths in it are relative to the file's folder. `model_name` is `load_model`'s name; `load_in_4bit`, `dtype`,
+    `device` and `max_seq_length` are its keywords, all others those of `MultiLevelPPLRewardFunction`.
+    """
+    path = Path(config_path(path))
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{VARIABLE} {path}: {' '.join(str(error).split())}: expected a YAML file") from error
+    if not isinstance(settings, dict) or "model_name" not in settings:
+        raise InputError(f"{path}: expected 'name: value' lines, model_name among them, found {settings!r:.80}")
+    defaults = _defaults()
+    for name, value in settings.items():
+        if name not in defaults:
+            near = difflib.get_close_matches(str(name), defaults, n=1)
+            known = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(defaults)}"
+            raise InputError(f"{path}: unknown setting {name!r}, {known}")
+        if isinstance(defaults[name], bool) and not isinstance(value, bool):
+            raise InputError(f"{path}: {name} is {value!r}, expected true or false")
+    settings = {name: value for name, value in settings.items() if value is not None}
+    one_of(f"{path}: dtype", settings.get("dtype", "auto"), DTYPES)
+    if isinstance(settings.get("baselines"), str):
+        settings["baselines"] = str(path.parent / settings["baselines"])
+        if not os.path.exists(settings["baselines"]):
+            raise InputError(f"{path}: baselines {settings['baselines']} do not exist: see compute_baselines_trl.py")
+    if str(settings["model_name"]).startswith("."):
+        settings["model_name"] = str(path.parent / settings["model_name"])
+    try:
+        model_path(settings["model_name"])
+        if "weights" in settings:
+            checked_weights(settings["weights"])
+        if "reward_thresholds" in settings:
+            Thresholds(settings["reward_thresholds"])
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from error
+    return settings
+
+
+def _defaults() -> dict:
+    """Every name that a file may hold, and what it is without."""
+    made = {}
+    for function in (load_model, MultiLevelPPLRewardFunction, MultiLevelPPLCalculator):
+        made |= inspect.signature(function).parameters
+    hidden = ("name", "unsloth", "baseline_model", "tokenizer", "calculator_options")
+    return {"model_name": None} | {name: one.default for name, one in made.items() if name not in hidden}
+
+
+def _make(path: str) -> MultiLevelPPLRewardFunction:
+    settings = read_settings(path)
+    loading = {name: settings.pop(name) for name in inspect.signature(load_model).parameters if name in settings}
+    model, tokenizer, _ = load_model(settings.pop("model_name"), **loading)
+    try:
+        return MultiLevelPPLRewardFunction(model, tokenizer, **settings)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from error

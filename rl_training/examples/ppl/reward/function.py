@@ -1,0 +1,323 @@
+"""The reward function that GRPOTrainer calls: perplexities, baselines and thresholds put together."""
+
+import functools
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import extract_model_from_parallel
+
+from ..baselines.file import BaselineError, Baselines, check_meta
+from ..data import Text, message_text, render_prompt, stable_id
+from ..definitions import (
+    BASELINE_COLUMNS,
+    DEFAULT_TARGET,
+    DEFAULT_TEMPLATE,
+    DEFAULT_THRESHOLDS,
+    DEFAULT_WEIGHTS,
+    LEVELS,
+    MISSING,
+    TARGETS,
+)
+from ..errors import InputError, one_of
+from ..identity import identity
+from ..processes import from_all, of_this
+from ..reference_context import ReferenceContext
+from ..scoring.calculator import MultiLevelPPLCalculator
+from ..scoring.surprisal import SurprisalScorer
+from .cache import PerplexityCache
+from .first_visits import FirstVisits
+from .thresholds import Thresholds, checked_weights, normalized
+
+_HIGHEST = 1e300  # stands for a perplexity beyond float64: infinity survives no mean and no difference
+
+
+class MultiLevelPPLRewardFunction:
+    """A reward for GRPOTrainer: how much less a text surprises the frozen model than its baseline did.
+
+    Per level, improvement = 100 * (baseline - current) / baseline, in percent; the three are averaged by `weights`, and
+    the reward is that of the highest of `reward_thresholds` reached. "current" is the perplexity of the completion
+    given its prompt (`target="completion"`), or of the row's reference given prompt and completion
+    (`target="reference"`: VR-CLI, https://arxiv.org/abs/2503.22828, where the thresholds come from).
+
+    Under several processes each calls for its share of the completions, all of them equally often, and gets what one
+    process would: first visits and `normalize` are over the completions of all.
+
+    baseline_model: the scorer; used with adapters off, in eval mode, and left as it was. It may be the policy.
+    baselines: a file of compute_baselines_trl.py, a dict `{id or prompt: {"word", "phrase", "sentence"}}`, or None:
+        the data set's columns `baseline_word`, ...; else, for references, their perplexity given the prompt alone; else
+        each prompt's first completions, which get 0.
+    weights: of word, phrase and sentence. reward_thresholds: (improvement in %, reward), in any order.
+    normalize: shift and scale each call's rewards to mean 0 and (sample) standard deviation 1.
+    device: moves the model there; None: it stays. use_cache: keep perplexities already computed, by content.
+    target, interpolate (linear between the thresholds instead of steps), missing ("error" or "skip" a row that
+        `baselines` lacks), allow_baseline_mismatch (use a file made by another model or with other definitions).
+    extract, template: for references, the part of a completion that counts and how the three texts are put together:
+        see `ppl.reference_context.ReferenceContext`.
+    Further keywords go to `MultiLevelPPLCalculator`.
+
+    Raises `InputError` (a `ValueError`) for settings or columns that make no sense, `BaselineError` for baselines.
+    """
+
+    def __init__(
+        self,
+        baseline_model,
+        tokenizer,
+        baselines: str | Path | Mapping | None = None,
+        weights: Sequence[float] = DEFAULT_WEIGHTS,
+        reward_thresholds: Sequence[tuple[float, float]] = DEFAULT_THRESHOLDS,
+        normalize: bool = False,
+        device: str | torch.device | None = None,
+        use_cache: bool = True,
+        *,
+        target: str = DEFAULT_TARGET,
+        interpolate: bool = False,
+        missing: str = "error",
+        allow_baseline_mismatch: bool = False,
+        extract: str | None = None,
+        template: str = DEFAULT_TEMPLATE,
+        **calculator_options,
+    ) -> None:
+        self.__name__ = "multi_level_ppl"
+        baseline_model = extract_model_from_parallel(baseline_model, keep_torch_compile=True)
+        if device is not None and torch.device(device) != baseline_model.device:
+            baseline_model = baseline_model.to(device)
+        self.model = baseline_model
+        self.tokenizer = tokenizer
+        self.calculator = MultiLevelPPLCalculator(tokenizer, **calculator_options)
+        self.weights = checked_weights(weights)
+        self.thresholds = Thresholds(reward_thresholds, interpolate)
+        self.normalize = normalize
+        self.use_cache = use_cache
+        self.target = one_of("target", target, TARGETS)
+        self.missing = one_of("missing", missing, MISSING)
+        self.reference_context = ReferenceContext(extract, template)
+        if target == "completion" and (extract or template != DEFAULT_TEMPLATE):
+            raise InputError("extract and template say what stands before a reference: they need target='reference'")
+        if isinstance(baselines, str | Path):
+            baselines = Baselines.load(baselines)
+        elif baselines is not None and not isinstance(baselines, Baselines):
+            baselines = Baselines(baselines)
+        self.baselines = baselines
+        if self.baselines is not None and self.baselines.meta and not allow_baseline_mismatch:
+            check_meta(self.baselines, self.identity)
+        self.first_visits = FirstVisits()
+        self._cache = PerplexityCache()
+        # What the last `compute_rewards` found, for `__call__` to log and to show the observer. It cannot be returned:
+        # a subclass may override `compute_rewards` with one that returns a tensor of rewards. Then this stays None.
+        self._last: _LastCall | None = None
+        self.observer = None  # `ppl.training.diagnostics.Diagnostics`: is shown every call of a trainer
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def identity(self) -> dict:
+        """What a baselines file must have been made with to be compared with this reward's numbers."""
+        return identity(
+            self.model,
+            self.tokenizer,
+            name=getattr(self.model.config, "_name_or_path", ""),
+            window=SurprisalScorer(self.model).window,
+            target=self.target,
+            definitions=self.calculator.definitions,
+            template=self.reference_context.template,
+        )
+
+    def __call__(self, prompts, completions, **columns) -> list[float | None]:
+        """One reward a completion, None for a skipped row: TRL's calling convention.
+
+        columns: the data set's own, as lists (`id`, `reference`, `baseline_word`, ...), and TRL's `log_metric`.
+        """
+        texts = [message_text(completion) for completion in completions]
+        arguments = {
+            "prompts": prompts,
+            "references": columns.get("reference"),
+            "ids": columns.get("id"),
+        }
+        if rows := row_baselines(columns):
+            arguments["baselines"] = rows
+        self._last = None
+        start = time.perf_counter()
+        rewards = torch.as_tensor(self.compute_rewards(texts, **arguments)).tolist()
+        seconds = time.perf_counter() - start
+        skipped = self._last.skipped.tolist() if self._last else [False] * len(texts)
+        for reward, skip in zip(rewards, skipped, strict=True):
+            if not (skip or math.isfinite(reward)):
+                raise FloatingPointError(f"{self.__name__} gave a reward of {reward}, expected a finite number")
+        if self._last and (log_metric := columns.get("log_metric")):
+            self._log(log_metric, columns.get("log_extra"))
+            log_metric("reward_time", seconds)  # as TRL's step_time
+        rewards = [None if skip else reward for reward, skip in zip(rewards, skipped, strict=True)]
+        if self._last and self.observer is not None:
+            self.observer.observe(self._last, self.thresholds, prompts, texts, rewards, columns.get("log_metric"))
+        return rewards
+
+    def compute_rewards(
+        self,
+        texts: Sequence[Text],
+        prompts: Sequence[Text] | None = None,
+        references: Sequence[Text] | None = None,
+        ids: Sequence | None = None,
+        return_details: bool = False,
+        baselines: Sequence[Mapping | None] | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict]:
+        """float32 [B] rewards, nan for a skipped row; with `return_details` also what they were made from.
+
+        baselines: per row, before those of the constructor; None where a row has none.
+        details: "ppls" and "baselines", each `{level: float64 [B]}`, nan where there is none; "improvements",
+        `{level or "avg": float64 [B]}` in percent, 0 for a completion without a scored token; "rewards", float64 [B],
+        before `normalize`.
+        """
+        n = len(texts)
+        for name, column in {"prompts": prompts, "references": references, "ids": ids, "baselines": baselines}.items():
+            if column is not None and len(column) != n:
+                raise InputError(f"{len(column)} {name} for {n} texts: there must be one for each")
+        if self.target == "reference" and references is None:
+            raise InputError("target='reference' needs a column `reference`: rename the data set's column to it")
+        self._cache.forget_if_trained(self.model)
+        prompts = [None] * n if prompts is None else list(prompts)
+        references = [None] * n if references is None else list(references)
+        contexts = [render_prompt(prompt, self.tokenizer) for prompt in prompts]
+        texts = [message_text(text) for text in texts]
+
+        baseline = self._given_baselines(prompts, references, ids, baselines)
+        absent = np.isnan(baseline).any(axis=1)
+        first_visit = np.zeros(n, dtype=bool)
+        if self.target == "reference":
+            targets = [message_text(reference or "") for reference in references]
+            parts, has_part = zip(*map(self.reference_context.extracted, texts), strict=True) if texts else ((), ())
+            with_text = list(zip(map(self.reference_context.context, contexts, parts), targets, strict=True))
+            without = zip(map(self.reference_context.context, contexts), targets, strict=True)
+            alone = [pair for pair, unknown in zip(without, absent, strict=True) if unknown]
+            # One call, so that they share the prompts' forward passes.
+            values = np.minimum(self._perplexities(with_text + alone), _HIGHEST)
+            current, baseline[absent] = values[:n], values[n:]
+        else:
+            current = np.minimum(self._perplexities(list(zip(contexts, texts, strict=True))), _HIGHEST)
+            if self.baselines is None:
+                rows = np.flatnonzero(absent)
+                visited = [contexts[row] for row in rows]
+                baseline[rows], first_visit[rows] = self.first_visits.measure(visited, current[rows])
+            elif absent.any() and self.missing == "error":
+                self._refuse(absent, prompts, references, ids)
+
+        unscorable = np.isnan(current).any(axis=1)
+        skipped = np.isnan(baseline).any(axis=1) & ~first_visit
+        if self.target == "reference":
+            if unscorable.any() and self.missing == "error":
+                place = np.flatnonzero(unscorable)[0]
+                raise InputError(f"row {place} of this call has a blank reference: drop it, or use missing='skip'")
+            skipped |= unscorable
+        with np.errstate(over="ignore", invalid="ignore"):
+            improvement = 100 * (baseline - current) / baseline
+        # Floored: one text near the limit of float64 would drown every mean that is logged.
+        improvement = np.maximum(improvement, -1e9)
+        improvement[(first_visit | unscorable) & ~skipped] = 0.0
+        average = improvement @ self.weights / self.weights.sum()
+        rewards = self.thresholds.rewards(average)
+        rewards[first_visit | unscorable] = 0.0
+        rewards[skipped] = np.nan
+
+        details = {
+            "rewards": torch.from_numpy(rewards.copy()),
+            "improvements": {**_by_level(improvement), "avg": torch.from_numpy(average)},
+            "ppls": _by_level(current),
+            "baselines": _by_level(baseline),
+        }
+        if self.normalize:
+            every, mine = of_this(rewards[~skipped].tolist())
+            rewards[~skipped] = normalized(np.array(every))[mine]
+        extracted = np.array(has_part, dtype=bool) if self.target == "reference" else np.ones(n, dtype=bool)
+        self._last = _LastCall(details, skipped, ~(skipped | unscorable), first_visit, extracted)
+        result = torch.from_numpy(rewards).float().to(self.device)
+        return (result, details) if return_details else result
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs: the zero-shot baselines recorded so far, and the observer's state."""
+        state = {"first_visits": self.first_visits.state_dict()}
+        return state if self.observer is None else {**state, "diagnostics": self.observer.state_dict()}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        self.first_visits.load_state_dict(state["first_visits"])
+        if self.observer is not None and "diagnostics" in state:
+            self.observer.load_state_dict(state["diagnostics"])
+
+    def _perplexities(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        """float64 [B, 3], from the cache where it has them."""
+        score = functools.partial(self.calculator.score_pairs, self.model)
+        return self._cache.perplexities(pairs, score) if self.use_cache else score(pairs)
+
+    def _given_baselines(self, prompts, references, ids, rows) -> np.ndarray:
+        """float64 [B, 3] from the data set's columns, else from `baselines`; nan where a row has none."""
+        found = np.full((len(prompts), len(LEVELS)), np.nan)
+        if rows is not None:
+            given = {place: row for place, row in enumerate(rows) if row is not None}
+            for place, values in Baselines(given, source="the data set").items():
+                found[place] = values
+        if self.baselines is not None:
+            for place in np.flatnonzero(np.isnan(found[:, 0])):
+                values = self.baselines.find(_key(ids, prompts, references, place), prompts[place])
+                if values is not None:
+                    found[place] = values
+        return found
+
+    def _refuse(self, absent, prompts, references, ids) -> None:
+        first = [_key(ids, prompts, references, place) for place in np.flatnonzero(absent)[:3]]
+        raise BaselineError(
+            f"{self.baselines.source} has no baseline for {absent.sum()} of {len(absent)} rows, the first are {first}: "
+            "compute them with compute_baselines_trl.py on this data set, or skip such rows with missing='skip'"
+        )
+
+    def _log(self, log_metric, log_extra=None) -> None:
+        """Means over all processes, the same names at every call on every process; without a scored row 0.
+
+        log_extra: takes a column of TRL's table of completions.
+        """
+        call = self._last
+        if self.reference_context.extracts:
+            every = from_all(call.extracted.tolist())
+            log_metric("diagnostics/not_extracted", 1 - sum(every) / len(every) if every else 0.0)
+        columns = {f"reward_{level}": call.details["improvements"][level] for level in LEVELS}
+        columns |= {f"ppl/{level}": call.details["ppls"][level] for level in LEVELS}
+        rows = np.stack([column.numpy()[call.scored] for column in columns.values()], axis=1)
+        means = np.array(from_all(rows.tolist())).reshape(-1, len(columns))
+        means = means.mean(axis=0) if len(means) else np.zeros(len(columns))
+        for (name, column), mean in zip(columns.items(), means, strict=True):
+            log_metric(name, float(mean))
+            if log_extra is not None:
+                log_extra(name, column.tolist())
+
+
+def row_baselines(columns: Mapping[str, Sequence]) -> list[dict | None] | None:
+    """Per row the baseline in the columns `baseline_word`, `baseline_phrase`, `baseline_sentence`; None without."""
+    present = [name for name in BASELINE_COLUMNS if name in columns]
+    if not present:
+        return None
+    if len(present) < len(BASELINE_COLUMNS):
+        raise BaselineError(f"the data set has {', '.join(present)}, all of {', '.join(BASELINE_COLUMNS)} are needed")
+    rows = zip(*(columns[name] for name in BASELINE_COLUMNS), strict=True)
+    return [None if None in row else dict(zip(LEVELS, row, strict=True)) for row in rows]
+
+
+class _LastCall(NamedTuple):
+    details: dict
+    skipped: np.ndarray  # bool [B]: rows without a baseline or a reference
+    scored: np.ndarray  # bool [B]: rows with a perplexity and a baseline
+    first_visit: np.ndarray  # bool [B]: rows that make their prompt's baseline
+    extracted: np.ndarray  # bool [B]: completions that `extract` matches
+
+
+def _key(ids, prompts, references, place: int):
+    if ids is not None:
+        return ids[place]
+    return None if prompts[place] is None else stable_id(prompts[place], references[place] or "")
+
+
+def _by_level(values: np.ndarray) -> dict[str, torch.Tensor]:
+    return {level: torch.from_numpy(values[:, place].copy()) for place, level in enumerate(LEVELS)}

@@ -1,0 +1,13 @@
+"""Text and model -> the perplexity of its words, phrases and sentences. Imports no other wing.
+
+calculator.py  the whole way: texts and a model -> the perplexity of each level
+units.py       text -> sentences, words, phrases, as character offsets
+tokens.py      context and target -> ids, which of them are scored, their characters
+batching.py    windows, shared prefixes, packs, batches: integers only
+surprisal.py   the only forward pass: which way it goes, and what it gives each token
+packed.py      rows end to end in one sequence, each blind to its neighbours
+padded.py      where a model cannot be packed: rows in a padded batch, behind a cache of their prefix
+head.py        hidden states -> surprisals, a piece of the vocabulary at a time
+onednn.py      faster matrix products on an AMD CPU
+levels.py      surprisals and units -> the perplexity of each level
+"""

@@ -1,0 +1,278 @@
+"""Encoded texts -> the surprisal of every scored token: the only forward pass of the project.
+
+No logits tensor is kept: the decoder runs once, the hidden states of the scored tokens alone go through the LM head,
+a slice at a time. Rows are packed end to end and share their prefixes; where a model cannot be packed, rows of like
+length share a padded batch, and rows with a common prefix its keys and values.
+"""
+
+import functools
+import logging
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import extract_model_from_parallel
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from ..frozen import frozen
+from ..processes import in_step, is_sharded
+from .batching import Group, Pack, Row, batches, lay_out, packs, share_prefixes, windows
+from .head import Head, surprisal
+from .onednn import fast_products
+from .packed import CannotPackError, can_pack, run_packed
+from .padded import can_continue, run_padded, run_prefix
+from .tokens import Encoded
+
+logger = logging.getLogger(__name__)
+
+
+class _Sizes(NamedTuple):
+    most: int  # tokens of one forward pass, padding included
+    enough: int  # tokens; a longer pass takes as much time for each, unless it saves a prefix
+    slice_bytes: int  # of logits
+    overhead: int  # tokens that one more forward pass costs
+
+
+# By device type. CPU, measured on GPT-2 124M: beyond 1,024 tokens the activations leave the caches, a forward pass
+# costs its tokens and some 15 to 30 more, and above 32 MiB glibc takes every slice anew from the system.
+_SIZES = {"cpu": _Sizes(2048, 1024, 24 << 20, 32), "cuda": _Sizes(16384, 16384, 256 << 20, 512)}
+_SPAN_TOKENS = 8  # what the attention of one more span of a pack costs
+
+
+class SurprisalScorer:
+    """Token surprisals under one causal language model, which is used frozen.
+
+    `model`: plain, PEFT-wrapped, bitsandbytes or Unsloth. `batch_size`: most texts in one forward pass (None: as many
+    as fit). `max_batch_tokens`: most tokens in one, padding included; halved for good when memory runs out.
+    `adapters`: leave them on.
+    """
+
+    def __init__(
+        self, model, batch_size: int | None = None, max_batch_tokens: int | None = None, adapters: bool = False
+    ) -> None:
+        self.model = model
+        self.adapters = adapters
+        self.batch_size = batch_size
+        self._sizes = _SIZES.get(model.device.type, _SIZES["cuda"])
+        self.max_batch_tokens = max_batch_tokens or self._sizes.most
+        # None: not compared yet
+        self._head_agrees: bool | None = None
+        self._packs_agree: bool | None = None
+        self._cache_agrees: bool | None = None
+
+    def score(self, texts: list[Encoded]) -> list[np.ndarray]:
+        """float64 [n] per text: -ln p(token | all before it) in nats, for its scored tokens in order.
+
+        A text longer than the model's window is scored in windows. Raises `FloatingPointError` if a logit is NaN.
+        Of a model whose weights are spread over processes, all of them must ask at the same time, be it for no text.
+        """
+        surprisals = [np.zeros(len(text.positions)) for text in texts]
+        rows = [row for number, text in enumerate(texts) for row in windows(text, self.window, number)]
+        if is_sharded(self.model):
+            with frozen(self.model, self.adapters):
+                self._score_in_step(rows, surprisals)
+        elif rows:
+            with frozen(self.model, self.adapters), fast_products(self.model):
+                self._score_rows(rows, surprisals)
+        for number, found in enumerate(surprisals):
+            if np.isnan(found).any():
+                raise FloatingPointError(f"the model's logits are NaN for text {number} of this call")
+        return surprisals
+
+    @property
+    def window(self) -> int | None:
+        """Most tokens the model takes at once, BOS included; None if its architecture sets no limit."""
+        base = self._base
+        sizes = [
+            getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None),
+            getattr(base, "max_seq_length", None),  # Unsloth cuts there without a word
+        ]
+        return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)
+
+    # --- the model's parts -------------------------------------------------------------------------------------------
+
+    @property
+    def _base(self):
+        """The transformers model under wrappers of accelerate, torch.compile and PEFT."""
+        model = extract_model_from_parallel(self.model, keep_torch_compile=False)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @property
+    def _decoder(self):
+        return getattr(self._base, self._base.base_model_prefix, None)
+
+    @property
+    def _head(self) -> Head:
+        return Head(self._base, self._sizes.slice_bytes)
+
+    def _hidden(self, ids: torch.Tensor, prefix=None) -> torch.Tensor:
+        """[B, T, H], from ids [B, T] padded on the right: that cannot change earlier tokens of a causal model."""
+        return self._decoder(input_ids=ids, past_key_values=prefix, use_cache=prefix is not None).last_hidden_state
+
+    def _own_logits(self, model, ids: torch.Tensor) -> torch.Tensor:
+        """float32 [B, T, V], from the model's own forward pass."""
+        logits = model(input_ids=ids, use_cache=False).logits
+        vocabulary = self._head.vocabulary
+        if logits.shape[-1] != vocabulary:
+            raise RuntimeError(f"the model returned {logits.shape[-1]} values a token instead of {vocabulary} logits")
+        return logits.float()
+
+    # --- one-time comparisons ----------------------------------------------------------------------------------------
+
+    def _probe_ids(self) -> torch.Tensor:
+        vocabulary = self._base.get_input_embeddings().weight.shape[0]
+        return torch.linspace(0, vocabulary - 1, 12, device=self.model.device).long()[None]
+
+    def _compare_head(self) -> bool:
+        """Whether decoder, LM head and the scalings known here give the model's own log-probabilities."""
+        if self._decoder is None or self._base.get_output_embeddings() is None:
+            return False
+        ids = self._probe_ids()
+        ours = self._head.logits(self._hidden(ids)[0])
+        own = self._own_logits(self._base, ids)[0]
+        agrees = ours.shape == own.shape and _agree(ours, own, self.model.dtype)
+        if not agrees:
+            logger.warning(
+                "%s does not compute its logits as decoder + LM head: its own logits are used, which takes more memory",
+                type(self._base).__name__,
+            )
+        return agrees
+
+    def _compare_packs(self) -> bool:
+        """Whether rows of a pack are blind to their neighbours, and go on from their prefix as from their own start."""
+        if not (self._head_agrees and can_pack(self._decoder)):
+            return False
+        ids = self._probe_ids()[0].cpu().numpy()
+        rows = [np.concatenate([ids[:3], ids[3:7]]), np.concatenate([ids[:3], ids[7:9]]), ids[6:]]
+        one, two, three = (Row(row, np.array([len(row) - 1]), row[-1:], 0, 0) for row in rows)
+        pack = lay_out([Group(3, [one, two]), Group(0, [three])])
+        try:
+            found = run_packed(self._decoder, pack)[torch.from_numpy(pack.read).to(self.model.device)]
+        except CannotPackError:
+            return False
+        alone = [self._hidden(torch.from_numpy(row[None]).to(self.model.device))[0, -1] for row in rows]
+        return _agree(self._head.logits(found), self._head.logits(torch.stack(alone)), self.model.dtype)
+
+    def _compare_cache(self) -> bool:
+        """Whether the model continues from the keys and values of a prefix as from the prefix itself."""
+        decoder = self._decoder
+        if not (self._head_agrees and can_continue(decoder)):
+            return False
+        ids = self._probe_ids()
+        hidden = self._hidden(ids[:, 4:].expand(2, -1), run_prefix(decoder, ids[:, :4]))
+        return _agree(self._head.logits(hidden[1]), self._head.logits(self._hidden(ids)[0, 4:]), self.model.dtype)
+
+    # --- which way ---------------------------------------------------------------------------------------------------
+
+    def _score_rows(self, rows: list[Row], surprisals: list[np.ndarray]) -> None:
+        if self._head_agrees is None:
+            self._head_agrees = self._compare_head()
+            self._packs_agree = self._compare_packs()
+        if self._packs_agree:
+            self._score_packs(share_prefixes(rows, _SPAN_TOKENS), surprisals)
+            return
+        groups = share_prefixes(rows, 2 * self._sizes.overhead)
+        if any(group.prefix for group in groups):
+            if self._cache_agrees is None:
+                self._cache_agrees = self._compare_cache()
+            if not self._cache_agrees:
+                groups = [Group(0, rows)]
+        for group in groups:
+            prefix = self._run_prefix(group) if group.prefix else None
+            for batch in batches(group, self._budget, self._sizes.overhead, self.batch_size):
+                self._score_batch(batch, group.prefix, prefix, surprisals)
+
+    @property
+    def _budget(self) -> int:
+        """Most tokens of a padded batch, whose logits must fit into a slice where they are the model's own."""
+        return self.max_batch_tokens if self._head_agrees else min(self.max_batch_tokens, self._head.rows)
+
+    def _halve(self, tokens: int) -> None:
+        clear_device_cache(garbage_collection=True)
+        self.max_batch_tokens = max(1, tokens // 2)
+        logger.warning("out of memory: batches now hold at most %d tokens", self.max_batch_tokens)
+
+    # --- packed ------------------------------------------------------------------------------------------------------
+
+    def _score_packs(self, groups: list[Group], surprisals: list[np.ndarray]) -> None:
+        left = self._packs(groups)
+        while left:
+            pack = left[0]
+            try:
+                self._score_pack(pack, surprisals)
+                del left[0]
+                continue
+            except RuntimeError as error:
+                if len(pack.rows) == 1 or not should_reduce_batch_size(error):
+                    raise
+            self._halve(len(pack.ids))
+            left = self._packs([group for one in left for group in one.groups])
+
+    def _packs(self, groups: list[Group]) -> list[Pack]:
+        return packs(groups, self.max_batch_tokens, self._sizes.enough, self.batch_size)
+
+    def _score_pack(self, pack: Pack, surprisals: list[np.ndarray]) -> None:
+        hidden = run_packed(self._decoder, pack)
+        if len(pack.read) < len(hidden):
+            hidden = hidden[torch.from_numpy(pack.read).to(hidden.device)]
+        self._write(pack.rows, self._head.surprisal(hidden, _labels(pack.rows, hidden.device)), surprisals)
+
+    # --- padded ------------------------------------------------------------------------------------------------------
+
+    def _run_prefix(self, group: Group):
+        ids = torch.from_numpy(group.rows[0].inputs[None, : group.prefix])
+        return run_prefix(self._decoder, ids.to(self.model.device))
+
+    def _score_batch(self, batch: list[Row], skip: int, prefix, surprisals: list[np.ndarray]) -> None:
+        """Score rows from token `skip` on; in halves if they exceed the token budget or memory."""
+        longest = max(len(row.inputs) for row in batch) - skip
+        if len(batch) == 1 or len(batch) * longest <= self._budget:
+            try:
+                states = self._read(batch, skip, prefix)
+                labels = _labels(batch, states.device)
+                found = self._head.surprisal(states, labels) if self._head_agrees else surprisal(states, labels)
+                self._write(batch, found, surprisals)
+                return
+            except RuntimeError as error:
+                if len(batch) == 1 or not should_reduce_batch_size(error):
+                    raise
+            self._halve(len(batch) * longest)
+        for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+            self._score_batch(half, skip, prefix, surprisals)
+
+    def _read(self, batch: list[Row], skip: int = 0, prefix=None, model=None) -> torch.Tensor:
+        """Hidden states [m, H] that predict the rows' labels; float32 logits [m, V] of `model`, or of one whose head
+        is its own affair."""
+        if model is None and self._head_agrees:
+            forward = functools.partial(self._hidden, prefix=prefix)
+        else:
+            forward = functools.partial(self._own_logits, model or self._base)
+        return run_padded(forward, batch, skip, self.model.device)
+
+    # --- in step with other processes --------------------------------------------------------------------------------
+
+    def _score_in_step(self, rows: list[Row], surprisals: list[np.ndarray]) -> None:
+        """By the model's own forward pass, which gathers its weights, and as often as the process with most to do."""
+        budget = min(self.max_batch_tokens, self._head.rows)
+        for batch in in_step(list(batches(Group(0, rows), budget, self._sizes.overhead, self.batch_size))):
+            if batch is None:
+                self.model(input_ids=self._probe_ids()[:, :1], use_cache=False)
+                continue
+            logits = self._read(batch, model=self.model)
+            self._write(batch, surprisal(logits, _labels(batch, logits.device)), surprisals)
+
+    def _write(self, rows: list[Row], found: torch.Tensor, surprisals: list[np.ndarray]) -> None:
+        values = found.double().cpu().numpy()
+        end = np.cumsum([len(row.read) for row in rows])
+        for row, piece in zip(rows, np.split(values, end[:-1]), strict=True):
+            surprisals[row.text][row.first : row.first + len(piece)] = piece
+
+
+def _labels(rows: list[Row], device) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([row.labels for row in rows])).to(device)
+
+
+def _agree(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Equal log-probabilities, up to what the model's own dtype loses."""
+    difference = (a.log_softmax(-1) - b.log_softmax(-1)).abs()
+    return bool(difference.mean() < (1e-4 if dtype == torch.float32 else 0.1))

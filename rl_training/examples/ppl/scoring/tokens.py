@@ -1,0 +1,115 @@
+"""Context and target -> token ids, which of them are scored, and the character each scored token stands for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ..errors import InputError
+from .units import code_points
+
+_SPACE = np.array([chr(code).isspace() for code in range(0x3002)])  # U+3000 is the last one; U+3001 stands for the rest
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One text as a model reads it.
+
+    ids:       int64 [T], context and target, BOS first where the tokenizer has one
+    positions: int64 [n], where in `ids` the scored tokens are: ascending, never 0
+    chars:     int64 [n], offset in the target of each scored token's first visible character
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    chars: np.ndarray
+
+
+class TextEncoder:
+    """Tokenizes context and target as one string and aligns the target's tokens to its characters.
+
+    `tokenizer`: any fast tokenizer of transformers. It is read once and never changed. Raises `InputError` for a slow
+    one, which has no character offsets.
+    """
+
+    def __init__(self, tokenizer) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise InputError(
+                f"{type(tokenizer).__name__} is a slow tokenizer and has no character offsets: load it with "
+                "AutoTokenizer.from_pretrained(..., use_fast=True)"
+            )
+        # A copy without post-processor: no special tokens, and no trimming of the space from a token's offsets.
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.post_processor = None
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._bos = tokenizer.bos_token_id
+        special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special.update(tokenizer.all_special_ids)
+        self._special = np.zeros(max([len(tokenizer), *special]) + 1, dtype=bool)
+        self._special[list(special)] = True
+
+    def encode(self, contexts: Sequence[str], targets: Sequence[str]) -> list[Encoded]:
+        """`contexts` and `targets` of equal length, "" for no context. A blank target has no scored token."""
+        if not targets:
+            return []
+        joined = [context + target for context, target in zip(contexts, targets, strict=True)]
+        encodings = self._backend.encode_batch(joined, add_special_tokens=False)
+        sizes = np.array([len(encoding) for encoding in encodings])
+        text = np.repeat(np.arange(len(targets)), sizes)
+        ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, len(text))
+        spans = np.fromiter(
+            chain.from_iterable(chain.from_iterable(e.offsets for e in encodings)), np.int64, 2 * len(text)
+        ).reshape(-1, 2)
+
+        # From here on, characters are counted in the concatenation of all targets.
+        target_starts = np.cumsum([0, *map(len, targets)])
+        starts = target_starts[text]
+        spans += (starts - np.array([len(context) for context in contexts])[text])[:, None]
+        # A token that straddles the border ends in the target and so belongs to it.
+        scored = (spans[:, 1] > starts) & ~self._special[ids]
+        first_token = np.cumsum(sizes) - sizes
+        has_bos = np.zeros(len(targets), dtype=bool)
+        has_bos[sizes > 0] = ids[first_token[sizes > 0]] == self._bos
+        prepend = (self._bos is not None) & ~has_bos
+        # Nothing stands before the first of all tokens, so it has no probability.
+        scored[first_token[(sizes > 0) & ~prepend]] = False
+
+        scored = np.flatnonzero(scored)
+        chars = _first_visible(np.maximum(spans[scored, 0], starts[scored]), spans[scored, 1], text[scored], targets)
+        scored, chars = scored[chars >= 0], chars[chars >= 0]
+        cuts = np.searchsorted(text[scored], np.arange(len(targets) + 1))
+        result = []
+        for place, (start, size) in enumerate(zip(first_token.tolist(), sizes.tolist(), strict=True)):
+            mine = slice(cuts[place], cuts[place + 1])
+            own = ids[start : start + size]
+            shift = int(prepend[place])
+            result.append(
+                Encoded(
+                    ids=np.concatenate([[self._bos], own]) if shift else own,
+                    positions=scored[mine] - start + shift,
+                    chars=chars[mine] - target_starts[place],
+                )
+            )
+        return result
+
+
+def _first_visible(start: np.ndarray, end: np.ndarray, text: np.ndarray, targets: Sequence[str]) -> np.ndarray:
+    """First visible character of each token; a token of white space alone takes its successor's, at the end the last's.
+
+    start, end, text: int64 [n], a token's characters, counted in the concatenation of `targets`, and the target it is
+    of. Returns int64 [n], -1 for the tokens of a blank target.
+    """
+    codes = code_points("".join(targets))
+    visible = np.flatnonzero(~_SPACE[np.minimum(codes, len(_SPACE) - 1)])
+    first = np.append(visible, len(codes))[np.searchsorted(visible, start)]
+    owned = np.flatnonzero(first < end)
+    if len(owned) == 0:
+        return np.full(len(start), -1)
+    successor = np.searchsorted(owned, np.arange(len(start)))
+    after = owned[np.minimum(successor, len(owned) - 1)]
+    before = owned[np.maximum(successor - 1, 0)]
+    found = np.where((text[after] == text) & (successor < len(owned)), after, before)
+    return np.where(text[found] == text, first[found], -1)

@@ -1,0 +1,123 @@
+"""Flags of the training script -> how the model is loaded, the reward's settings, TRL's GRPOConfig."""
+
+import argparse
+import importlib.util
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from .. import cli
+from ..definitions import DEFAULT_TEMPLATE, DEFAULT_THRESHOLDS
+from ..errors import InputError
+from ..models import model_path
+from ..reference_context import ReferenceContext
+from ..reward.loop_guard import check_weight
+from ..reward.thresholds import Thresholds, checked_weights
+from .flags import NAMESAKES
+
+REPORTERS = ("none", "wandb", "tensorboard", "trackio")
+
+
+def reward_settings(args: argparse.Namespace) -> dict:
+    """The keywords of `MultiLevelPPLRewardFunction` that the flags set, checked."""
+    thresholds = args.reward_thresholds or DEFAULT_THRESHOLDS
+    Thresholds(thresholds)
+    checked_weights(args.ppl_weights)
+    check_weight(args.repetition_penalty)
+    ReferenceContext(args.extract, args.template)
+    if args.target == "completion" and (args.extract or args.template != DEFAULT_TEMPLATE):
+        raise InputError("--extract and --template say what stands before a reference: they need --target reference")
+    return {
+        "weights": tuple(args.ppl_weights),
+        "reward_thresholds": thresholds,
+        "normalize": args.normalize_rewards,
+        "target": args.target,
+        "extract": args.extract,
+        "template": args.template,
+        "interpolate": args.interpolate,
+        "missing": args.missing,
+        "allow_baseline_mismatch": args.allow_baseline_mismatch,
+        **cli.definitions(args),
+    }
+
+
+def loading(args: argparse.Namespace, meta: Mapping) -> tuple[dict, dict]:
+    """(how the policy is loaded, how the scorer is), keywords of `load_model`: the same, if an adapter is trained.
+
+    4-bit unless asked otherwise or the baselines were made without: the scorer must be what they were made by. Full
+    fine-tuning trains float32 weights unless asked otherwise: smaller steps than a bfloat16 can hold would be lost.
+    Raises `InputError` for what excludes another.
+    """
+    made_by = meta.get("model", {})
+    in_4bit = args.load_in_4bit
+    if in_4bit is None:
+        in_4bit = made_by.get("quantization", "4bit") == "4bit"
+    scorer = {"load_in_4bit": in_4bit, "dtype": made_by.get("dtype", "auto") if args.dtype == "auto" else args.dtype}
+    if not args.full_finetuning:
+        return scorer, scorer
+    if args.load_in_4bit:
+        raise InputError("--full_finetuning trains the weights that --load_in_4bit freezes: drop one of them")
+    if args.save_merged:
+        raise InputError("--save_merged merges an adapter, --full_finetuning trains none: --output_dir is the model")
+    if Path(model_path(args.model_name), "adapter_config.json").exists():
+        raise InputError(f"--full_finetuning: {args.model_name} is an adapter: merge it first, with --save_merged")
+    policy = {"load_in_4bit": False, "dtype": "float32" if args.dtype == "auto" else args.dtype}
+    return policy, {
+        "load_in_4bit": made_by.get("quantization") == "4bit",
+        "dtype": made_by.get("dtype", policy["dtype"]),
+    }
+
+
+def check_reporters(args: argparse.Namespace) -> None:
+    """Raises `InputError` for a reporter whose package is not installed."""
+    for name in args.report_to or ():
+        if name != "none" and importlib.util.find_spec(name) is None:
+            raise InputError(f"--report_to {name} needs the package {name}: pip install {name}")
+
+
+def grpo_config(args: argparse.Namespace, rest: list[str], plan):
+    """(TRL's GRPOConfig, its fields as they were asked for, its fields' defaults), by TRL's own parser.
+
+    args: our flags, of which those that are fields of GRPOConfig are its values. rest: the other words of the command
+    line. Raises `InputError` for what TRL refuses.
+    """
+    import torch
+    from trl import GRPOConfig, TrlParser
+
+    class Parser(TrlParser):
+        def error(self, message: str):  # the usage of 189 flags would hide it
+            raise InputError(f"{message}: see --help")
+
+    parser = Parser([GRPOConfig], allow_abbrev=False)
+    defaults = vars(parser.parse_args([]))
+    cuda = torch.cuda.is_available()
+    reporters = args.report_to or (["wandb"] if args.wandb_project else ["none"])
+    # Its repetition_penalty would divide the logits while sampling.
+    shared = defaults.keys() - set(NAMESAKES)
+    ours = {name: value for name, value in vars(args).items() if name in shared}
+    derived = {
+        "max_completion_length": args.max_new_tokens,
+        "report_to": reporters,
+        "log_completions": "wandb" in reporters or "trackio" in reporters,
+        "num_completions_to_print": 0,
+        "eval_strategy": "steps" if args.eval_split else "no",
+        "eval_on_start": args.eval_split is not None,
+        # The least that holds whole groups, which TRL asks for.
+        "per_device_eval_batch_size": plan.num_generations
+        * math.ceil(args.per_device_train_batch_size / plan.num_generations),
+        "bf16": cuda and torch.cuda.is_bf16_supported(),
+        "fp16": cuda and not torch.cuda.is_bf16_supported(),
+        "use_cpu": not cuda,  # without it, several processes on a CPU do not find each other
+        "ddp_find_unused_parameters": False,  # every adapter is used in every pass
+    }
+    parser.set_defaults(**{**ours, **plan._asdict(), **derived})
+    if args.wandb_project:
+        os.environ["WANDB_PROJECT"] = args.wandb_project
+    try:
+        asked = vars(parser.parse_args(rest))
+        (config,) = parser.parse_args_and_config(rest)
+    # What GRPOConfig finds when it is made: values that do not go together, a file of DeepSpeed that is not there.
+    except (ValueError, TypeError, OSError) as error:
+        raise InputError(str(error)) from error
+    return config, asked, defaults

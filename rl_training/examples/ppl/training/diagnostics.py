@@ -1,0 +1,215 @@
+"""Is there anything to learn from the rewards? Shares for the log, and in words which failure a run is in."""
+
+import itertools
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from ..variety import distinct
+
+WINDOW = 20  # steps that a verdict looks back
+START = 5  # reward calls that later ones are compared with
+NEARLY_ALL = 0.9
+LEAST_DISTINCT = 0.9  # of the start
+LEAST_LENGTH = 0.5  # of the start
+
+REMEDY = {
+    "saturated": "Measure against the model's own writing (compute_baselines_trl.py --generate 4), sample at "
+    "--temperature 1, or set stricter --reward_thresholds.",
+    "no baseline": "The data set and the baselines do not belong together: compute them on this data set and split.",
+    "first visit": "Each prompt's first completions only make its baseline: train for more epochs "
+    "(--num_train_epochs 3), or give --baselines_path.",
+    "blank": "The completions are empty or blank: check the prompts' format, and that --max_new_tokens is not tiny.",
+    "out of reach": "The baselines are texts that the model cannot match yet: measure against its own writing "
+    "(compute_baselines_trl.py --generate 4), or set lower --reward_thresholds, with --interpolate.",
+    "no spread": "Draw lines between the thresholds (--interpolate), set finer --reward_thresholds, or sample more "
+    "freely (--temperature 1, a larger --num_generations).",
+    "gamed": "Hold the policy near its start (--beta 0.04), lower --learning_rate, keep --repetition_penalty on, or "
+    "measure what the model does not write (--target reference). A checkpoint from before is the one to keep.",
+}
+
+
+class _Sample(NamedTuple):
+    prompt: str
+    reward: float | None  # as the trainer gets it
+    at_zero: bool
+    at_top: bool
+    scored: bool
+    skipped: bool
+    first_visit: bool
+    improvement: float
+    distinct_2: float
+    length: int  # characters
+
+
+class _Call(NamedTuple):
+    step: int
+    groups: int
+    without_spread: int
+    shares: dict[str, float]
+    improvement: float
+    distinct_2: float
+    length: float
+
+
+class Diagnostics(TrainerCallback):
+    """Watches a reward function from within: `reward_fn.observer = Diagnostics()`, and a callback of the trainer.
+
+    Each call logs, over all processes, `diagnostics/at_zero` and `diagnostics/at_top` (shares of completions at 0 or
+    below, and at the top threshold), `no_spread` (of groups whose rewards, but for blank completions, are all equal),
+    `unscorable`, `missing` (without a baseline), `first_visit`, `distinct_2`, and `distinct_2_of_start` and
+    `length_of_start`, relative to the mean of the first `START` calls.
+
+    After `WINDOW` steps in which 90 % of the groups had no spread, it says once whether the reward is saturated, all
+    zero (and why), or without spread for another reason, with the remedy; and as soon as the mean distinct-2 of
+    `WINDOW` steps is below 0.9 of the start, or the length below half of it, that the reward is being gamed.
+    """
+
+    def __init__(self) -> None:
+        self.start: list[list[float]] = []  # [distinct-2, length] of the first calls
+        self.named: list[str] = []  # failures already told
+        self._calls: deque[_Call] = deque()
+        self._steps = 0
+        self._in_step = False  # else it is an evaluation that asks for rewards
+
+    def observe(self, call, thresholds, prompts: Sequence, texts: Sequence[str], rewards, log_metric=None) -> None:
+        """call: the reward function's record of its call. rewards: what it returned, None for a skipped row."""
+        raw = call.details["rewards"].tolist()
+        average = call.details["improvements"]["avg"].tolist()
+        top = float(thresholds.values.max())
+        local = [
+            _Sample(
+                repr(prompts[place]), reward, raw[place] <= 0, raw[place] >= top, bool(call.scored[place]),
+                bool(call.skipped[place]), bool(call.first_visit[place]),
+                average[place], distinct([text], 2), len(text),
+            )
+            for place, (text, reward) in enumerate(zip(texts, rewards, strict=True))
+        ]  # fmt: skip
+        # A process may hold part of a group: together they are whole, and stand side by side.
+        samples = local
+        if torch.distributed.is_initialized():
+            parts = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, local)
+            samples = [sample for part in parts for sample in part]
+        found = _summary(samples, self._steps)
+        if self._in_step:
+            self._calls.append(found)
+            if len(self.start) < START:
+                self.start.append([found.distinct_2, found.length])
+        if log_metric is not None:
+            of_start = self._of_start([found])
+            metrics = {
+                **found.shares,
+                "no_spread": found.without_spread / max(found.groups, 1),
+                "distinct_2": found.distinct_2,
+                "distinct_2_of_start": of_start[0],
+                "length_of_start": of_start[1],
+            }
+            for name, value in metrics.items():
+                log_metric(f"diagnostics/{name}", value)
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self._in_step = True
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self._in_step = False
+        self._steps += 1
+        while self._calls and self._calls[0].step < self._steps - WINDOW:
+            self._calls.popleft()
+        for name, text in self.verdicts().items():
+            if name not in self.named:
+                self.named.append(name)
+                if state.is_world_process_zero:
+                    tqdm.write(f"step {state.global_step}: {text}")
+
+    def verdicts(self) -> dict[str, str]:
+        """The failures that the last `WINDOW` steps show, by name, each in words with its remedy."""
+        if self._steps < WINDOW or not self._calls:
+            return {}
+        found = {}
+        groups = sum(call.groups for call in self._calls)
+        flat = sum(call.without_spread for call in self._calls) / max(groups, 1)
+        mean = {name: float(np.mean([call.shares[name] for call in self._calls])) for name in self._calls[0].shares}
+        improvement = float(np.mean([call.improvement for call in self._calls]))
+        seen = f"In the last {WINDOW} steps {flat:.0%} of the groups had no spread: GRPO learns nothing"
+        if flat >= NEARLY_ALL:
+            if mean["at_top"] >= NEARLY_ALL:
+                found["saturated"] = (
+                    f"{seen}. SATURATED: {mean['at_top']:.0%} of the completions are at the top threshold, with "
+                    f"{improvement:+.1f} % improvement over their baselines. {REMEDY['saturated']}"
+                )
+            elif mean["at_zero"] + mean["missing"] >= NEARLY_ALL:
+                causes = {"no baseline": "missing", "first visit": "first_visit", "blank": "unscorable"}
+                cause = max(causes, key=lambda name: mean[causes[name]])
+                if mean[causes[cause]] < 0.5:
+                    cause, why = "out of reach", f"with {improvement:+.1f} % improvement over their baselines"
+                else:
+                    why = f"{mean[causes[cause]]:.0%}: {cause}"
+                found["all zero"] = (
+                    f"{seen}. ALL ZERO: {mean['at_zero'] + mean['missing']:.0%} of the completions earn nothing, "
+                    f"{why}. {REMEDY[cause]}"
+                )
+            else:
+                found["no spread"] = (
+                    f"{seen}. NO SPREAD: {mean['at_zero']:.0%} of the completions are at 0, {mean['at_top']:.0%} at "
+                    f"the top threshold, the others between, but alike within their groups. {REMEDY['no spread']}"
+                )
+        distinct_2, length = self._of_start(self._calls)
+        if distinct_2 < LEAST_DISTINCT or length < LEAST_LENGTH:
+            found["gamed"] = (
+                f"GAMED: in the last {WINDOW} steps distinct-2 is {distinct_2:.2f} and the length {length:.2f} of what "
+                f"they were at the start: the model earns by loops, blandness or brevity. {REMEDY['gamed']}"
+            )
+        return found
+
+    def _of_start(self, calls) -> tuple[float, float]:
+        """(distinct-2, length) of the calls relative to the start; 1 before there is one."""
+        now = np.mean([[call.distinct_2, call.length] for call in calls], axis=0)
+        start = np.mean(self.start, axis=0) if self.start else now
+        return tuple(float(a / b) if b > 0 else 1.0 for a, b in zip(now, start, strict=True))
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs to be compared with the same start, and not to repeat itself."""
+        return {"start": self.start, "named": self.named}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        self.start, self.named = list(state["start"]), list(state["named"])
+
+
+def _summary(samples: Sequence[_Sample], step: int) -> _Call:
+    # A blank completion among equal rewards is no spread to learn writing from.
+    groups = [
+        [s.reward for s in group if s.reward is not None and (s.scored or s.first_visit)]
+        for _, group in itertools.groupby(samples, key=lambda sample: sample.prompt)
+    ]
+    kept = [sample for sample in samples if sample.scored]
+    distinct_2 = [sample.distinct_2 for sample in samples if sample.distinct_2 == sample.distinct_2]
+    total = max(len(samples), 1)
+    shares = {
+        "at_zero": sum(not s.skipped and s.at_zero for s in samples) / total,
+        "at_top": sum(not s.skipped and s.at_top for s in samples) / total,
+        "unscorable": sum(not s.skipped and not s.scored and not s.first_visit for s in samples) / total,
+        "missing": sum(s.skipped for s in samples) / total,
+        "first_visit": sum(s.first_visit for s in samples) / total,
+    }
+    return _Call(
+        step,
+        len(groups),
+        sum(not group or max(group) - min(group) <= 1e-9 for group in groups),
+        shares,
+        float(np.mean([sample.improvement for sample in kept])) if kept else 0.0,
+        float(np.mean(distinct_2)) if distinct_2 else 1.0,  # without two words, nothing is said twice
+        float(np.mean([sample.length for sample in samples])) if samples else 0.0,
+    )
+
+
+def in_one_line(logs: Mapping[str, float], prefix: str = "") -> str:
+    """What of a log entry belongs into the progress line; "" without diagnostics."""
+    names = {"at_zero": "at 0", "at_top": "at top", "no_spread": "groups alike"}
+    shares = {text: logs.get(f"{prefix}diagnostics/{name}") for name, text in names.items()}
+    return "".join(f", {text} {share:.0%}" for text, share in shares.items() if share is not None)

@@ -1,0 +1,201 @@
+"""The reward as OpenRLHF and verl call it: loaded by path, from threads, one completion at a time.
+
+Neither engine is installed. How they load and call is copied from their sources: OpenRLHF's `SingleTurnAgentExecutor`
+(openrlhf/utils/agent.py), verl's `load_module` and its reward managers `naive` and `batch`.
+"""
+
+import asyncio
+import functools
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import ppl.reward.config
+from multi_level_ppl_trl import MultiLevelPPLRewardFunction
+from ppl.definitions import LEVELS
+from ppl.errors import InputError
+from ppl.models import load_model
+
+EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
+ENGINE_REWARD = EXAMPLES / "engines" / "reward.py"
+ROWS = json.loads((EXAMPLES / "tiny_stories" / "train.json").read_text())[:6]
+PROMPTS = [row["prompt"] for row in ROWS]
+REFERENCES = [row["completion"] for row in ROWS]
+COMPLETIONS = [" So the fox went home.", " xq zt", " They were very happy, and laughed.", "", " No!", " She was sad."]
+LINE = [(-20.0, 0.0), (20.0, 1.0)]
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer():
+    return load_model("tiny-stories")[:2]
+
+
+@pytest.fixture
+def configure(tmp_path, monkeypatch):
+    """Writes the settings to the file that PPL_REWARD_CONFIG names, and counts how often a model is loaded for it."""
+
+    def write(**settings):
+        path = tmp_path / "reward.yaml"
+        settings = {"model_name": "tiny-stories", "interpolate": True, "reward_thresholds": LINE, **settings}
+        path.write_text(yaml.safe_dump(json.loads(json.dumps(settings))))
+        monkeypatch.setenv("PPL_REWARD_CONFIG", str(path))
+        loads = []
+
+        @functools.wraps(load_model)
+        def counted(*args, **kwargs):
+            loads.append(args)
+            return load_model(*args, **kwargs)
+
+        monkeypatch.setattr(ppl.reward.config, "load_model", counted)
+        return loads
+
+    return write
+
+
+def by_path(name: str, register: bool):
+    spec = importlib.util.spec_from_file_location(name, str(ENGINE_REWARD))
+    module = importlib.util.module_from_spec(spec)
+    if register:
+        sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def direct(model_and_tokenizer, **options):
+    reward = MultiLevelPPLRewardFunction(*model_and_tokenizer, interpolate=True, reward_thresholds=LINE, **options)
+    columns = {"prompts": PROMPTS, "references": REFERENCES, "ids": [row["id"] for row in ROWS]}
+    return reward.compute_rewards(COMPLETIONS, **columns, return_details=True)
+
+
+def openrlhf(reward_func, queries, prompts, labels) -> list[dict]:
+    async def fetch():
+        tasks = [
+            asyncio.to_thread(reward_func, queries[i : i + 1], prompts[i : i + 1], labels[i : i + 1])
+            for i in range(len(queries))
+        ]
+        return await asyncio.gather(*tasks)
+
+    return asyncio.run(fetch())
+
+
+def naive(compute_score, rows) -> list[dict]:
+    async def run_single(row):
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(None, lambda: compute_score(**row))
+
+    async def run():
+        return await asyncio.gather(*map(run_single, rows))
+
+    return asyncio.run(run())
+
+
+def verl_rows(prompts, **info) -> list[dict]:
+    given = {"num_turns": None, "rollout_reward_scores": {}}
+    return [
+        {"data_source": "stories", "solution_str": text, "ground_truth": reference,
+         "extra_info": {"prompt": prompt, **{name: values[place] for name, values in info.items()}, **given}}
+        for place, (prompt, text, reference) in enumerate(zip(prompts, COMPLETIONS, REFERENCES, strict=True))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["reference", "completion"])
+def test_openrlhf_gets_the_numbers_of_the_direct_reward(configure, tmp_path, model_and_tokenizer, target):
+    options = {"target": target}
+    if target == "completion":
+        path = tmp_path / "baselines.json"
+        path.write_text(json.dumps({prompt: dict.fromkeys(LEVELS, 30.0 + n) for n, prompt in enumerate(PROMPTS)}))
+        options["baselines"] = str(path)
+    loads = configure(**options)
+    queries = [f"{prompt}{text}<|eos|>" for prompt, text in zip(PROMPTS, COMPLETIONS, strict=True)]
+    # Each of its engine processes loads the file once; two engines in one process, as its tests have them, do it twice.
+    found = [openrlhf(by_path("reward_func", False).reward_func, queries, PROMPTS, REFERENCES) for _ in range(2)]
+    assert len(loads) == 1
+    rewards, details = direct(model_and_tokenizer, **options)
+    assert rewards.std() > 0.01
+    for results in found:
+        for name in ("rewards", "scores"):
+            assert torch.cat([result[name] for result in results]).tolist() == pytest.approx(rewards.tolist(), rel=1e-4)
+        for level in LEVELS:
+            logged = torch.cat([result["extra_logs"][f"reward_{level}"] for result in results])
+            assert logged.tolist() == pytest.approx(details["improvements"][level].tolist(), rel=1e-3, abs=1e-3)
+
+
+def test_verl_gets_the_numbers_of_the_direct_reward_one_by_one_and_in_batches(configure, model_and_tokenizer):
+    loads = configure(target="reference")
+    module = by_path("custom_module", True)
+    rewards, details = direct(model_and_tokenizer, target="reference")
+    rows = verl_rows(PROMPTS)
+    plural = {f"{name}s": [row[name] for row in rows] for name in rows[0]}
+    for results in (naive(module.compute_score, rows), module.compute_scores(**plural)):
+        assert [result["score"] for result in results] == pytest.approx(rewards.tolist(), rel=1e-4)
+        words = details["improvements"]["word"].tolist()
+        assert [result["reward_word"] for result in results] == pytest.approx(words, rel=1e-3, abs=1e-3)
+        assert {tuple(result) for result in results} == {("score", "reward_word", "reward_phrase", "reward_sentence")}
+        assert all(type(value) is float for result in results for value in result.values())
+    assert len(loads) == 1
+
+
+def test_verl_finds_baselines_by_the_rows_id(configure, tmp_path):
+    path = tmp_path / "baselines.json"
+    path.write_text(json.dumps({f"row{n}": dict.fromkeys(LEVELS, 1e9) for n in range(len(ROWS))}))
+    configure(baselines=str(path))
+    module = by_path("custom_module", True)
+    rows = verl_rows(PROMPTS, id=[f"row{n}" for n in range(len(ROWS))])
+    scores = [result["score"] for result in naive(module.compute_score, rows)]
+    assert scores == [pytest.approx(1.0 if text else 0.0, abs=1e-6) for text in COMPLETIONS]
+
+
+def test_verl_may_give_the_prompt_as_chat_messages_in_an_array(configure, tmp_path):
+    configure(target="reference")
+    module = by_path("custom_module", True)
+    reward = ppl.reward.config.reward_from_config()
+    reward.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    chats = [np.array([{"role": "user", "content": prompt}], dtype=object) for prompt in PROMPTS]
+    plain = [result["score"] for result in naive(module.compute_score, verl_rows(PROMPTS))]
+    assert [result["score"] for result in naive(module.compute_score, verl_rows(chats))] == pytest.approx(plain)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "set baselines, or target: reference"),
+        ({"target": "reference", "normalize": True}, "normalize"),
+        ({"target": "reference", "missing": "skip"}, "missing: skip"),
+        ({"target": "reference", "wieghts": [1, 1, 1]}, "did you mean weights"),
+    ],
+)
+def test_what_a_completion_alone_cannot_have_is_refused_when_the_file_is_loaded(configure, settings, words):
+    configure(**settings)
+    with pytest.raises(InputError, match=words):
+        by_path("reward_func", False)
+
+
+def test_a_missing_prompt_is_no_score(configure):
+    configure(target="reference")
+    module = by_path("custom_module", True)
+    with pytest.raises(InputError, match="extra_info has no 'prompt'"):
+        module.compute_score("stories", " So.", "The end.", {"index": 3})
+    with pytest.raises(InputError, match="does not begin with its prompt"):
+        module.reward_func(["upon a time. So"], ["Once upon a time."], ["The end."])
+    with pytest.raises(InputError, match="blank reference"):
+        module.reward_func(["Once. So"], ["Once."], [None])
+
+
+def test_the_example_files_point_to_what_is_there():
+    engines = EXAMPLES / "engines"
+    assert ppl.reward.config.read_settings(engines / "reward.yaml")["target"] == "reference"
+    verl = yaml.safe_load((engines / "verl.yaml").read_text())
+    function = verl["reward"]["custom_reward_function"]
+    assert (EXAMPLES / function["path"]).samefile(ENGINE_REWARD)
+    assert f"def {function['name']}(" in ENGINE_REWARD.read_text()
+    assert (EXAMPLES / verl["ray_kwargs"]["ray_init"]["runtime_env"]["env_vars"]["PPL_REWARD_CONFIG"]).exists()
+    script = (engines / "openrlhf.sh").read_text()
+    for name in re.findall(r"\$EXAMPLES/([\w/.]+)", script):
+        assert (EXAMPLES / name).exists(), name

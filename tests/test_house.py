@@ -1,0 +1,128 @@
+"""The rules of the house: which wing imports which, and that each wing's map names what is there."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+PPL = Path(__file__).parent.parent / "rl_training" / "examples" / "ppl"
+ROOT = "the root"
+# What a wing may import beside itself and the root; the root imports no wing.
+ALLOWED = {
+    ROOT: set(),
+    "scoring": set(),
+    "baselines": {"scoring"},
+    "reward": {"scoring", "baselines"},
+    "training": {"scoring", "baselines", "reward"},
+    "pages": {"scoring", "baselines", "reward", "training"},
+}
+# Like a script, it puts the wings to use; only a script imports it.
+LIKE_A_SCRIPT = PPL / "checks.py"
+FILES = sorted(PPL.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    """The wing that a module is of, or the root."""
+    parts = path.relative_to(PPL).parts
+    return parts[0] if len(parts) > 1 else ROOT
+
+
+def imported(path: Path) -> set[Path]:
+    """The modules of ppl that one imports, also within its functions and under `if TYPE_CHECKING`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            folder = ["ppl", *path.relative_to(PPL).parts]
+            start = ".".join(folder[: len(folder) - node.level]) if node.level else ""
+            module = ".".join(filter(None, [start, node.module]))
+            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            top, *parts = name.split(".")
+            if top == "ppl":
+                found |= {
+                    place
+                    for place in (PPL.joinpath(*parts).with_suffix(".py"), PPL.joinpath(*parts, "__init__.py"))
+                    if place.exists()
+                }
+    return found
+
+
+def rooms_imported(path: Path) -> set[str]:
+    return {room(one) for one in imported(path)} - {ROOT, room(path)}
+
+
+def test_the_imports_are_seen():
+    """Known in advance, so that the rule below does not hold for want of looking."""
+    assert rooms_imported(PPL / "reward" / "function.py") == {"scoring", "baselines"}
+    assert PPL / "scoring" / "surprisal.py" in imported(PPL / "reward" / "function.py")
+    assert PPL / "baselines" / "safe_pickle.py" in imported(PPL / "baselines" / "file.py")  # from . import ...
+    assert PPL / "frozen.py" in imported(PPL / "models.py")  # within a function
+    assert PPL / "cli.py" in imported(PPL / "training" / "config.py")  # from .. import ...
+    assert {room(path) for path in FILES} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PPL)))
+def test_a_wing_imports_only_the_wings_below_it(path):
+    if path == LIKE_A_SCRIPT:
+        return
+    forbidden = rooms_imported(path) - ALLOWED[room(path)]
+    assert not forbidden, f"{path.relative_to(PPL)} imports {', '.join(sorted(forbidden))}"
+    assert LIKE_A_SCRIPT not in imported(path)
+
+
+def test_no_module_imports_a_script():
+    scripts = {path.stem for path in PPL.parent.glob("*.py")}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert not scripts & {name.partition(".")[0] for name in names}, path
+
+
+def test_the_definitions_import_nothing():
+    tree = ast.parse((PPL / "definitions.py").read_text(encoding="utf-8"))
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert "__import__" not in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+@pytest.mark.parametrize("wing", [".", *sorted(set(ALLOWED) - {ROOT})])
+def test_a_map_names_every_file_of_its_wing_and_no_other(wing):
+    folder = PPL / wing
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+    named = set(re.findall(r"^(\w+\.py) ", text, flags=re.MULTILINE))
+    assert named == {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+    if wing == ".":
+        assert set(re.findall(r"^(\w+)/ ", text, flags=re.MULTILINE)) == set(ALLOWED) - {ROOT}
+
+
+def test_a_map_imports_nothing():
+    for path in PPL.rglob("__init__.py"):
+        assert not imported(path), path
+
+
+def test_files_are_written_in_one_place():
+    """`open` for writing, `os.replace` and the like stand in files.py; what stands elsewhere is named here."""
+    writers = {
+        PPL / "baselines" / "assemble.py": {"replace"},  # files that are whole already get their names
+        PPL / "baselines" / "parts.py": {"open"},  # the lock, which a process keeps open
+        PPL / "training" / "merge.py": {"replace"},  # a folder
+    }
+    for path in FILES:
+        calls = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            function, modes = node.func, [one.value for one in node.args[1:] if isinstance(one, ast.Constant)]
+            if isinstance(function, ast.Name) and function.id == "open" and set("wax+") & set("".join(modes[:1])):
+                calls.add("open")
+            if isinstance(function, ast.Attribute):
+                of_os = isinstance(function.value, ast.Name) and function.value.id == "os"
+                if function.attr in ("write_text", "write_bytes", "rename") or (of_os and function.attr == "replace"):
+                    calls.add(function.attr)
+        if path != PPL / "files.py":
+            assert calls == writers.get(path, set()), path

@@ -1,0 +1,177 @@
+"""No loop earns more than the text it loops from: the bound for any model, and real stories under the real reward."""
+
+import itertools
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.rewards import get_repetition_penalty_reward
+
+from ppl.data import TINY_STORIES
+from ppl.errors import InputError
+from ppl.reward.function import MultiLevelPPLRewardFunction
+from ppl.reward.loop_guard import NGRAM, WEIGHT, check_reward_weights, loop_guard
+from ppl.reward.thresholds import normalized
+from ppl.sampling import sample_completions
+from ppl.scoring.units import segment
+
+LENGTHS = (64, 128, 256)
+
+
+def share(ids) -> float:
+    return -get_repetition_penalty_reward(NGRAM, -1.0)(completion_ids=[list(ids)])[0]
+
+
+# --- the bound -------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 60), st.integers(1, 30), st.integers(1, 120))
+def test_a_loop_repeats_at_least_the_share_that_the_bound_says(before, unit, looped):
+    tokens = [*range(before), *(1000 + place % unit for place in range(looped))]
+    if len(tokens) >= NGRAM:
+        repeated = max(0, looped - unit - NGRAM + 1)
+        assert share(tokens) == pytest.approx(repeated / (len(tokens) - NGRAM + 1))
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=NGRAM, max_size=40),
+    st.lists(st.integers(0, 3), min_size=NGRAM, max_size=40),
+    st.lists(st.tuples(st.integers(-100, 100), st.integers(-5, 5)), min_size=1, max_size=4, unique_by=lambda p: p[0]),
+)
+def test_who_repeats_more_by_one_over_the_weight_earns_less_whatever_the_perplexities_say(one, other, thresholds):
+    penalty, weight = loop_guard(WEIGHT, thresholds)
+    rewards = [0, *(reward for _, reward in thresholds)]
+    if max(rewards) > min(rewards) and share(one) > share(other) + 1 / WEIGHT + 1e-9:
+        of_one, of_other = penalty(completion_ids=[one, other])
+        assert max(rewards) + weight * of_one < min(rewards) + weight * of_other
+
+
+@given(st.lists(st.sampled_from([0.0, 0.2, 0.5, 1.0]), min_size=2, max_size=32))
+def test_normalized_rewards_differ_by_no_more_than_the_weight_counts_on(rewards):
+    _, weight = loop_guard(1.0, normalized_over=len(rewards))
+    assert np.ptp(normalized(np.array(rewards))) <= weight + 1e-9
+
+
+def test_a_larger_reward_makes_loops_dearer_in_proportion():
+    assert loop_guard()[1] == WEIGHT
+    assert loop_guard(10, [(0, 5.0), (1, -2.0)])[1] == 10 * 7
+    assert loop_guard(10, [(0, 3.0)])[1] == 10 * 3  # below the threshold it is 0
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_weight_that_makes_no_sense_is_refused(weight):
+    with pytest.raises(InputError, match=r"--repetition_penalty is .*expected 0"):
+        loop_guard(weight)
+
+
+def test_reward_weights_of_trl_must_be_one_for_each_function():
+    check_reward_weights(None, guarded=True)
+    check_reward_weights([1.0, 5.0], guarded=True)
+    with pytest.raises(InputError, match=r"holds 1 number.*expected 2"):
+        check_reward_weights([1.0], guarded=True)
+    with pytest.raises(InputError, match=r"holds 2 number.*expected 1"):
+        check_reward_weights([1.0, 5.0], guarded=False)
+
+
+# --- real stories ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """(tokenizer, model, all 240 stories)."""
+    files = [TINY_STORIES / "train.json", TINY_STORIES / "test.json"]
+    stories = [story for file in files for story in json.loads(file.read_text())]
+    return AutoTokenizer.from_pretrained(TINY_STORIES), AutoModelForCausalLM.from_pretrained(TINY_STORIES), stories
+
+
+def ids_of(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def looped(tokenizer, text: str, length: int, rng: random.Random) -> list[int] | None:
+    """The text up to one of its sentences, and that sentence to the end; one that fits at least twice."""
+    starts = [*segment([text]).starts["sentence"], len(text)]
+    found = []
+    for start, end in itertools.pairwise(starts):
+        before, sentence = ids_of(tokenizer, text[:start]), ids_of(tokenizer, " " + text[start:end].strip())
+        if len(before) + 2 * len(sentence) <= length:
+            found.append((before, sentence))
+    if not found:
+        return None
+    before, sentence = rng.choice(found)
+    return (before + sentence * length)[:length]
+
+
+@pytest.fixture(scope="module")
+def trials(embedded):
+    """Per trial (story, token ids of the original, of the loop); 80 stories, each at every length."""
+    tokenizer, _, stories = embedded
+    rng = random.Random(0)
+    chosen = rng.sample(range(len(stories)), 80)
+    rows = []
+    for length in LENGTHS:
+        for story in chosen:
+            text = stories[story]["completion"]
+            if loop := looped(tokenizer, text, length, rng):
+                rows.append((story, ids_of(tokenizer, text)[:length], loop))
+    assert len(rows) >= 200
+    return rows
+
+
+def test_no_looped_story_out_earns_its_original(embedded, trials):
+    """Against the model's own writing, as in the demo, and against baselines that leave the original a lower reward."""
+    tokenizer, model, stories = embedded
+    torch.manual_seed(0)
+    chosen = sorted({story for story, *_ in trials})
+    prompts = [stories[story]["prompt"] for story in chosen]
+    own = sample_completions(model, tokenizer, prompts, num_generations=2, max_new_tokens=64, seed=42, batch_size=80)
+    plain = MultiLevelPPLRewardFunction(model, tokenizer, {})
+    pairs = [(prompt, text) for prompt, texts in zip(prompts, own, strict=True) for text in texts]
+    means = np.nanmean(plain.calculator.score_pairs(model, pairs).reshape(len(chosen), 2, 3), axis=1)
+    penalty, weight = loop_guard()
+    won_without = 0
+    # Lower and lower baselines: the original's reward falls from 1 to 0, whichever way the loop's goes.
+    for factor in (1.0, 0.7, 0.5):
+        levels = dict(zip(chosen, means * factor, strict=True))
+        baselines = [dict(zip(("word", "phrase", "sentence"), levels[story], strict=True)) for story, *_ in trials]
+        totals = []
+        for version in (1, 2):
+            ids = [trial[version] for trial in trials]
+            rewards = plain.compute_rewards(
+                tokenizer.batch_decode(ids),
+                prompts=[stories[trial[0]]["prompt"] for trial in trials],
+                baselines=baselines,
+            )
+            totals.append((rewards.double().numpy(), np.array(penalty(completion_ids=ids)) * weight))
+        (original, small), (loop, large) = totals
+        won_without += int((loop > original).sum())
+        assert ((loop + large) > (original + small)).sum() == 0
+    assert won_without >= 20, "the guard had nothing to do"
+
+
+def test_nor_would_it_for_a_model_that_grants_every_loop_everything_if_it_fills_a_quarter(embedded, trials):
+    """Rewards 1 for the loop and 0 for the original: what the bound is for."""
+    penalty, weight = loop_guard()
+    long = [trial for trial in trials if len(trial[2]) == 256]
+    assert len(long) == 80
+    for _, original, loop in long:
+        of_original, of_loop = penalty(completion_ids=[original, loop])
+        assert 1 + weight * of_loop < 0 + weight * of_original
+
+
+def test_honest_prose_loses_next_to_nothing(embedded):
+    """The numbers of the guide."""
+    tokenizer, model, stories = embedded
+    penalty, weight = loop_guard()
+    human = [ids_of(tokenizer, story["completion"]) for story in stories]
+    lost = -weight * np.array(penalty(completion_ids=human))
+    assert lost.mean() == pytest.approx(0.015, abs=0.003) and np.mean(lost > 0) < 0.06
+    prompts = [story["prompt"] for story in stories[200:]]
+    own = sample_completions(model, tokenizer, prompts, num_generations=2, max_new_tokens=64, seed=1, batch_size=80)
+    written = [ids_of(tokenizer, text) for texts in own for text in texts]
+    assert max(-weight * np.array(penalty(completion_ids=written))) == 0
