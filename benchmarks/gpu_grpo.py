@@ -47,9 +47,7 @@ def peft(rows: Rows, toy: bool, folder: str) -> None:
 def _step(rows: Rows, title: str, sizes: Sizes, folder: str, unsloth: bool, most_gigabytes=None, most_reward=None):
     from transformers import AutoTokenizer
 
-    prompts = random_texts(
-        AutoTokenizer.from_pretrained(folder), [sizes.tokens // 2] * sizes.prompts * sizes.steps
-    )
+    prompts = random_texts(AutoTokenizer.from_pretrained(folder), [sizes.tokens // 2] * sizes.prompts * sizes.steps)
     found = grpo_step(
         model=folder, unsloth=unsloth, in_4bit=True, prompts=prompts, group=8, batch=sizes.batch,
         new_tokens=sizes.tokens, steps=sizes.steps,

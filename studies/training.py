@@ -209,10 +209,7 @@ def summary(runs: list[dict]) -> dict:
         "reward before": [run["before"]["reward"] for run in runs],
         "reward after": [run["after"]["reward"] for run in runs],
         "reward change": [run["after"]["reward"] - run["before"]["reward"] for run in runs],
-        **{
-            f"{level} PPL kept": [run["after"][level] / run["before"][level] for run in runs]
-            for level in LEVELS
-        },
+        **{f"{level} PPL kept": [run["after"][level] / run["before"][level] for run in runs] for level in LEVELS},
         "distinct-2 kept": [run["after"]["distinct-2"] / run["before"]["distinct-2"] for run in runs],
         "repetition": [run["after"]["repetition"] for run in runs],
         "KL": [run["after"]["KL"] for run in runs],

@@ -68,9 +68,7 @@ def test_the_reference_is_scored_behind_the_template_and_its_baseline_behind_an_
     )
     texts = [PLAN, "No plan at all."]
     references = ["The fox was home.", "It slept."]
-    _, details = reward_fn.compute_rewards(
-        texts, prompts=["Once"] * 2, references=references, return_details=True
-    )
+    _, details = reward_fn.compute_rewards(texts, prompts=["Once"] * 2, references=references, return_details=True)
     calculator = MultiLevelPPLCalculator(tokenizer)
     contexts = ["Once\nPlan: the fox runs\nhome.\n", "Once\nPlan:No plan at all.\n"]
     current = calculator.compute_all_levels(model, references, contexts)

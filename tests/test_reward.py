@@ -16,6 +16,7 @@ from ppl.data import stable_id
 
 # --- where a baseline comes from, in order ---------------------------------------------------------------------------
 
+
 def test_columns_come_before_ids_before_prompts():
     function = reward({"text": 5}, baselines={"id": levels(20), "p": levels(30), "other": levels(40)})
     assert baseline_of(function, id=["id"], **COLUMNS) == 10

@@ -68,16 +68,15 @@ def test_a_held_out_split_is_evaluated_with_the_reward(merged):
 
 def test_training_goes_on_with_an_adapter(merged, rows, tmp_path):
     train(*STEP, *rows, "--model_name", merged, "--output_dir", tmp_path / "further", "--max_steps", "1")
-    first, second = (
-        json.loads((folder / "heldout.json").read_text()) for folder in (merged, tmp_path / "further")
-    )
+    first, second = (json.loads((folder / "heldout.json").read_text()) for folder in (merged, tmp_path / "further"))
     # The scorer is the base model, so that the further run starts where the first one ended.
     assert second["before"]["scores"]["KL"] == pytest.approx(first["after"]["scores"]["KL"], abs=1e-3)
     assert second["before"]["completions"] == first["after"]["completions"]
     config = json.loads((tmp_path / "further" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == json.loads((merged / "adapter_config.json").read_text())[
-        "base_model_name_or_path"
-    ]
+    assert (
+        config["base_model_name_or_path"]
+        == json.loads((merged / "adapter_config.json").read_text())["base_model_name_or_path"]
+    )
 
 
 @pytest.mark.parametrize("way", [[], ["--no_unsloth"]])

@@ -53,7 +53,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_unsloth_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Unsloth")
-    group.add_argument("--max_seq_length", type=positive_int, default=2048, help="window in tokens, at most the model's")
+    group.add_argument("--max_seq_length", type=positive_int, default=2048, help="window in tokens")
     group.add_argument("--no_unsloth", action="store_true", help="load with transformers and PEFT instead of Unsloth")
 
 

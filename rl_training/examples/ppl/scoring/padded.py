@@ -1,8 +1,8 @@
 """For models that cannot be packed: rows in a batch, padded on the right, behind the keys and values of their prefix.
 
-    prefix      p1 p2 p3      runs once, is never copied whole
-    batch       a1 a2 .       a and b go on from it; padding on the right cannot change the tokens before it
-                b1 b2 b3
+prefix      p1 p2 p3      runs once, is never copied whole
+batch       a1 a2 .       a and b go on from it; padding on the right cannot change the tokens before it
+            b1 b2 b3
 """
 
 import inspect
