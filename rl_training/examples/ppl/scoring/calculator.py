@@ -9,9 +9,10 @@ from ..data import Text, message_text, render_prompt
 from ..definitions import AGGREGATIONS, DEFAULT_AGGREGATION, DEFAULT_LANGUAGE, DEFAULT_PHRASE_WORDS, LEVELS
 from ..errors import InputError, one_of
 from .levels import level_perplexities, unit_sums
+from .nested import Scopes, nested_perplexities, score_scopes
 from .surprisal import SurprisalScorer
-from .tokens import TextEncoder
-from .units import segment
+from .tokens import Encoded, TextEncoder
+from .units import Units, segment
 
 MOST_NATS = 709.0  # a token; exp of more is beyond float64
 
@@ -22,7 +23,9 @@ class MultiLevelPPLCalculator:
     A unit's perplexity is exp(S_u / n_u), its surprisal in nats over its number of tokens. A level's is the geometric
     mean of its units' perplexities, exp(mean_u S_u / n_u), or with `aggregation="arithmetic"` their mean. With
     `aggregation="selective"` each level takes the geometric mean of what its own faults show in: the most surprising
-    fifth of the words, the median phrase, the first words of sentences.
+    fifth of the words, the median phrase, the first words of sentences. With `aggregation="nested"` each level is given
+    something else (`ppl.scoring.nested`): their product is the text's ordinary perplexity; phrase and sentence are
+    ratios, mostly below 1.
 
     tokenizer: any fast tokenizer. max_phrase_words: most words of a phrase. language: the ISO 639 code that sentencex
     splits sentences by. batch_size, max_batch_tokens: limits of one forward pass (None: chosen for the device).
@@ -55,7 +58,13 @@ class MultiLevelPPLCalculator:
         self.aggregation = aggregation
         self.batch_size = batch_size
         self.max_batch_tokens = max_batch_tokens
-        self._encoder = TextEncoder(tokenizer)
+        nested = aggregation == "nested"
+        self._encoder = TextEncoder(tokenizer, eos_for_bos=nested)
+        if nested and self._encoder.start is None:
+            raise InputError(
+                "aggregation='nested' scores units alone, behind a BOS or EOS token, and the tokenizer has neither: "
+                f"expected another tokenizer or one of {', '.join(name for name in AGGREGATIONS if name != 'nested')}"
+            )
         self._scorer: SurprisalScorer | None = None
 
     @property
@@ -93,40 +102,65 @@ class MultiLevelPPLCalculator:
     def score_pairs(self, model, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """float64 [B, 3], perplexities in the order of `LEVELS`, of (context, target) strings; equal ones once."""
         unique = list(dict.fromkeys(pairs))
+        targets = [target for _, target in unique]
+        encoded = self._encode(unique)
+        units = segment(targets, self.language, self.max_phrase_words)
         # Also without any: a model that is spread over processes has to be asked in each of them.
-        encoded, surprisals = self._surprisals(model, unique)
+        if self.aggregation == "nested":
+            values = nested_perplexities(self._scopes(model, encoded, units))
+        else:
+            surprisals = self._scorer_of(model).score(encoded)
+            if unique:
+                values = level_perplexities(units, [text.chars for text in encoded], surprisals, self.aggregation)
         if not pairs:
             return np.empty((0, len(LEVELS)))
-        units = segment([target for _, target in unique], self.language, self.max_phrase_words)
-        values = level_perplexities(units, [text.chars for text in encoded], surprisals, self.aggregation)
         places = {pair: place for place, pair in enumerate(unique)}
         return values[[places[pair] for pair in pairs]]
 
     def explain(self, model, text: Text, context: Text | None = "") -> dict[str, list[dict]]:
         """Per level the units of one text in order, each a dict: text, start, end (characters), n_tokens, surprisal
-        (nats), perplexity. Units in which no token starts are left out."""
+        (nats), perplexity. Units in which no token starts are left out.
+
+        With nested levels also a, b and c, the unit's sums in nats (`ppl.scoring.nested`); c is its surprisal, and its
+        perplexity is that of what its level measures: exp of the mean of a, of b - a, of c - b.
+        """
         target = message_text(text)
-        [encoded], [surprisal] = self._surprisals(model, [(render_prompt(context, self.tokenizer), target)])
+        encoded = self._encode([(render_prompt(context, self.tokenizer), target)])
+        units = segment([target], self.language, self.max_phrase_words)
+        if self.aggregation == "nested":
+            [a], [b], [c] = self._scopes(model, encoded, units)
+            scopes, measured = {"a": a, "b": b, "c": c}, dict(zip(LEVELS, (a, b - a, c - b), strict=True))
+        else:
+            [c] = self._scorer_of(model).score(encoded)
+            scopes, measured = {}, dict.fromkeys(LEVELS, c)
         explained = {}
-        for level, starts in segment([target], self.language, self.max_phrase_words).starts.items():
-            counts, sums = unit_sums(starts, encoded.chars, surprisal)
+        for level, starts in units.starts.items():
+            counts, totals = unit_sums(starts, encoded[0].chars, c)
+            _, rated = unit_sums(starts, encoded[0].chars, measured[level])
+            sums = {name: unit_sums(starts, encoded[0].chars, scope)[1] for name, scope in scopes.items()}
             ends = np.append(starts, len(target))[1:]
             explained[level] = [
                 {
                     "text": target[start:end],
                     "start": int(start),
                     "end": int(end),
-                    "n_tokens": int(count),
-                    "surprisal": float(total),
-                    "perplexity": float(np.exp(min(total / count, MOST_NATS))),
+                    "n_tokens": int(counts[unit]),
+                    "surprisal": float(totals[unit]),
+                    "perplexity": float(np.exp(min(rated[unit] / counts[unit], MOST_NATS))),
+                    **{name: float(values[unit]) for name, values in sums.items()},
                 }
-                for start, end, count, total in zip(starts, ends, counts, sums, strict=True)
-                if count
+                for unit, (start, end) in enumerate(zip(starts, ends, strict=True))
+                if counts[unit]
             ]
         return explained
 
-    def _surprisals(self, model, pairs):
+    def _encode(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
+        return self._encoder.encode([context for context, _ in pairs], [target for _, target in pairs])
+
+    def _scopes(self, model, encoded: Sequence[Encoded], units: Units) -> Scopes:
+        return score_scopes(self._scorer_of(model), encoded, units, self._encoder.start)
+
+    def _scorer_of(self, model) -> SurprisalScorer:
         if self._scorer is None or self._scorer.model is not model:
             self._scorer = SurprisalScorer(model, self.batch_size, self.max_batch_tokens)
-        encoded = self._encoder.encode([context for context, _ in pairs], [target for _, target in pairs])
-        return encoded, self._scorer.score(encoded)
+        return self._scorer
