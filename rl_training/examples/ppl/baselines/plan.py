@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..data import Columns, find_columns, load_split
 from ..definitions import DEFAULT_TEMPLATE
@@ -25,7 +25,7 @@ class Job(NamedTuple):
     args: argparse.Namespace
     output: Path
     parts: Parts
-    dataset: object
+    dataset: Any  # datasets.Dataset, with --streaming datasets.IterableDataset
     columns: Columns
     texts: int | None  # rows to score, where that is known
     settings: dict  # which parts must have been made with

@@ -30,6 +30,8 @@ class MultiLevelPPLCalculator:
     tokenizer: any fast tokenizer. max_phrase_words: most words of a phrase. language: the ISO 639 code that sentencex
     splits sentences by. batch_size, max_batch_tokens: limits of one forward pass (None: chosen for the device).
 
+    >>> from ppl.models import load_model
+    >>> model, tokenizer, _ = load_model("tiny-stories")
     >>> calculator = MultiLevelPPLCalculator(tokenizer)
     >>> sorted(calculator.compute_all_levels(model=model, texts="Once there was a small fox."))
     ['phrase', 'sentence', 'word']
