@@ -12,6 +12,10 @@ from .errors import InputError
 Turn = tuple[str, str]  # what stands before an assistant's text as the model reads it, and that text
 
 
+class Turns(tuple):
+    """Several (context, target), scored as one text."""
+
+
 def render_prompt(
     prompt: Text | None, tokenizer, chat_template_kwargs: Mapping | None = None, tools: Sequence | None = None
 ) -> str:
@@ -36,7 +40,7 @@ def completion_turns(
     tokenizer,
     chat_template_kwargs: Mapping | None = None,
     tools: Sequence | None = None,
-) -> tuple[Turn, ...]:
+) -> Turns:
     """The assistant's texts in a completion in order, each behind all that stood before it.
 
     What a tool or a user says between them is context: it was not written by the policy. Behind a prompt that is a
@@ -44,7 +48,7 @@ def completion_turns(
     """
     opening = render_prompt(prompt, tokenizer, chat_template_kwargs, tools)
     if isinstance(completion, str) or prompt is None or isinstance(prompt, str):
-        return ((opening, message_text(completion)),)
+        return Turns([(opening, message_text(completion))])
     before, turns = list(prompt), []
     for index, message in enumerate(completion):
         if message["role"] == "assistant":
@@ -54,7 +58,7 @@ def completion_turns(
             if index == 0 and before[-1]["role"] == "assistant":  # it goes on with what the prompt began
                 message = {**message, "content": message_text([before.pop()]) + text}
         before.append(message)
-    return tuple(turns) or ((opening, ""),)
+    return Turns(turns or [(opening, "")])
 
 
 def _through_template(messages, tokenizer, continued: bool, chat_template_kwargs, tools) -> str:

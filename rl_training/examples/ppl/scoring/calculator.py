@@ -1,18 +1,20 @@
 """The calculator: texts and a model -> the perplexity of each text at each level."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
 
-from ..chat import Turn, completion_turns, render_prompt
+from ..chat import Turn, Turns, completion_turns, render_prompt
 from ..data import Text, message_text
 from ..definitions import AGGREGATIONS, DEFAULT_AGGREGATION, DEFAULT_LANGUAGE, DEFAULT_PHRASE_WORDS, LEVELS
 from ..errors import InputError, one_of
 from .levels import Scores, level_perplexities, unit_sums
+from .nested import Scopes, nested_perplexities, score_scopes
 from .surprisal import SurprisalScorer
-from .tokens import TextEncoder
-from .units import segment
+from .tokens import Encoded, TextEncoder
+from .units import Units, segment
 
 MOST_NATS = 709.0  # a token; exp of more is beyond float64
 
@@ -29,7 +31,9 @@ class MultiLevelPPLCalculator:
     A unit's perplexity is exp(S_u / n_u), its surprisal in nats over its number of tokens. A level's is the geometric
     mean of its units' perplexities, exp(mean_u S_u / n_u), or with `aggregation="arithmetic"` their mean. With
     `aggregation="selective"` each level takes the geometric mean of what its own faults show in: the most surprising
-    fifth of the words, the median phrase, the first words of sentences.
+    fifth of the words, the median phrase, the first words of sentences. With `aggregation="nested"` each level is given
+    something else (`ppl.scoring.nested`): their product is the text's ordinary perplexity; phrase and sentence are
+    ratios, mostly below 1.
 
     tokenizer: any fast tokenizer. max_phrase_words: most words of a phrase. language: the ISO 639 code that sentencex
     splits sentences by. batch_size, max_batch_tokens: limits of one forward pass (None: chosen for the device).
@@ -66,7 +70,13 @@ class MultiLevelPPLCalculator:
         self.batch_size = batch_size
         self.max_batch_tokens = max_batch_tokens
         self.chat = {"chat_template_kwargs": chat_template_kwargs, "tools": tools}
-        self._encoder = TextEncoder(tokenizer)
+        nested = aggregation == "nested"
+        self._encoder = TextEncoder(tokenizer, eos_for_bos=nested)
+        if nested and self._encoder.start is None:
+            raise InputError(
+                "aggregation='nested' scores units alone, behind a BOS or EOS token, and the tokenizer has neither: "
+                f"expected another tokenizer or one of {', '.join(name for name in AGGREGATIONS if name != 'nested')}"
+            )
         self._scorer: SurprisalScorer | None = None
 
     @property
@@ -82,7 +92,7 @@ class MultiLevelPPLCalculator:
         """A prompt as the scorer reads it."""
         return render_prompt(prompt, self.tokenizer, **self.chat)
 
-    def turns(self, prompt: Text | None, completion: Text) -> Turn | tuple[Turn, ...]:
+    def turns(self, prompt: Text | None, completion: Text) -> Turn | Turns:
         """A completion behind its prompt as `score` takes it."""
         turns = completion_turns(prompt, completion, self.tokenizer, **self.chat)
         return turns[0] if len(turns) == 1 else turns
@@ -108,67 +118,93 @@ class MultiLevelPPLCalculator:
             for place, level in enumerate(LEVELS)
         }
 
-    def score_pairs(self, model, pairs: Sequence[Turn | tuple[Turn, ...]]) -> np.ndarray:
+    def score_pairs(self, model, pairs: Sequence[Turn | Turns]) -> np.ndarray:
         """float64 [B, 3]: the perplexities of `score`."""
         return self.score(model, pairs).perplexities
 
-    def score(self, model, pairs: Sequence[Turn | tuple[Turn, ...]]) -> Scores:
-        """Of (context, target) strings, equal ones once. Several such pairs are one text, a line break between targets:
-        a unit never goes from one turn to the next."""
+    def score(self, model, pairs: Sequence[Turn | Turns]) -> Scores:
+        """Of (context, target) strings, equal ones once. Several turns are one text whose units end with each turn."""
         unique = list(dict.fromkeys(pairs))
-        turns = [[pair] if isinstance(pair[0], str) else pair for pair in unique]
+        texts = [pair if isinstance(pair, Turns) else (pair,) for pair in unique]
+        turns = [turn for text in texts for turn in text]
+        encoded, units = self._encode(turns), self._units([target for _, target in turns])
         # Also without any: a model that is spread over processes has to be asked in each of them.
-        encoded, surprisals = self._surprisals(model, [turn for text in turns for turn in text])
+        views = self._surprisals(model, encoded, units)
         if not pairs:
             return Scores(np.empty((0, len(LEVELS))), np.zeros(0, np.int64), np.zeros(0, np.int64), 0)
-        # Each turn's characters are counted from the start of its text.
-        starts = [start for text in turns for start in np.cumsum([0, *(len(target) + 1 for _, target in text[:-1])])]
-        chars = [start + turn.chars for start, turn in zip(starts, encoded, strict=True)]
-        firsts = np.cumsum([0, *map(len, turns)])[:-1]
-        units = segment(
-            ["\n".join(target for _, target in text) for text in turns], self.language, self.max_phrase_words
-        )
-        values = level_perplexities(units, _joined(chars, turns), _joined(surprisals, turns), self.aggregation)
-        tokens = np.add.reduceat([len(turn.positions) for turn in encoded], firsts)
-        read = np.add.reduceat([len(turn.ids) for turn in encoded], firsts)
+        firsts = np.cumsum([0, *map(len, texts)])  # the turn that each text begins with
+
+        def of_texts(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+            return [np.concatenate(arrays[first:last]) for first, last in pairwise(firsts.tolist())]
+
+        # A text's characters are those of its turns, end to end.
+        before = units.offsets[:-1] - np.repeat(units.offsets[firsts[:-1]], np.diff(firsts))
+        chars = of_texts([start + turn.chars for start, turn in zip(before, encoded, strict=True)])
+        values = self._perplexities(Units(units.offsets[firsts], units.starts), chars, list(map(of_texts, views)))
+        tokens = np.add.reduceat([len(turn.positions) for turn in encoded], firsts[:-1])
+        read = np.add.reduceat([len(turn.ids) for turn in encoded], firsts[:-1])
         index = {pair: row for row, pair in enumerate(unique)}
         rows = [index[pair] for pair in pairs]
         return Scores(values[rows], tokens[rows], read[rows], max(len(turn.ids) for turn in encoded))
 
     def explain(self, model, text: Text, context: Text | None = "") -> Explained:
         """Per level the units of one text in order, each a dict: text, start, end (characters), n_tokens, surprisal
-        (nats), perplexity. Units in which no token starts are left out. Its `perplexities` are the levels'."""
+        (nats), perplexity. Units in which no token starts are left out. Its `perplexities` are the levels'.
+
+        With nested levels also a, b and c, the unit's sums in nats (`ppl.scoring.nested`); c is its surprisal, and its
+        perplexity is that of what its level measures: exp of the mean of a, of b - a, of c - b.
+        """
         target = message_text(text)
-        [encoded], [surprisal] = self._surprisals(model, [(self.render(context), target)])
-        units = segment([target], self.language, self.max_phrase_words)
-        [values] = level_perplexities(units, [encoded.chars], [surprisal], self.aggregation)
+        encoded, units = self._encode([(self.render(context), target)]), self._units([target])
+        views = self._surprisals(model, encoded, units)
+        c = views[-1][0]
+        scopes, measured = {}, dict.fromkeys(LEVELS, c)
+        if self.aggregation == "nested":
+            [a], [b], [c] = views
+            scopes, measured = {"a": a, "b": b, "c": c}, dict(zip(LEVELS, (a, b - a, c - b), strict=True))
+        [values] = self._perplexities(units, [encoded[0].chars], views)
         explained = Explained()
         explained.perplexities = dict(zip(LEVELS, values.tolist(), strict=True))
         for level, starts in units.starts.items():
-            counts, sums = unit_sums(starts, encoded.chars, surprisal)
+            counts, totals = unit_sums(starts, encoded[0].chars, c)
+            _, rated = unit_sums(starts, encoded[0].chars, measured[level])
+            sums = {name: unit_sums(starts, encoded[0].chars, scope)[1] for name, scope in scopes.items()}
             ends = np.append(starts, len(target))[1:]
             explained[level] = [
                 {
                     "text": target[start:end],
                     "start": int(start),
                     "end": int(end),
-                    "n_tokens": int(count),
-                    "surprisal": float(total),
-                    "perplexity": float(np.exp(min(total / count, MOST_NATS))),
+                    "n_tokens": int(counts[unit]),
+                    "surprisal": float(totals[unit]),
+                    "perplexity": float(np.exp(min(rated[unit] / counts[unit], MOST_NATS))),
+                    **{name: float(values[unit]) for name, values in sums.items()},
                 }
-                for start, end, count, total in zip(starts, ends, counts, sums, strict=True)
-                if count
+                for unit, (start, end) in enumerate(zip(starts, ends, strict=True))
+                if counts[unit]
             ]
         return explained
 
-    def _surprisals(self, model, pairs):
+    def _encode(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
+        return self._encoder.encode([context for context, _ in pairs], [target for _, target in pairs])
+
+    def _units(self, targets: Sequence[str]) -> Units:
+        return segment(targets, self.language, self.max_phrase_words)
+
+    def _surprisals(self, model, encoded: Sequence[Encoded], units: Units) -> Sequence[list[np.ndarray]]:
+        """Of each text's scored tokens, float64 [n] in nats: with nested levels the three `Scopes`, else one view."""
+        scorer = self._scorer_of(model)
+        if self.aggregation == "nested":
+            return score_scopes(scorer, encoded, units, self._encoder.start)
+        return (scorer.score(encoded),)
+
+    def _perplexities(self, units: Units, chars, views: Sequence[list[np.ndarray]]) -> np.ndarray:
+        """float64 [B, 3] from what `_surprisals` gives and the characters that the tokens stand for."""
+        if self.aggregation == "nested":
+            return nested_perplexities(Scopes(*views))
+        return level_perplexities(units, chars, *views, self.aggregation)
+
+    def _scorer_of(self, model) -> SurprisalScorer:
         if self._scorer is None or self._scorer.model is not model:
             self._scorer = SurprisalScorer(model, self.batch_size, self.max_batch_tokens)
-        encoded = self._encoder.encode([context for context, _ in pairs], [target for _, target in pairs])
-        return encoded, self._scorer.score(encoded)
-
-
-def _joined(arrays: Sequence[np.ndarray], turns: Sequence[Sequence]) -> list[np.ndarray]:
-    """One array a text of one array a turn."""
-    arrays = iter(arrays)
-    return [np.concatenate([next(arrays) for _ in text]) for text in turns]
+        return self._scorer
