@@ -53,7 +53,7 @@ def checked_text(value, column: str, index: int) -> Text:
     if value is None or isinstance(value, str):
         return value or ""
     try:
-        message_text(value)
+        message_text([{"role": message["role"], **message} for message in value])
         return value
     except (TypeError, KeyError, AttributeError) as error:
         raise InputError(

@@ -34,6 +34,11 @@ class Job(NamedTuple):
     def rows(self) -> Iterator[Row | None]:
         return read_rows(self.dataset, self.columns, self.form, self.args.num_samples)
 
+    def is_conversational(self) -> bool:
+        """Whether prompts are chat messages: those of the first row with text tell."""
+        first = next(filter(None, self.rows()), None)
+        return first is not None and not isinstance(first.prompt, str)
+
 
 def prepare(args: argparse.Namespace, survey: bool = True) -> Job:
     """Raises `InputError` for what cannot be done. `survey`: read the whole data set once, unless it is streamed."""

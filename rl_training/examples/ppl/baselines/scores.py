@@ -100,7 +100,7 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
             target=args.target,
             definitions=calculator.definitions,
             template=args.template,
-            prompt={**form.identity, **chat_identity(tokenizer, **chat)},
+            prompt=chat_identity(tokenizer, **chat),
         ),
         "generated": generation(args),
         "unsloth": unsloth and reason is None,
