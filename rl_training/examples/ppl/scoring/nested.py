@@ -10,7 +10,6 @@ https://arxiv.org/abs/1510.03055; for sentences, Sap et al. 2022, "sequentiality
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +18,8 @@ from .surprisal import SurprisalScorer
 from .tokens import Encoded
 from .units import Units
 
+_ID = np.dtype(">u4")
+_BYTES = _ID.itemsize
 SCOPES = {"a": "phrase", "b": "sentence"}  # which unit a token's surprisal is alone in; c is that of the text
 
 
@@ -39,21 +40,20 @@ def score_scopes(scorer: SurprisalScorer, encoded: Sequence[Encoded], units: Uni
     A sequence that another one begins with is read off that one: equal units run once, a sentence's first phrase and a
     text's first sentence (without a context) not at all.
     """
-    asked: list[Encoded] = list(encoded)
-    owners = [(None, text, slice(None)) for text in range(len(encoded))]
-    for name, level in SCOPES.items():
-        for text, (one, offset) in enumerate(zip(encoded, units.offsets.tolist(), strict=False)):
-            if not len(one.positions):
-                continue
+    sequences = _Sequences()
+    opening = _key(np.array([start]))
+    for one, offset in zip(encoded, units.offsets.tolist(), strict=False):
+        key = _key(one.ids)
+        for level in (SCOPES["a"], SCOPES["b"]):
             unit = np.searchsorted(units.starts[level], offset + one.chars, side="right")
-            edges = np.flatnonzero(np.diff(unit, prepend=-1, append=-1))
-            for first, last in pairwise(edges.tolist()):
-                asked.append(_alone(one, first, last, start))
-                owners.append((name, text, slice(first, last)))
-    scopes = Scopes(*([np.zeros(len(one.positions)) for one in encoded] for _ in Scopes._fields))
-    for (name, text, tokens), values in zip(owners, _score_once(scorer, asked), strict=True):
-        getattr(scopes, name or "c")[text][tokens] = values
-    return scopes
+            first = np.flatnonzero(np.diff(unit, prepend=-1))
+            begin, end = one.positions[first], one.positions[np.append(first, len(unit))[1:] - 1] + 1
+            keys = [opening + key[_BYTES * b : _BYTES * e] for b, e in zip(begin.tolist(), end.tolist(), strict=True)]
+            sizes = np.diff(first, append=len(unit))
+            sequences.ask(keys, sizes, one.positions - np.repeat(begin, sizes) + 1)  # behind the opening token
+        sequences.ask([key], [len(one.positions)], one.positions)
+    surprisals = sequences.score(scorer)
+    return Scopes(surprisals[0::3], surprisals[1::3], surprisals[2::3])
 
 
 def nested_perplexities(scopes: Scopes) -> np.ndarray:
@@ -64,29 +64,45 @@ def nested_perplexities(scopes: Scopes) -> np.ndarray:
         return np.exp(np.stack([a, b - a, c - b], axis=1))
 
 
-def _alone(text: Encoded, first: int, last: int, start: int) -> Encoded:
-    """Scored tokens `first` .. `last` of a text, and what stands between them, behind nothing but `start`."""
-    positions = text.positions[first:last]
-    ids = text.ids[positions[0] : positions[-1] + 1]
-    return Encoded(np.concatenate([[start], ids]), positions - positions[0] + 1, text.chars[first:last])
+class _Sequences:
+    """Sequences of ids, equal ones once. One that another begins with is part of that one."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[bytes, int] = {}
+        self._asked: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def ask(self, keys: Sequence[bytes], sizes: Sequence[int], positions: np.ndarray) -> None:
+        """For the surprisals of tokens, `sizes` of them of each of the sequences `keys`, at `positions` of it."""
+        numbers = [self._numbers.setdefault(key, len(self._numbers)) for key in keys]
+        self._asked.append((np.repeat(np.array(numbers, dtype=np.int64), sizes), positions))
+
+    def score(self, scorer: SurprisalScorer) -> list[np.ndarray]:
+        """float64 [n] nats for each call of `ask`."""
+        # Sorted, what begins with a sequence follows it directly; backwards, the longest comes before its beginnings.
+        whole: list[bytes] = []
+        offsets = np.zeros(len(self._numbers), dtype=np.int64)  # by number, where the sequence is in `whole`
+        size, following = 0, b""
+        for key in sorted(self._numbers, reverse=True):
+            if not following.startswith(key):
+                whole.append(key)
+                size += len(key) // _BYTES
+            offsets[self._numbers[key]] = size - len(whole[-1]) // _BYTES if whole else 0
+            following = key
+        places = [offsets[numbers] + positions for numbers, positions in self._asked]
+        wanted = np.zeros(size, dtype=bool)
+        for one in places:
+            wanted[one] = True
+        texts, begin = [], 0
+        for key in whole:
+            ids = np.frombuffer(key, dtype=_ID).astype(np.int64)
+            scored = np.flatnonzero(wanted[begin : begin + len(ids)])
+            texts.append(Encoded(ids, scored, scored))  # whose characters are nobody's business
+            begin += len(ids)
+        surprisals = np.zeros(size)
+        surprisals[wanted] = np.concatenate([np.empty(0), *scorer.score(texts)])
+        return [surprisals[one] for one in places]
 
 
-def _score_once(scorer: SurprisalScorer, asked: Sequence[Encoded]) -> list[np.ndarray]:
-    """As `scorer.score(asked)`: what is the beginning of another sequence is read off the longest of them."""
-    keys = [one.ids.astype(">u4").tobytes() for one in asked]
-    # Sorted, whatever begins with a sequence follows it directly.
-    order = sorted(range(len(asked)), key=keys.__getitem__)
-    whole = {}  # number of a sequence -> number of the one that it is read off
-    for index, following in zip(reversed(order), [None, *reversed(order)], strict=False):
-        is_begun = following is not None and keys[following].startswith(keys[index])
-        whole[index] = whole[following] if is_begun else index
-    wanted: dict[int, list[np.ndarray]] = {}
-    for index, longest in whole.items():
-        wanted.setdefault(longest, []).append(asked[index].positions)
-    positions = {longest: np.unique(np.concatenate(parts)) for longest, parts in wanted.items()}
-    # A sequence's characters are nobody's business here.
-    surprisals = scorer.score([Encoded(asked[longest].ids, at, at) for longest, at in positions.items()])
-    values = dict(zip(positions, surprisals, strict=True))
-    return [
-        values[whole[index]][np.searchsorted(positions[whole[index]], one.positions)] for index, one in enumerate(asked)
-    ]
+def _key(ids: np.ndarray) -> bytes:
+    """Sorts as the ids do, and begins with the key of what they begin with."""
+    return ids.astype(_ID).tobytes()
