@@ -1,11 +1,13 @@
 """Completions sampled from a model as it stands, adapters and all: for held-out texts and for baselines."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from tqdm import tqdm
 
-from .data import Text, render_prompt
+from .chat import render_prompt
+from .data import Text
+from .frozen import frozen
 from .processes import is_first
 
 
@@ -20,15 +22,16 @@ def sample_completions(
     seed: int = 0,
     batch_size: int = 32,
     progress: str | None = None,
+    chat_template_kwargs: Mapping | None = None,
+    tools: Sequence | None = None,
 ) -> list[list[str]]:
     """Per prompt `num_generations` completions, as GRPOTrainer would sample them: no top-k, top-p 1.
 
     Seeded on its own: the caller's random state, and the model's train/eval flags, are left as they were.
-    progress: label of a progress bar; None: no bar.
+    progress: label of a progress bar; None: no bar. chat_template_kwargs, tools: of `ppl.chat.render_prompt`.
     """
     jobs = [prompt for prompt in prompts for _ in range(num_generations)]
     texts: list[str] = []
-    training = [module for module in model.modules() if module.training]
     # Unsloth's generate switches it off and, for a model in eval mode, leaves it so.
     checkpointing = [
         (module, module.gradient_checkpointing)
@@ -36,23 +39,24 @@ def sample_completions(
         if getattr(module, "gradient_checkpointing", False)
     ]
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    chat = {"chat_template_kwargs": chat_template_kwargs, "tools": tools}
+    with torch.random.fork_rng(devices=devices), frozen(model, adapters=True):
         torch.manual_seed(seed)
-        model.eval()
         try:
             starts = range(0, len(jobs), batch_size)
             for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None or not is_first()):
-                texts.extend(_sample(model, tokenizer, jobs[start : start + batch_size], max_new_tokens, temperature))
+                batch = jobs[start : start + batch_size]
+                texts.extend(_sample(model, tokenizer, batch, max_new_tokens, temperature, chat))
         finally:
-            for module in training:
-                module.training = True
             for module, kind in checkpointing:
                 module.gradient_checkpointing = kind
     return [texts[place : place + num_generations] for place in range(0, len(texts), num_generations)]
 
 
-def _sample(model, tokenizer, prompts: Sequence[Text], max_new_tokens: int, temperature: float) -> list[str]:
-    rendered = [render_prompt(prompt, tokenizer) for prompt in prompts]
+def _sample(
+    model, tokenizer, prompts: Sequence[Text], max_new_tokens: int, temperature: float, chat: Mapping
+) -> list[str]:
+    rendered = [render_prompt(prompt, tokenizer, **chat) for prompt in prompts]
     inputs = tokenizer(
         rendered,
         add_special_tokens=isinstance(prompts[0], str),  # a chat template writes its own

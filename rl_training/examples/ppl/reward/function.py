@@ -12,7 +12,8 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 
 from ..baselines.file import BaselineError, Baselines, check_meta
-from ..data import Text, message_text, render_prompt, stable_id
+from ..chat import chat_identity
+from ..data import Text, message_text, stable_id
 from ..definitions import (
     BASELINE_COLUMNS,
     DEFAULT_TARGET,
@@ -95,9 +96,7 @@ class MultiLevelPPLRewardFunction:
         self.use_cache = use_cache
         self.target = one_of("target", target, TARGETS)
         self.missing = one_of("missing", missing, MISSING)
-        self.reference_context = ReferenceContext(extract, template)
-        if target == "completion" and (extract or template != DEFAULT_TEMPLATE):
-            raise InputError("extract and template say what stands before a reference: they need target='reference'")
+        self.reference_context = ReferenceContext(extract, template, target)
         if isinstance(baselines, str | Path):
             baselines = Baselines.load(baselines)
         elif baselines is not None and not isinstance(baselines, Baselines):
@@ -127,6 +126,7 @@ class MultiLevelPPLRewardFunction:
             target=self.target,
             definitions=self.calculator.definitions,
             template=self.reference_context.template,
+            prompt=chat_identity(self.tokenizer, **self.calculator.chat),
         )
 
     def __call__(self, prompts, completions, **columns) -> list[float | None]:
@@ -140,6 +140,8 @@ class MultiLevelPPLRewardFunction:
             "references": columns.get("reference"),
             "ids": columns.get("id"),
         }
+        if any(not isinstance(completion, str) and len(completion) > 1 for completion in completions):
+            arguments["completions"] = completions
         if rows := row_baselines(columns):
             arguments["baselines"] = rows
         self._last = None
@@ -166,16 +168,24 @@ class MultiLevelPPLRewardFunction:
         ids: Sequence | None = None,
         return_details: bool = False,
         baselines: Sequence[Mapping | None] | None = None,
+        completions: Sequence[Text] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:
         """float32 [B] rewards, nan for a skipped row; with `return_details` also what they were made from.
 
-        baselines: per row, before those of the constructor; None where a row has none.
+        baselines: per row, before those of the constructor; None where a row has none. completions: the messages that
+        `texts` are of, where there are several in one: only the assistant's are scored, each behind what stood before.
         details: "ppls" and "baselines", each `{level: float64 [B]}`, nan where there is none; "improvements",
         `{level or "avg": float64 [B]}` in percent, 0 for a completion without a scored token; "rewards", float64 [B],
         before `normalize`.
         """
         n = len(texts)
-        for name, column in {"prompts": prompts, "references": references, "ids": ids, "baselines": baselines}.items():
+        for name, column in {
+            "prompts": prompts,
+            "references": references,
+            "ids": ids,
+            "baselines": baselines,
+            "completions": completions,
+        }.items():
             if column is not None and len(column) != n:
                 raise InputError(f"{len(column)} {name} for {n} texts: there must be one for each")
         if self.target == "reference" and references is None:
@@ -183,7 +193,8 @@ class MultiLevelPPLRewardFunction:
         self._cache.forget_if_trained(self.model)
         prompts = [None] * n if prompts is None else list(prompts)
         references = [None] * n if references is None else list(references)
-        contexts = [render_prompt(prompt, self.tokenizer) for prompt in prompts]
+        contexts = [self.calculator.render(prompt) for prompt in prompts]
+        completions = texts if completions is None else completions
         texts = [message_text(text) for text in texts]
 
         baseline = self._given_baselines(prompts, references, ids, baselines)
@@ -199,7 +210,7 @@ class MultiLevelPPLRewardFunction:
             values = np.minimum(self._perplexities(with_text + alone), _HIGHEST)
             current, baseline[absent] = values[:n], values[n:]
         else:
-            current = np.minimum(self._perplexities(list(zip(contexts, texts, strict=True))), _HIGHEST)
+            current = np.minimum(self._perplexities(list(map(self.calculator.turns, prompts, completions))), _HIGHEST)
             if self.baselines is None:
                 rows = np.flatnonzero(absent)
                 visited = [contexts[row] for row in rows]
@@ -262,7 +273,8 @@ class MultiLevelPPLRewardFunction:
                 found[place] = values
         if self.baselines is not None:
             for place in np.flatnonzero(np.isnan(found[:, 0])):
-                values = self.baselines.find(_key(ids, prompts, references, place), prompts[place])
+                reference = (references[place] or "") if self.target == "reference" else None
+                values = self.baselines.find(_key(ids, prompts, references, place), prompts[place], reference, place)
                 if values is not None:
                     found[place] = values
         return found
