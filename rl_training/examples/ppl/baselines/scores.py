@@ -51,10 +51,10 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
     if reason is not None:
         print(f"Without Unsloth: {reason}", file=sys.stderr)
 
-    from ..sampling import sample_completions
+    from ..sampling import sample
     from ..scoring.calculator import MultiLevelPPLCalculator
     from ..scoring.surprisal import SurprisalScorer
-    from ..scoring.tokens import TextEncoder
+    from ..scoring.tokens import Sampled, TextEncoder
 
     calculator = MultiLevelPPLCalculator(tokenizer, batch_size=args.batch_size, **cli.definitions(args))
     encoder = TextEncoder(tokenizer)
@@ -62,7 +62,7 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
 
     def score_own_writing(rows: Sequence[Row]) -> Scores:
         """Per row the mean over completions that the model samples now: what a policy that starts from it can do."""
-        completions = sample_completions(
+        completions = sample(
             model,
             tokenizer,
             [row.prompt for row in rows],
@@ -71,12 +71,8 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
             temperature=args.temperature,
             seed=args.seed + rows[0].place,  # the same wherever an earlier run stopped
         )
-        pairs = [
-            (render_prompt(row.prompt, tokenizer), text)
-            for row, texts in zip(rows, completions, strict=True)
-            for text in texts
-        ]
-        encoded = encoder.encode(*zip(*pairs, strict=True))
+        pairs = [Sampled(tuple(one.prompt_ids), tuple(one.ids)) for group in completions for one in group]
+        encoded = [one for one, _ in encoder.encode_sampled(pairs)]
         shape = (len(rows), args.generate)
         sizes = np.array([len(text.ids) for text in encoded])
         perplexities = calculator.score_pairs(model, pairs).reshape(*shape, -1)

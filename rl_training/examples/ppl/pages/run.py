@@ -11,7 +11,7 @@ from typing import NamedTuple
 from transformers import TrainerCallback
 
 from ..data import Text, message_text, render_prompt
-from ..definitions import COLORS
+from ..definitions import COLORS, LEVELS
 from ..files import write_text
 from ..training.heldout import HeldOut
 from .charts import charts
@@ -56,13 +56,16 @@ def explain_heldout(reward_fn, held_out: HeldOut, references: Sequence[Text]) ->
     """
     found = []
     for place, prompt in enumerate(held_out.prompts[:SHOWN]):
-        lead, text = "", held_out.completions[place][0]
-        context = render_prompt(prompt, reward_fn.tokenizer)
+        ids = held_out.completion_ids and [held_out.completion_ids[place][0]]
+        [pair], [text] = reward_fn.written([prompt], [held_out.completions[place][0]], ids)
+        lead = ""
         if reward_fn.target == "reference":
             lead, text = text, message_text(references[place] or "")
-            context = reward_fn.reference_context.context(context, reward_fn.reference_context.extracted(lead)[0])
-        explained = reward_fn.calculator.explain(reward_fn.model, text, context)
-        perplexities = reward_fn.calculator.compute_all_levels(reward_fn.model, text, context)
+            context = render_prompt(prompt, reward_fn.tokenizer)
+            pair = (reward_fn.reference_context.context(context, reward_fn.reference_context.extracted(lead)[0]), text)
+        explained = reward_fn.calculator.explain_pair(reward_fn.model, pair)
+        [values] = reward_fn.calculator.score_pairs(reward_fn.model, [pair])
+        perplexities = dict(zip(LEVELS, values.tolist(), strict=True))
         found.append(Completion(lead, text, explained, perplexities, held_out.rewards[place][0]))
     return found
 

@@ -9,8 +9,9 @@ from ..data import Text, message_text, render_prompt
 from ..definitions import AGGREGATIONS, DEFAULT_AGGREGATION, DEFAULT_LANGUAGE, DEFAULT_PHRASE_WORDS, LEVELS
 from ..errors import InputError, one_of
 from .levels import level_perplexities, unit_sums
+from .seams import restore_spaces
 from .surprisal import SurprisalScorer
-from .tokens import TextEncoder
+from .tokens import Pair, Sampled, TextEncoder
 from .units import segment
 
 MOST_NATS = 709.0  # a token; exp of more is beyond float64
@@ -90,23 +91,35 @@ class MultiLevelPPLCalculator:
             for place, level in enumerate(LEVELS)
         }
 
-    def score_pairs(self, model, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        """float64 [B, 3], perplexities in the order of `LEVELS`, of (context, target) strings; equal ones once."""
+    def score_pairs(self, model, pairs: Sequence[Pair]) -> np.ndarray:
+        """float64 [B, 3], perplexities in the order of `LEVELS`, of (context, target) strings or `Sampled` ids; equal
+        ones once."""
         unique = list(dict.fromkeys(pairs))
         # Also without any: a model that is spread over processes has to be asked in each of them.
-        encoded, surprisals = self._surprisals(model, unique)
+        encoded, targets, surprisals = self._surprisals(model, unique)
         if not pairs:
             return np.empty((0, len(LEVELS)))
-        units = segment([target for _, target in unique], self.language, self.max_phrase_words)
+        units = segment(targets, self.language, self.max_phrase_words)
         values = level_perplexities(units, [text.chars for text in encoded], surprisals, self.aggregation)
         places = {pair: place for place, pair in enumerate(unique)}
         return values[[places[pair] for pair in pairs]]
 
+    def written(self, sampled: Sequence[Sampled]) -> list[str]:
+        """The text of each completion behind its prompt."""
+        return [text for _, text in self._encoder.encode_sampled(sampled)]
+
+    def restore_spaces(self, model, pairs: Sequence[tuple[str, str]]) -> list[str]:
+        """The targets, each with the space that it may have lost when it was decoded alone: see `ppl.scoring.seams`."""
+        return restore_spaces(self._encoder, lambda encoded: self._scorer_of(model).score(encoded), pairs)
+
     def explain(self, model, text: Text, context: Text | None = "") -> dict[str, list[dict]]:
         """Per level the units of one text in order, each a dict: text, start, end (characters), n_tokens, surprisal
         (nats), perplexity. Units in which no token starts are left out."""
-        target = message_text(text)
-        [encoded], [surprisal] = self._surprisals(model, [(render_prompt(context, self.tokenizer), target)])
+        return self.explain_pair(model, (render_prompt(context, self.tokenizer), message_text(text)))
+
+    def explain_pair(self, model, pair: Pair) -> dict[str, list[dict]]:
+        """As `explain`, of a (context, target) or of what was sampled."""
+        [encoded], [target], [surprisal] = self._surprisals(model, [pair])
         explained = {}
         for level, starts in segment([target], self.language, self.max_phrase_words).starts.items():
             counts, sums = unit_sums(starts, encoded.chars, surprisal)
@@ -125,8 +138,11 @@ class MultiLevelPPLCalculator:
             ]
         return explained
 
-    def _surprisals(self, model, pairs):
+    def _surprisals(self, model, pairs: Sequence[Pair]):
+        encoded, targets = self._encoder.encode_pairs(pairs)
+        return encoded, targets, self._scorer_of(model).score(encoded)
+
+    def _scorer_of(self, model) -> SurprisalScorer:
         if self._scorer is None or self._scorer.model is not model:
             self._scorer = SurprisalScorer(model, self.batch_size, self.max_batch_tokens)
-        encoded = self._encoder.encode([context for context, _ in pairs], [target for _, target in pairs])
-        return encoded, self._scorer.score(encoded)
+        return self._scorer

@@ -14,20 +14,22 @@ from ..definitions import LEVELS
 from ..files import write_text
 from ..processes import from_all, is_sharded, share
 from ..reward.function import MultiLevelPPLRewardFunction, row_baselines
-from ..sampling import sample_completions
+from ..sampling import prompt_ids, sample
 from ..scoring.surprisal import SurprisalScorer
-from ..scoring.tokens import TextEncoder
+from ..scoring.tokens import Sampled, TextEncoder
 from ..variety import distinct
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """prompts; `num_generations` completions a prompt and their rewards, nan where skipped; scores: means, by name."""
+    """prompts; `num_generations` completions a prompt and their rewards, nan where skipped; scores: means, by name;
+    completion_ids: what was sampled, of which the completions are the text."""
 
     prompts: list
     completions: list[list[str]]
     rewards: list[list[float]]
     scores: dict[str, float]
+    completion_ids: list[list[list[int]]] | None = None
 
 
 def evaluate(
@@ -48,13 +50,15 @@ def evaluate(
     rows: a data set of `prepare_dataset`. penalties: the reward functions of completion ids beside it, with their
     weights (`ppl.reward.loop_guard`); their mean is the score "loop penalty". start: the model as it was before
     training: `model` itself if it trains adapters, a frozen copy, or None without one. sampling: keywords of
-    `sample_completions`.
+    `ppl.sampling.sample`.
     """
     # Weights spread over processes are gathered for every forward pass, so all must sample equally often.
     places = share(len(rows), padded=is_sharded(model))
     columns = {name: [rows[name][place] for place in places] for name in rows.column_names}
-    completions = sample_completions(model, tokenizer, columns["prompt"], num_generations=num_generations, **sampling)
+    groups = sample(model, tokenizer, columns["prompt"], num_generations=num_generations, **sampling)
+    completions = [[completion.text for completion in group] for group in groups]
     texts = [text for group in completions for text in group]
+    ids = [completion.ids for group in groups for completion in group]
 
     def repeated(column):
         return None if column is None else [value for value in column for _ in range(num_generations)]
@@ -65,14 +69,16 @@ def evaluate(
         references=repeated(columns.get("reference")),
         ids=repeated(columns.get("id")),
         baselines=repeated(row_baselines(columns)),
+        completion_ids=ids,
         return_details=True,
     )
-    moved = kl_by_text(model, start, tokenizer, repeated(columns["prompt"]), texts)
+    moved = kl_by_text(model, start, tokenizer, repeated(columns["prompt"]), ids)
     levels = [details[name][level] for name in ("improvements", "ppls") for level in LEVELS]
     table = np.stack([np.asarray(column) for column in (details["rewards"], *levels)], axis=1)
     table = np.concatenate([table, np.reshape(moved, (-1, 2))], axis=1).reshape(len(places), num_generations, -1)
-    found = dict(zip(from_all(places), from_all(zip(completions, table.tolist(), strict=True)), strict=True))
-    completions, table = zip(*(found[place] for place in range(len(rows))), strict=True)
+    grouped = [[completion.ids for completion in group] for group in groups]
+    found = dict(zip(from_all(places), from_all(zip(completions, grouped, table.tolist(), strict=True)), strict=True))
+    completions, grouped, table = zip(*(found[place] for place in range(len(rows))), strict=True)
     texts = [text for group in completions for text in group]
     rewards, *levels, moved, tokens = np.moveaxis(np.array(table), -1, 0)
     means = [float(torch.from_numpy(values.ravel()).nanmean()) for values in (rewards, *levels)]
@@ -85,14 +91,14 @@ def evaluate(
         "words": sum(len(text.split()) for text in texts) / len(texts),
     }
     if penalties:
-        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids = [one for group in grouped for one in group]
         means = [weight * float(np.mean(penalty(completion_ids=ids))) for penalty, weight in penalties]
         scores["loop penalty"] = sum(means)
-    return HeldOut(list(rows["prompt"]), list(completions), rewards.tolist(), scores)
+    return HeldOut(list(rows["prompt"]), list(completions), rewards.tolist(), scores, list(grouped))
 
 
 def write_heldout(path: Path, sampling: dict, before: HeldOut, after: HeldOut | None = None) -> None:
-    """JSON `{"sampling", "before": {"prompts", "completions", "rewards", "scores"}, "after": the same or null}`.
+    """JSON `{"sampling", "before": {"prompts", "completions", "rewards", "scores", ...}, "after": the same or null}`.
 
     sampling: how `evaluate` sampled. What is nan becomes null.
     """
@@ -111,7 +117,7 @@ def read_before(path: Path, rows, sampling: dict) -> HeldOut | None:
     before = kept["before"]
     rewards = [[math.nan if reward is None else reward for reward in group] for group in before["rewards"]]
     scores = {name: math.nan if score is None else score for name, score in before["scores"].items()}
-    return HeldOut(before["prompts"], before["completions"], rewards, scores)
+    return HeldOut(before["prompts"], before["completions"], rewards, scores, before.get("completion_ids"))
 
 
 def _without_nan(value):
@@ -122,15 +128,21 @@ def _without_nan(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def kl_by_text(model, start, tokenizer, prompts: Sequence[Text], completions: Sequence[str]) -> list[tuple]:
+def kl_by_text(
+    model, start, tokenizer, prompts: Sequence[Text], completions: Sequence[str] | Sequence[Sequence[int]]
+) -> list[tuple]:
     """How far training has moved the model from its start, per completion: (sum over its tokens, their number).
 
     The start's surprisal of a token minus the model's own, in nats. `start`: `model` itself stands for it with its
-    adapters off; None: 0 of 0 tokens.
+    adapters off; None: 0 of 0 tokens. completions: the ids that were sampled, or texts.
     """
     if start is None:
         return [(0.0, 0)] * len(completions)
-    encoded = TextEncoder(tokenizer).encode([render_prompt(prompt, tokenizer) for prompt in prompts], completions)
+    pairs = [
+        (render_prompt(prompt, tokenizer), one) if isinstance(one, str) else Sampled(tuple(given), tuple(one))
+        for prompt, given, one in zip(prompts, prompt_ids(prompts, tokenizer), completions, strict=True)
+    ]
+    encoded, _ = TextEncoder(tokenizer).encode_pairs(pairs)
     own = SurprisalScorer(model, adapters=True).score(encoded)
     of_start = SurprisalScorer(start).score(encoded)
     return [((b - a).sum(), len(a)) for a, b in zip(own, of_start, strict=True)]
