@@ -14,10 +14,10 @@ class Sizes(NamedTuple):
     prompts: int
     tokens: int  # of a completion; its prompt has half as many
     batch: int  # completions of one forward and backward pass
-    steps: int
+    steps: int  # of which the first, with its compilation, is not counted
 
 
-FULL = Sizes(8, 256, 8, 3)
+FULL = Sizes(8, 256, 8, 2)
 SMALL = Sizes(2, 16, 4, 2)
 
 

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -33,26 +34,34 @@ SMALL = Sizes(4, 24, 4)
 def scripts(rows: Rows, toy: bool, folder: str) -> None:
     sizes = SMALL if toy else FULL
     runs = _Runs(rows, Path(folder))
-    chains = [lambda: _on_this_device(runs, sizes)]
-    if not toy:
-        chains += [lambda: _on_a_cpu(runs, sizes), lambda: _one_billion(runs, sizes)]
+    if toy:
+        _on_this_device(runs, sizes)
+        return
+    _side_by_side(
+        lambda: _on_this_device(runs, sizes), lambda: _on_a_cpu(runs, sizes), lambda: _one_billion(runs, sizes)
+    )
+    _compare(rows, runs)
+
+
+def _side_by_side(*chains: Callable[[], None]) -> None:
     with ThreadPoolExecutor(len(chains)) as pool:
         for chain in [pool.submit(chain) for chain in chains]:
             chain.result()
-    if not toy:
-        _compare(rows, runs)
 
 
 def _on_this_device(runs: "_Runs", sizes: Sizes) -> None:
-    runs.run("check", "test_multilevel_ppl_trl.py", "--load_in_4bit")
-    _baselines(runs, "", sizes)
-    middle = runs.folder / "trained" / f"checkpoint-{sizes.steps // 2}"
-    _train(runs, "trained", "", sizes, "--save_merged")
-    if middle.exists():
-        _train(runs, "resumed", "", sizes, "--resume_from_checkpoint", str(middle))
-    _train(runs, "no Unsloth", "", sizes, "--no_unsloth")
-    if (runs.folder / "trained" / "merged").exists():
-        runs.run("merged model", "test_multilevel_ppl_trl.py", "--model_name", str(runs.folder / "trained" / "merged"))
+    trained = runs.folder / "trained"
+    middle, merged = str(trained / f"checkpoint-{sizes.steps // 2}"), str(trained / "merged")
+    check = "test_multilevel_ppl_trl.py"
+    _side_by_side(lambda: runs.run("check", check, "--load_in_4bit"), lambda: _baselines(runs, "", sizes))
+    _side_by_side(
+        lambda: _train(runs, "trained", "", sizes, "--save_merged"),
+        lambda: _train(runs, "no Unsloth", "", sizes, "--no_unsloth"),
+    )
+    _side_by_side(
+        lambda: _train(runs, "resumed", "", sizes, "--resume_from_checkpoint", middle),
+        lambda: runs.run("merged model", check, "--model_name", merged),
+    )
 
 
 def _on_a_cpu(runs: "_Runs", sizes: Sizes) -> None:

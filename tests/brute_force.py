@@ -61,29 +61,38 @@ def units(text: str, language: str = "en", max_phrase_words: int = 4) -> dict[st
     return found
 
 
-def token_surprisals(model, tokenizer, text: str, context: str = "", window: int | None = None):
-    """[(character of the target, surprisal in nats)] of the scored tokens, in order."""
+def scored_tokens(tokenizer, text: str, context: str = "", eos_for_bos: bool = False):
+    """(ids of the whole sequence, [[place in them, character of the target]] of the scored tokens, in order)."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.backend_tokenizer.post_processor = None  # GPT-2's trims white space off the offsets, of "  " all of it
     encoded = tokenizer(context + text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-    if tokenizer.bos_token_id is not None and (not ids or ids[0] != tokenizer.bos_token_id):
-        ids, offsets = [tokenizer.bos_token_id, *ids], [(0, 0), *offsets]
+    start = tokenizer.bos_token_id
+    if start is None and eos_for_bos and not context:
+        start = tokenizer.eos_token_id
+    if start is not None and (not ids or ids[0] != start):
+        ids, offsets = [start, *ids], [(0, 0), *offsets]
     found = []
     for place in range(1, len(ids)):
         start, end = offsets[place]
         if end <= len(context) or ids[place] in tokenizer.all_special_ids:
             continue
         visible = [at for at in range(max(start, len(context)), end) if not (context + text)[at].isspace()]
-        found.append([visible[0] - len(context) if visible else None, _surprisal(model, ids, place, window)])
-    for place in reversed(range(len(found) - 1)):
-        if found[place][0] is None:
-            found[place][0] = found[place + 1][0]
-    for place in range(1, len(found)):
-        if found[place][0] is None:
-            found[place][0] = found[place - 1][0]
+        found.append([place, visible[0] - len(context) if visible else None])
+    for at in reversed(range(len(found) - 1)):
+        if found[at][1] is None:
+            found[at][1] = found[at + 1][1]
+    for at in range(1, len(found)):
+        if found[at][1] is None:
+            found[at][1] = found[at - 1][1]
     # White space beside nothing but tokens that are not scored, as in "<s> ", belongs to no unit.
-    return [one for one in found if one[0] is not None]
+    return ids, [one for one in found if one[1] is not None]
+
+
+def token_surprisals(model, tokenizer, text: str, context: str = "", window: int | None = None):
+    """[(character of the target, surprisal in nats)] of the scored tokens, in order."""
+    ids, tokens = scored_tokens(tokenizer, text, context)
+    return [[char, _surprisal(model, ids, place, window)] for place, char in tokens]
 
 
 def _surprisal(model, ids: list[int], place: int, window: int | None) -> float:
@@ -126,3 +135,22 @@ def all_levels(model, tokenizer, text, context="", window=None, aggregation="geo
 def _rate(scored, start: int, end: int) -> float | None:
     inside = [surprisal for char, surprisal in scored if start <= char < end]
     return math.fsum(inside) / len(inside) if inside else None
+
+
+def nested_levels(model, tokenizer, text: str, context: str = "", window: int | None = None) -> list[float]:
+    """[word, phrase, sentence]: every phrase and every sentence run alone, behind one token, one token at a time."""
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    ids, tokens = scored_tokens(tokenizer, text, context, eos_for_bos=True)
+    if not tokens:
+        return [math.nan] * 3
+    spans = units(text)
+    totals = {"phrase": [], "sentence": []}
+    for place, char in tokens:
+        for level, values in totals.items():
+            [(first, last)] = [span for span in spans[level] if span[0] <= char < span[1]]
+            begin = min(at for at, other in tokens if first <= other < last)
+            alone = [start, *ids[begin : place + 1]]
+            values.append(_surprisal(model, alone, len(alone) - 1, window))
+    a, b = (math.fsum(values) / len(values) for values in totals.values())
+    c = math.fsum(_surprisal(model, ids, place, window) for place, _ in tokens) / len(tokens)
+    return [math.exp(a), math.exp(b - a), math.exp(c - b)]

@@ -4,7 +4,7 @@ LEVELS = ("word", "phrase", "sentence")
 BASELINE_COLUMNS = tuple(f"baseline_{level}" for level in LEVELS)  # of a data set that carries its baselines
 
 # Choices
-AGGREGATIONS = ("geometric", "arithmetic", "selective")
+AGGREGATIONS = ("geometric", "arithmetic", "selective", "nested")
 TARGETS = ("completion", "reference")
 MISSING = ("error", "skip")  # what to do with a row without a baseline
 DTYPES = ("auto", "float32", "bfloat16", "float16")

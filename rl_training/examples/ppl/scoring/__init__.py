@@ -11,5 +11,6 @@ packed.py      rows end to end in one sequence, each blind to its neighbours
 padded.py      where a model cannot be packed: rows in a padded batch, behind a cache of their prefix
 head.py        hidden states -> surprisals, a piece of the vocabulary at a time
 onednn.py      faster matrix products on an AMD CPU
+nested.py      levels that condition on different things: a token in its phrase, its sentence, its text
 levels.py      surprisals and units -> the perplexity of each level
 """

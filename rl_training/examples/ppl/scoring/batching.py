@@ -111,7 +111,10 @@ def share_prefixes(rows: Sequence[Row], overhead: int) -> list[Group]:
     groups = [Group(prefix, order[start:end]) for start, end, prefix in shared]
     together = {row for start, end, _ in shared for row in range(start, end)}
     alone = [row for place, row in enumerate(order) if place not in together]
-    return [*groups, Group(0, alone)] if alone else groups
+    if not groups:
+        return [Group(0, alone)] if alone else []
+    # What is left may share less: the BOS token, where there are many short rows.
+    return groups + share_prefixes(alone, overhead)
 
 
 def _common_prefix(a: Row, b: Row) -> int:
@@ -167,7 +170,8 @@ def packs(groups: Sequence[Group], max_tokens: int, enough: int, max_rows: int |
         if bins and bins[0][0] + tokens <= enough:
             held, number, together = bins[0]
             if max_rows is None or sum(len(one.rows) for one in together) + len(part.rows) <= max_rows:
-                heapq.heapreplace(bins, (held + tokens, number, [*together, part]))
+                together.append(part)
+                heapq.heapreplace(bins, (held + tokens, number, together))
                 continue
         heapq.heappush(bins, (tokens, len(bins), [part]))
     # Largest first: if memory runs out, it does so on the first one.

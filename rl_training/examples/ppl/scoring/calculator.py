@@ -9,10 +9,11 @@ from ..data import Text, message_text, render_prompt
 from ..definitions import AGGREGATIONS, DEFAULT_AGGREGATION, DEFAULT_LANGUAGE, DEFAULT_PHRASE_WORDS, LEVELS
 from ..errors import InputError, one_of
 from .levels import level_perplexities, unit_sums
+from .nested import Scopes, nested_perplexities, score_scopes
 from .seams import restore_spaces
 from .surprisal import SurprisalScorer
-from .tokens import Pair, Sampled, TextEncoder
-from .units import segment
+from .tokens import Encoded, Pair, Sampled, TextEncoder
+from .units import Units, segment
 
 MOST_NATS = 709.0  # a token; exp of more is beyond float64
 
@@ -23,7 +24,9 @@ class MultiLevelPPLCalculator:
     A unit's perplexity is exp(S_u / n_u), its surprisal in nats over its number of tokens. A level's is the geometric
     mean of its units' perplexities, exp(mean_u S_u / n_u), or with `aggregation="arithmetic"` their mean. With
     `aggregation="selective"` each level takes the geometric mean of what its own faults show in: the most surprising
-    fifth of the words, the median phrase, the first words of sentences.
+    fifth of the words, the median phrase, the first words of sentences. With `aggregation="nested"` each level is given
+    something else (`ppl.scoring.nested`): their product is the text's ordinary perplexity; phrase and sentence are
+    ratios, mostly below 1.
 
     tokenizer: any fast tokenizer. max_phrase_words: most words of a phrase. language: the ISO 639 code that sentencex
     splits sentences by. batch_size, max_batch_tokens: limits of one forward pass (None: chosen for the device).
@@ -56,7 +59,13 @@ class MultiLevelPPLCalculator:
         self.aggregation = aggregation
         self.batch_size = batch_size
         self.max_batch_tokens = max_batch_tokens
-        self._encoder = TextEncoder(tokenizer)
+        nested = aggregation == "nested"
+        self._encoder = TextEncoder(tokenizer, eos_for_bos=nested)
+        if nested and self._encoder.start is None:
+            raise InputError(
+                "aggregation='nested' scores units alone, behind a BOS or EOS token, and the tokenizer has neither: "
+                f"expected another tokenizer or one of {', '.join(name for name in AGGREGATIONS if name != 'nested')}"
+            )
         self._scorer: SurprisalScorer | None = None
 
     @property
@@ -95,12 +104,17 @@ class MultiLevelPPLCalculator:
         """float64 [B, 3], perplexities in the order of `LEVELS`, of (context, target) strings or `Sampled` ids; equal
         ones once."""
         unique = list(dict.fromkeys(pairs))
+        encoded, targets = self._encoder.encode_pairs(unique)
+        units = segment(targets, self.language, self.max_phrase_words)
         # Also without any: a model that is spread over processes has to be asked in each of them.
-        encoded, targets, surprisals = self._surprisals(model, unique)
+        if self.aggregation == "nested":
+            values = nested_perplexities(self._scopes(model, encoded, units))
+        else:
+            surprisals = self._scorer_of(model).score(encoded)
+            if unique:
+                values = level_perplexities(units, [text.chars for text in encoded], surprisals, self.aggregation)
         if not pairs:
             return np.empty((0, len(LEVELS)))
-        units = segment(targets, self.language, self.max_phrase_words)
-        values = level_perplexities(units, [text.chars for text in encoded], surprisals, self.aggregation)
         places = {pair: place for place, pair in enumerate(unique)}
         return values[[places[pair] for pair in pairs]]
 
@@ -114,33 +128,46 @@ class MultiLevelPPLCalculator:
 
     def explain(self, model, text: Text, context: Text | None = "") -> dict[str, list[dict]]:
         """Per level the units of one text in order, each a dict: text, start, end (characters), n_tokens, surprisal
-        (nats), perplexity. Units in which no token starts are left out."""
+        (nats), perplexity. Units in which no token starts are left out.
+
+        With nested levels also a, b and c, the unit's sums in nats (`ppl.scoring.nested`); c is its surprisal, and its
+        perplexity is that of what its level measures: exp of the mean of a, of b - a, of c - b.
+        """
         return self.explain_pair(model, (render_prompt(context, self.tokenizer), message_text(text)))
 
     def explain_pair(self, model, pair: Pair) -> dict[str, list[dict]]:
         """As `explain`, of a (context, target) or of what was sampled."""
-        [encoded], [target], [surprisal] = self._surprisals(model, [pair])
+        encoded, [target] = self._encoder.encode_pairs([pair])
+        units = segment([target], self.language, self.max_phrase_words)
+        if self.aggregation == "nested":
+            [a], [b], [c] = self._scopes(model, encoded, units)
+            scopes, measured = {"a": a, "b": b, "c": c}, dict(zip(LEVELS, (a, b - a, c - b), strict=True))
+        else:
+            [c] = self._scorer_of(model).score(encoded)
+            scopes, measured = {}, dict.fromkeys(LEVELS, c)
         explained = {}
-        for level, starts in segment([target], self.language, self.max_phrase_words).starts.items():
-            counts, sums = unit_sums(starts, encoded.chars, surprisal)
+        for level, starts in units.starts.items():
+            counts, totals = unit_sums(starts, encoded[0].chars, c)
+            _, rated = unit_sums(starts, encoded[0].chars, measured[level])
+            sums = {name: unit_sums(starts, encoded[0].chars, scope)[1] for name, scope in scopes.items()}
             ends = np.append(starts, len(target))[1:]
             explained[level] = [
                 {
                     "text": target[start:end],
                     "start": int(start),
                     "end": int(end),
-                    "n_tokens": int(count),
-                    "surprisal": float(total),
-                    "perplexity": float(np.exp(min(total / count, MOST_NATS))),
+                    "n_tokens": int(counts[unit]),
+                    "surprisal": float(totals[unit]),
+                    "perplexity": float(np.exp(min(rated[unit] / counts[unit], MOST_NATS))),
+                    **{name: float(values[unit]) for name, values in sums.items()},
                 }
-                for start, end, count, total in zip(starts, ends, counts, sums, strict=True)
-                if count
+                for unit, (start, end) in enumerate(zip(starts, ends, strict=True))
+                if counts[unit]
             ]
         return explained
 
-    def _surprisals(self, model, pairs: Sequence[Pair]):
-        encoded, targets = self._encoder.encode_pairs(pairs)
-        return encoded, targets, self._scorer_of(model).score(encoded)
+    def _scopes(self, model, encoded: Sequence[Encoded], units: Units) -> Scopes:
+        return score_scopes(self._scorer_of(model), encoded, units, self._encoder.start)
 
     def _scorer_of(self, model) -> SurprisalScorer:
         if self._scorer is None or self._scorer.model is not model:

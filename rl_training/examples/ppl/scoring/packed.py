@@ -8,6 +8,7 @@ All that is not attention (the matrix products) sees one long sequence. The atte
 own function, spans of one shape together; on a GPU, in 16 bit, one kernel takes all spans of a layer at once.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -62,20 +63,66 @@ def run_packed(decoder, pack: Pack) -> torch.Tensor:
         # Without them it would cut a pack to `max_seq_length` tokens.
         lengths = [end - start for start, end, _, _ in pack.spans]
         options["packed_seq_lengths"] = torch.tensor(lengths, dtype=torch.int32)
-    with _attending(decoder, _Spans.of(pack, device)):
+    with _attending(decoder, _Spans(pack, device)):
         return decoder(input_ids=ids, position_ids=positions, use_cache=False, **options).last_hidden_state[0]
 
 
-@dataclass(frozen=True)
 class _Spans:
-    """What the attention of a pack needs, the same in every layer.
+    """What the attention of a pack needs, the same in every layer. Each way of computing it makes its own part."""
 
-    by_shape: (length, prefix) -> the spans of that shape, each (start, start of its prefix).
-    For one kernel that takes all: int32 [S + 1], where the queries and the keys of each span end; the longest of each;
-    int64, where the keys are in the pack, None if they are the pack as it stands.
+    def __init__(self, pack: Pack, device: torch.device) -> None:
+        self._spans = np.array(pack.spans)
+        self._device = device
+
+    @functools.cached_property
+    def by_shape(self) -> list["_Alike"]:
+        shapes: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for start, end, prefix_start, prefix in self._spans.tolist():
+            shapes.setdefault((end - start, prefix), []).append((start, prefix_start))
+        return [_Alike.of(*shape, np.array(spans), self._device) for shape, spans in shapes.items()]
+
+    @functools.cached_property
+    def together(self) -> "_Together":
+        return _Together.of(self._spans, self._device)
+
+
+@dataclass(frozen=True)
+class _Alike:
+    """Spans of one length behind prefixes of one length: they are the rows of one call.
+
+    queries, keys: where their tokens, and those that they see, are in the pack: of one span a slice, which copies
+    nothing; of n int64 [n * L]. mask: bool [1, 1, queries, keys]; None: plainly causal.
     """
 
-    by_shape: dict[tuple[int, int], list[tuple[int, int]]]
+    count: int
+    queries: slice | torch.Tensor
+    keys: slice | torch.Tensor
+    mask: torch.Tensor | None
+
+    @classmethod
+    def of(cls, length: int, prefix: int, spans: np.ndarray, device: torch.device) -> "_Alike":
+        """spans: int64 [n, 2], where each starts and where its prefix does."""
+        own = spans[:, :1] + np.arange(length)
+        seen = np.concatenate([spans[:, 1:] + np.arange(prefix), own], axis=1)
+        mask = None
+        if prefix:
+            shape = (length, prefix + length)
+            mask = torch.ones(shape, dtype=torch.bool, device=device).tril(prefix)[None, None]
+        if len(spans) == 1 and seen[0, -1] - seen[0, 0] == seen.shape[1] - 1:
+            queries, keys = (slice(int(places[0, 0]), int(places[0, -1]) + 1) for places in (own, seen))
+        else:
+            queries, keys = (torch.from_numpy(places.ravel()).to(device) for places in (own, seen))
+        return cls(len(spans), queries, keys, mask)
+
+
+@dataclass(frozen=True)
+class _Together:
+    """All spans, for one kernel.
+
+    query_ends, key_ends: int32 [S + 1], where the queries and the keys of each span end. longest_query, longest_key: of
+    a span. keys: int64, where the keys are in the pack; None if they are the pack as it stands.
+    """
+
     query_ends: torch.Tensor
     key_ends: torch.Tensor
     longest_query: int
@@ -83,24 +130,21 @@ class _Spans:
     keys: torch.Tensor | None
 
     @classmethod
-    def of(cls, pack: Pack, device) -> "_Spans":
-        by_shape: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for start, end, prefix_start, prefix in pack.spans:
-            by_shape.setdefault((end - start, prefix), []).append((start, prefix_start))
-        starts, ends, _, prefixes = np.array(pack.spans).T
-        queries, keys = ends - starts, prefixes + ends - starts
-        places = None
+    def of(cls, spans: np.ndarray, device: torch.device) -> "_Together":
+        starts, ends, _, prefixes = spans.T
+        queries, seen = ends - starts, prefixes + ends - starts
+        keys = None
         if prefixes.any():
             pieces = [
                 piece
-                for start, end, prefix_start, prefix in pack.spans
+                for start, end, prefix_start, prefix in spans.tolist()
                 for piece in (np.arange(prefix_start, prefix_start + prefix), np.arange(start, end))
             ]
-            places = torch.from_numpy(np.concatenate(pieces)).to(device)
+            keys = torch.from_numpy(np.concatenate(pieces)).to(device)
         query_ends, key_ends = (
-            torch.from_numpy(np.cumsum([0, *counts]).astype(np.int32)).to(device) for counts in (queries, keys)
+            torch.from_numpy(np.cumsum([0, *counts]).astype(np.int32)).to(device) for counts in (queries, seen)
         )
-        return cls(by_shape, query_ends, key_ends, int(queries.max()), int(keys.max()), places)
+        return cls(query_ends, key_ends, int(queries.max()), int(seen.max()), keys)
 
 
 @contextmanager
@@ -153,7 +197,7 @@ def _fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
 
 def _all_spans(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
     """[T, heads, width] from query [T, heads, width], key and value [T, key heads, width] of a pack."""
-    spans = _pack.get()
+    spans = _pack.get().together
     if spans.keys is not None:
         key, value = key[spans.keys], value[spans.keys]
     groups = query.shape[1] // key.shape[1]
@@ -181,31 +225,23 @@ def _attention(module, query, key, value, attention_mask, **options):
     if any(options.get(name) is not None for name in ("sliding_window", "softcap", "s_aux", "position_bias")):
         raise CannotPackError(f"{type(module).__name__} is no plain causal attention")
     if _fits(query, key, value):
-        found = _all_spans(*(x[0].transpose(0, 1) for x in (query, key, value)), options.get("scaling"))
-        return found[None], None
-    found = None
-    for (length, prefix), spans in _pack.get().by_shape.items():
-        starts, prefix_starts = (np.array(column)[:, None] for column in zip(*spans, strict=True))
-        own = starts + np.arange(length)
-        before = prefix_starts + np.arange(prefix)
-        rows = [_rows(query, own), *(_rows(x, np.concatenate([before, own], axis=1)) for x in (key, value))]
-        mask = None
-        if prefix:
-            shape = (length, prefix + length)
-            mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(prefix)[None, None]
-        outcome = sdpa_attention_forward(module, *rows, mask, **options)[0]
-        if found is None:
-            found = outcome.new_empty(1, query.shape[2], *outcome.shape[2:])
-        found[0, torch.from_numpy(own.ravel()).to(found.device)] = outcome.flatten(0, 1)
-    return found, None
+        output = _all_spans(*(x[0].transpose(0, 1) for x in (query, key, value)), options.get("scaling"))
+        return output[None], None
+    result = None
+    for alike in _pack.get().by_shape:
+        rows = _rows(query, alike.queries, alike.count), *(_rows(x, alike.keys, alike.count) for x in (key, value))
+        output = sdpa_attention_forward(module, *rows, alike.mask, **options)[0].flatten(0, 1)
+        if result is None:
+            result = output.new_empty(query.shape[2], *output.shape[1:])
+        result[alike.queries] = output
+    return result[None], None
 
 
-def _rows(x: torch.Tensor, places: np.ndarray) -> torch.Tensor:
-    """[n, heads, L, width] from x [1, heads, T, width] and places [n, L] in it."""
-    if len(places) == 1 and places[0, -1] - places[0, 0] == places.shape[1] - 1:
-        return x[:, :, places[0, 0] : places[0, -1] + 1]  # in one piece: no copy
-    gathered = x[0].index_select(1, torch.from_numpy(places.ravel()).to(x.device))
-    return gathered.unflatten(1, places.shape).transpose(0, 1)
+def _rows(x: torch.Tensor, places: slice | torch.Tensor, count: int) -> torch.Tensor:
+    """[count, heads, L, width] from x [1, heads, T, width]."""
+    if isinstance(places, slice):
+        return x[:, :, places]
+    return x[0].index_select(1, places).unflatten(1, (count, -1)).transpose(0, 1)
 
 
 # --- Unsloth, on a GPU -----------------------------------------------------------------------------------------------

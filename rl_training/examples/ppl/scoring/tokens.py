@@ -46,11 +46,14 @@ class Encoded:
 class TextEncoder:
     """Tokenizes context and target as one string and aligns the target's tokens to its characters.
 
-    `tokenizer`: any fast tokenizer of transformers. It is read once and never changed. Raises `InputError` for a slow
-    one, which has no character offsets.
+    tokenizer: any fast tokenizer of transformers. It is read once and never changed. eos_for_bos: where it has no BOS
+    token, its EOS token stands before a text without a context. Raises `InputError` for a slow tokenizer, which has no
+    character offsets.
+
+    start: the id of the token that stands before a text without a context, None if there is none.
     """
 
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, tokenizer, eos_for_bos: bool = False) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(
                 f"{type(tokenizer).__name__} is a slow tokenizer and has no character offsets: load it with "
@@ -63,6 +66,7 @@ class TextEncoder:
         self._backend.no_padding()
         self.decoding = Decoding(self._backend)
         self._bos = tokenizer.bos_token_id
+        self.start = tokenizer.eos_token_id if self._bos is None and eos_for_bos else self._bos
         special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         special.update(tokenizer.all_special_ids)
         self._special = np.zeros(max([len(tokenizer), *special]) + 1, dtype=bool)
@@ -97,7 +101,7 @@ class TextEncoder:
         )
         result = []
         for index, one in enumerate(sampled):
-            before = list(one.prompt) or ([] if self._bos is None else [self._bos])
+            before = list(one.prompt) or ([] if self.start is None else [self.start])
             # Nothing stands before the first of all tokens, so it has no probability.
             scored = np.flatnonzero((chars[index] >= 0) & (np.arange(sizes[index]) + len(before) > 0))
             ids = np.array([*before, *one.completion], dtype=np.int64)
@@ -125,9 +129,10 @@ class TextEncoder:
         # A token that straddles the border ends in the target and so belongs to it.
         scored = (spans[:, 1] > starts) & ~self._special[ids]
         first_token = np.cumsum(sizes) - sizes
-        has_bos = np.zeros(len(targets), dtype=bool)
-        has_bos[sizes > 0] = ids[first_token[sizes > 0]] == self._bos
-        prepend = (self._bos is not None) & ~has_bos
+        prepend = np.full(len(targets), self.start is not None)
+        prepend[sizes > 0] &= ids[first_token[sizes > 0]] != self.start
+        if self._bos is None:
+            prepend &= np.array([not context for context in contexts])
         # Nothing stands before the first of all tokens, so it has no probability.
         scored[first_token[(sizes > 0) & ~prepend]] = False
 
@@ -142,7 +147,7 @@ class TextEncoder:
             shift = int(prepend[place])
             result.append(
                 Encoded(
-                    ids=np.concatenate([[self._bos], own]) if shift else own,
+                    ids=np.concatenate([[self.start], own]) if shift else own,
                     positions=scored[mine] - start + shift,
                     chars=chars[mine] - target_starts[place],
                 )
