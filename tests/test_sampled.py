@@ -10,7 +10,7 @@ import story_model
 import torch
 import toys
 from datasets import Dataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import compute_baselines_trl
@@ -71,7 +71,7 @@ def test_the_total_surprisal_is_minus_the_log_probability_of_the_sampling(kind, 
     tokenizer, prompts = kind
     reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)
     compared = 0
-    for seed in range(4):
+    for seed in range(2):
         written = generate(model, tokenizer, prompts, seed)
         call = as_trl(tokenizer, prompts, written)
         pairs, _ = reward_fn.written(prompts, call["completions"], call["completion_ids"])
@@ -91,9 +91,10 @@ def test_the_total_surprisal_is_minus_the_log_probability_of_the_sampling(kind, 
             assert sum(unit["n_tokens"] for unit in sentences) == len(logps)
             rates = [unit["surprisal"] / unit["n_tokens"] for unit in sentences]
             assert ppls["sentence"][row].item() == pytest.approx(math.exp(np.mean(rates)), rel=1e-4)
-    assert compared >= 9
+    assert compared >= 4
 
 
+@settings(max_examples=15)
 @given(data=st.data())
 def test_where_text_and_ids_agree_the_numbers_are_those_of_the_text(kind, data):
     """Ids that the tokenizer makes of a text, cut anywhere: the same ids, scored tokens and characters."""
@@ -118,6 +119,7 @@ def test_where_text_and_ids_agree_the_numbers_are_those_of_the_text(kind, data):
     assert found.chars.tolist() == expected.chars.tolist()
 
 
+@settings(max_examples=15)
 @given(data=st.data())
 def test_a_token_begins_where_the_text_before_it_ceases_to_be_that_of_the_whole(kind, data):
     """Any ids at all: cut characters, special tokens inside, ids beyond the vocabulary. The rule, in slow."""
@@ -330,6 +332,9 @@ def test_held_out_numbers_and_own_baselines_are_those_of_the_sampling(story, tmp
     held_out = evaluate(model, tokenizer, reward_fn, rows, start=copy.deepcopy(model), **options)
     assert held_out.completion_ids == [[one.ids for one in group] for group in groups]
     assert held_out.scores["KL"] == 0
+    # Nothing was trained, so nothing is gained, zero-shot baselines or not.
+    assert evaluate(model, tokenizer, reward_fn, rows, start=copy.deepcopy(model), **options) == held_out
+    assert held_out.scores["reward"] > 0.1 and held_out.scores["word improvement %"] != 0
     for level, values in zip(LEVELS, levels.T, strict=True):
         assert held_out.scores[f"{level} PPL"] == pytest.approx(np.nanmean(values))
 

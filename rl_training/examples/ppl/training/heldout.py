@@ -63,15 +63,22 @@ def evaluate(
     def repeated(column):
         return None if column is None else [value for value in column for _ in range(num_generations)]
 
-    _, details = reward_fn.compute_rewards(
-        texts,
-        prompts=repeated(columns["prompt"]),
-        references=repeated(columns.get("reference")),
-        ids=repeated(columns.get("id")),
-        baselines=repeated(row_baselines(columns)),
-        completion_ids=ids,
-        return_details=True,
-    )
+    def measured():
+        return reward_fn.compute_rewards(
+            texts,
+            prompts=repeated(columns["prompt"]),
+            references=repeated(columns.get("reference")),
+            ids=repeated(columns.get("id")),
+            baselines=repeated(row_baselines(columns)),
+            completion_ids=ids,
+            return_details=True,
+        )[1]
+
+    # Without baselines, completions make their prompt's at the first visit, and are measured at the second: before
+    # training against the same ones as after it.
+    details = measured()
+    if reward_fn.target == "completion" and reward_fn.baselines is None:
+        details = measured()
     moved = kl_by_text(model, start, tokenizer, repeated(columns["prompt"]), ids)
     levels = [details[name][level] for name in ("improvements", "ppls") for level in LEVELS]
     table = np.stack([np.asarray(column) for column in (details["rewards"], *levels)], axis=1)
