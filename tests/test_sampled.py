@@ -247,6 +247,17 @@ def test_nothing_written_earns_nothing(model, tokenizer, ids):
     assert math.isnan(reward_fn._last.details["ppls"]["word"][0])  # what follows an end token was not sampled
 
 
+def test_an_empty_completion_is_none_of_its_neighbours(model, tokenizer):
+    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)
+    ids = [tokenizer(text)["input_ids"] for text in (" said", "", " ran home", "")]
+    reward_fn(["The fox"] * 4, [" said", "", " ran home", ""], completion_ids=ids)
+    given = tokenizer("The fox")["input_ids"]
+    expected = [math.exp(np.mean(surprisals(model, given, one))) if one else math.nan for one in ids]
+    one_unit = MultiLevelPPLCalculator(tokenizer).explain_pair(model, Sampled(tuple(given), tuple(ids[2])))
+    assert len(one_unit["sentence"]) == 1
+    assert reward_fn._last.details["ppls"]["sentence"].tolist() == pytest.approx(expected, rel=1e-5, nan_ok=True)
+
+
 def test_ids_of_another_tokenizer_are_not_scored(model, tokenizer, caplog):
     """A scorer that is another model: the text is all that both read, and the log says so once."""
     reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)

@@ -94,7 +94,7 @@ class TextEncoder:
         sizes = [len(one.completion) for one in sampled]
         offsets = np.cumsum([0, *map(len, texts)])
         text = np.repeat(np.arange(len(sampled)), sizes)
-        ends = np.concatenate([np.append(start[1:], len(t)) for start, t in zip(begins, texts, strict=True)])
+        ends = np.concatenate([np.append(start, len(t))[1:] for start, t in zip(begins, texts, strict=True)])
         starts = np.concatenate(begins)
         chars = np.split(
             _first_visible(starts + offsets[text], ends + offsets[text], text, texts), np.cumsum(sizes)[:-1]
