@@ -10,11 +10,15 @@ from typing import NamedTuple
 
 from transformers import TrainerCallback
 
-from ..data import Text, message_text, render_prompt
-from ..definitions import COLORS, LEVELS
+from ..data import Text, message_text
+from ..definitions import COLORS
 from ..files import write_text
+from ..processes import is_first
 from ..training.heldout import HeldOut
+from ..training.job import Job
+from ..training.resume import launched
 from .charts import charts
+from .comparison import plot_training, print_comparison
 from .frame import ENVIRONMENT
 from .heatmap import heatmap, number
 
@@ -61,13 +65,41 @@ def explain_heldout(reward_fn, held_out: HeldOut, references: Sequence[Text]) ->
         lead = ""
         if reward_fn.target == "reference":
             lead, text = text, message_text(references[place] or "")
-            context = render_prompt(prompt, reward_fn.tokenizer)
+            context = reward_fn.calculator.render(prompt)
             pair = (reward_fn.reference_context.context(context, reward_fn.reference_context.extracted(lead)[0]), text)
         explained = reward_fn.calculator.explain_pair(reward_fn.model, pair)
-        [values] = reward_fn.calculator.score_pairs(reward_fn.model, [pair])
-        perplexities = dict(zip(LEVELS, values.tolist(), strict=True))
-        found.append(Completion(lead, text, explained, perplexities, held_out.rewards[place][0]))
+        found.append(Completion(lead, text, explained, explained.perplexities, held_out.rewards[place][0]))
     return found
+
+
+def start_report(job: Job, reward_fn, before: HeldOut) -> "RunPage":
+    """The page of a run that is about to begin, a callback of its trainer. Several processes must all call."""
+    facts = {
+        "Data": job.args.dataset_name,
+        "Target": job.args.target,
+        "Weights": "word {:g}, phrase {:g}, sentence {:g}".format(*job.args.ppl_weights),
+        "Baselines": job.args.baselines_path or "no file",
+    }
+    shown = explain_heldout(reward_fn, before, list(job.heldout_rows["reference"]))
+    path, command = job.output / "report.html", command_line(launched(job.command))
+    if is_first():
+        print(f"Report, kept up to date: {path}")
+    return RunPage(path, job.args.model_name, facts, command, job.config_file, before, shown)
+
+
+def finish_report(job: Job, page: "RunPage", reward_fn, after: HeldOut, state) -> None:
+    """The page's last state, the reward's curve, and held-out scores before and after. Several processes must all call.
+
+    state: the trainer's.
+    """
+    shown = explain_heldout(reward_fn, after, list(job.heldout_rows["reference"]))
+    if not is_first():
+        return
+    page.write(state, after, shown)
+    plot_training(state.log_history, job.output / "reward.png")
+    print_comparison(page.before, after)
+    print(f"{'Model' if job.args.full_finetuning else 'Adapter'} and tokenizer: {job.output}")
+    print(f"Reward curve: {job.output / 'reward.png'}\nReport: {page.path}")
 
 
 class RunPage(TrainerCallback):

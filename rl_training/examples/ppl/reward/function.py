@@ -13,7 +13,8 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 
 from ..baselines.file import BaselineError, Baselines, check_meta
-from ..data import Text, message_text, render_prompt, stable_id
+from ..chat import Turn, Turns, chat_identity
+from ..data import Text, message_text, stable_id
 from ..definitions import (
     BASELINE_COLUMNS,
     DEFAULT_TARGET,
@@ -31,7 +32,7 @@ from ..reference_context import ReferenceContext
 from ..sampling import end_tokens, prompt_ids
 from ..scoring.calculator import MultiLevelPPLCalculator
 from ..scoring.surprisal import SurprisalScorer
-from ..scoring.tokens import Pair
+from ..scoring.tokens import Sampled
 from .cache import PerplexityCache
 from .first_visits import FirstVisits
 from .sampled import those_of
@@ -101,9 +102,7 @@ class MultiLevelPPLRewardFunction:
         self.use_cache = use_cache
         self.target = one_of("target", target, TARGETS)
         self.missing = one_of("missing", missing, MISSING)
-        self.reference_context = ReferenceContext(extract, template)
-        if target == "completion" and (extract or template != DEFAULT_TEMPLATE):
-            raise InputError("extract and template say what stands before a reference: they need target='reference'")
+        self.reference_context = ReferenceContext(extract, template, target)
         if isinstance(baselines, str | Path):
             baselines = Baselines.load(baselines)
         elif baselines is not None and not isinstance(baselines, Baselines):
@@ -134,6 +133,7 @@ class MultiLevelPPLRewardFunction:
             target=self.target,
             definitions=self.calculator.definitions,
             template=self.reference_context.template,
+            prompt=chat_identity(self.tokenizer, **self.calculator.chat),
         )
 
     def __call__(self, prompts, completions, **columns) -> list[float | None]:
@@ -148,6 +148,8 @@ class MultiLevelPPLRewardFunction:
             "references": columns.get("reference"),
             "ids": columns.get("id"),
         }
+        if any(not isinstance(completion, str) and len(completion) > 1 for completion in completions):
+            arguments["completions"] = completions
         if rows := row_baselines(columns):
             arguments["baselines"] = rows
         arguments |= {name: columns[name] for name in ("completion_ids", "prompt_ids") if name in columns}
@@ -175,12 +177,14 @@ class MultiLevelPPLRewardFunction:
         ids: Sequence | None = None,
         return_details: bool = False,
         baselines: Sequence[Mapping | None] | None = None,
+        completions: Sequence[Text] | None = None,
         completion_ids: Sequence[Sequence[int]] | None = None,
         prompt_ids: Sequence[Sequence[int]] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:
         """float32 [B] rewards, nan for a skipped row; with `return_details` also what they were made from.
 
-        baselines: per row, before those of the constructor; None where a row has none.
+        baselines: per row, before those of the constructor; None where a row has none. completions: the messages that
+        `texts` are of, where there are several in one: only the assistant's are scored, each behind what stood before.
         completion_ids: what the policy sampled. Where their text is that of `texts`, they are what is scored, up to the
         end token, behind `prompt_ids` (None: those that GRPOTrainer makes of `prompts`).
         details: "ppls" and "baselines", each `{level: float64 [B]}`, nan where there is none; "improvements",
@@ -188,8 +192,15 @@ class MultiLevelPPLRewardFunction:
         before `normalize`.
         """
         n = len(texts)
-        columns = {"prompts": prompts, "references": references, "ids": ids, "baselines": baselines}
-        for name, column in {**columns, "completion_ids": completion_ids, "prompt_ids": prompt_ids}.items():
+        for name, column in {
+            "prompts": prompts,
+            "references": references,
+            "ids": ids,
+            "baselines": baselines,
+            "completions": completions,
+            "completion_ids": completion_ids,
+            "prompt_ids": prompt_ids,
+        }.items():
             if column is not None and len(column) != n:
                 raise InputError(f"{len(column)} {name} for {n} texts: there must be one for each")
         if self.target == "reference" and references is None:
@@ -197,9 +208,10 @@ class MultiLevelPPLRewardFunction:
         self._cache.forget_if_trained(self.model)
         prompts = [None] * n if prompts is None else list(prompts)
         references = [None] * n if references is None else list(references)
-        pairs, texts = self.written(prompts, texts, completion_ids, prompt_ids)
+        contexts = [self.calculator.render(prompt) for prompt in prompts]
+        completions = texts if completions is None else completions
+        pairs, texts = self.written(prompts, completions, completion_ids, prompt_ids)
 
-        contexts = [render_prompt(prompt, self.tokenizer) for prompt in prompts]
         baseline = self._given_baselines(prompts, references, ids, baselines)
         absent = np.isnan(baseline).any(axis=1)
         first_visit = np.zeros(n, dtype=bool)
@@ -265,33 +277,37 @@ class MultiLevelPPLRewardFunction:
     def written(
         self,
         prompts: Sequence[Text | None],
-        texts: Sequence[Text],
+        completions: Sequence[Text],
         completion_ids: Sequence[Sequence[int]] | None = None,
         given_ids: Sequence[Sequence[int]] | None = None,
-    ) -> tuple[list[Pair], list[str]]:
+    ) -> tuple[list[Turn | Turns | Sampled], list[str]]:
         """(what the policy wrote, as it is scored: ids where there are any; the same as text, behind its prompt)"""
-        contexts = [render_prompt(prompt, self.tokenizer) for prompt in prompts]
-        texts = [message_text(text) for text in texts]
+        texts = [message_text(completion) for completion in completions]
+        pairs = list(map(self.calculator.turns, prompts, completions))
+        one_turn = [index for index, one in enumerate(completions) if isinstance(one, str) or len(one) == 1]
         sampled = {}
         if completion_ids is not None:
             if given_ids is None:
-                given_ids = prompt_ids(prompts, self.tokenizer)
+                given_ids = prompt_ids(prompts, self.tokenizer, **self.calculator.chat)
             ends = end_tokens(self.model, self.tokenizer)
             sampled = those_of(texts, completion_ids, given_ids, prompts, ends, self.calculator)
-            if len(sampled) < len(texts) and not self._warned_of_ids:
+            sampled = {index: sampled[index] for index in one_turn if index in sampled}
+            if len(sampled) < len(one_turn) and not self._warned_of_ids:
                 self._warned_of_ids = True
                 logger.warning(
                     "completion_ids are not those of the completions for this tokenizer, so their text is scored: the "
                     "policy has another tokenizer, or the texts were changed"
                 )
-        rest = [index for index in range(len(texts)) if index not in sampled]
-        pairs = [(contexts[index], texts[index]) for index in rest]
-        behind = dict(zip(rest, self.calculator.restore_spaces(self.model, pairs), strict=True))
+        rest = [index for index in one_turn if index not in sampled]
+        behind = dict(zip(rest, self.calculator.restore_spaces(self.model, [pairs[i] for i in rest]), strict=True))
+        for index, text in behind.items():
+            pairs[index] = (pairs[index][0], text)
+        for index, ids in sampled.items():
+            pairs[index] = ids
         behind |= zip(sampled, self.calculator.written(list(sampled.values())), strict=True)
-        texts = [behind[index] for index in range(len(texts))]
-        return [sampled.get(index, (contexts[index], text)) for index, text in enumerate(texts)], texts
+        return pairs, [behind.get(index, text) for index, text in enumerate(texts)]
 
-    def _perplexities(self, pairs: Sequence[Pair]) -> np.ndarray:
+    def _perplexities(self, pairs: Sequence[Turn | Turns | Sampled]) -> np.ndarray:
         """float64 [B, 3], from the cache where it has them."""
         score = functools.partial(self.calculator.score_pairs, self.model)
         return self._cache.perplexities(pairs, score) if self.use_cache else score(pairs)
@@ -305,7 +321,8 @@ class MultiLevelPPLRewardFunction:
                 found[place] = values
         if self.baselines is not None:
             for place in np.flatnonzero(np.isnan(found[:, 0])):
-                values = self.baselines.find(_key(ids, prompts, references, place), prompts[place])
+                reference = (references[place] or "") if self.target == "reference" else None
+                values = self.baselines.find(_key(ids, prompts, references, place), prompts[place], reference, place)
                 if values is not None:
                     found[place] = values
         return found
