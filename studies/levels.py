@@ -15,7 +15,8 @@ from common import print_table, quiet_axes, write_figure, write_json
 from damage import DAMAGES, Damages
 
 from ppl import cli
-from ppl.data import find_columns, load_split, message_text, render_prompt
+from ppl.chat import render_prompt
+from ppl.data import PromptForm, find_columns, load_split, make_row, message_text
 from ppl.definitions import AGGREGATIONS, LEVELS
 from ppl.errors import InputError
 
@@ -50,7 +51,7 @@ def study(args: argparse.Namespace) -> int:
     dataset = load_split(args.dataset_name, args.dataset_config, args.dataset_split)
     columns = find_columns(dataset.column_names, args.prompt_column, args.reference_column, args.id_column)
     # As the baselines: the reference after its prompt, a prompt without a reference by itself.
-    rows = [columns.row(example) for example in dataset]
+    rows = [make_row(example, index, columns, PromptForm()) for index, example in enumerate(dataset)]
     rows = [(row["prompt"], row["reference"]) if row["reference"] else ("", row["prompt"]) for row in rows]
     rows = [row for row in rows if message_text(row[1]).strip()][: args.num_samples]
     if len(rows) < 2:

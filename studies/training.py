@@ -27,7 +27,7 @@ DEMO = "--max_new_tokens 64 --learning_rate 2e-3 --per_device_train_batch_size 1
 BASELINES = "--load_in_4bit --generate 4 --max_new_tokens 64"
 ARMS = {
     "default": "",
-    "no loop guard": "--repetition_penalty 0",
+    "no loop guard": "--loop_penalty 0",
     "word only": "--ppl_weights 1 0 0",
     "phrase only": "--ppl_weights 0 1 0",
     "sentence only": "--ppl_weights 0 0 1",

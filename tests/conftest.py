@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import story_model
 import torch
 import toys
 from hypothesis import HealthCheck, settings
@@ -46,3 +47,9 @@ def model():
 @pytest.fixture(scope="session")
 def gpt2_model():
     return toys.gpt2()
+
+
+@pytest.fixture(scope="session")
+def story():
+    """(model, tokenizer) that write stories, the tokenizer SentencePiece's. Of both, nothing is changed by a test."""
+    return story_model.train()

@@ -99,7 +99,7 @@ def test_find():
 
 
 def test_coverage_names_the_rows_that_lack_a_baseline():
-    baselines = Baselines({"a": RECORD}, META, "b.pkl")
+    baselines = Baselines({"a": {**RECORD, "prompt_id": stable_id("A")}}, META, "b.pkl")
     baselines.check_coverage(["a"], ["A"])
     with pytest.raises(BaselineError, match=r"b\.pkl has no baseline for 4 of 5 rows, first \['c', 'd', 'e'\]"):
         baselines.check_coverage(list("acdef"), list("ACDEF"))

@@ -120,9 +120,11 @@ def test_the_pickle_is_a_plain_dict(toy):
         records = pickle.load(file)
     record = records[stable_id(ROWS[0]["prompt"], ROWS[0]["completion"])]
     assert {name: type(value) for name, value in record.items()} == {
-        **dict.fromkeys(LEVELS, float), "n_tokens": int, "prompt_id": str
+        **dict.fromkeys(LEVELS, float), "n_tokens": int, "prompt_id": str, "prompt_start": str, "reference_id": str
     }  # fmt: skip
     assert record["prompt_id"] == stable_id("Once upon a time")
+    assert record["prompt_start"] == "Once upon a time"
+    assert record["reference_id"] == stable_id(ROWS[0]["completion"])
 
 
 def test_the_reward_takes_the_file_of_its_own_model_and_no_other(toy):

@@ -15,10 +15,11 @@ from trl.rewards import get_repetition_penalty_reward
 from ppl.data import TINY_STORIES
 from ppl.errors import InputError
 from ppl.reward.function import MultiLevelPPLRewardFunction
-from ppl.reward.loop_guard import NGRAM, WEIGHT, check_reward_weights, loop_guard
+from ppl.reward.loop_guard import NGRAM, WEIGHT, loop_guard
 from ppl.reward.thresholds import normalized
 from ppl.sampling import sample_completions
 from ppl.scoring.units import segment
+from ppl.training.rewards import check_reward_weights
 
 LENGTHS = (64, 128, 256)
 
@@ -65,17 +66,19 @@ def test_a_larger_reward_makes_loops_dearer_in_proportion():
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
 def test_a_weight_that_makes_no_sense_is_refused(weight):
-    with pytest.raises(InputError, match=r"--repetition_penalty is .*expected 0"):
+    with pytest.raises(InputError, match=r"--loop_penalty is .*expected 0"):
         loop_guard(weight)
 
 
 def test_reward_weights_of_trl_must_be_one_for_each_function():
-    check_reward_weights(None, guarded=True)
-    check_reward_weights([1.0, 5.0], guarded=True)
-    with pytest.raises(InputError, match=r"holds 1 number.*expected 2"):
-        check_reward_weights([1.0], guarded=True)
+    both = ["multi_level_ppl", "loop_penalty"]
+    check_reward_weights(None, both)
+    check_reward_weights([1.0, 5.0], both)
+    check_reward_weights([1.0, 5.0, 2.0], [*both, "brevity"])
+    with pytest.raises(InputError, match=r"holds 1 number.*expected 2: of multi_level_ppl, loop_penalty"):
+        check_reward_weights([1.0], both)
     with pytest.raises(InputError, match=r"holds 2 number.*expected 1"):
-        check_reward_weights([1.0, 5.0], guarded=False)
+        check_reward_weights([1.0, 5.0], ["multi_level_ppl"])
 
 
 # --- real stories ----------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def test_a_run_in_two_processes_leaves_what_a_run_in_one_leaves(tmp_path):
         launch(
             "train_grpo_multilevel_unsloth.py", *SHORT, "--heldout_samples", "3", "--max_steps", "2",
             "--save_steps", "2", "--output_dir", out, "--baselines_path", baselines, "--interpolate",
-            "--repetition_penalty", "0", "--reward_thresholds", "-1000:0", "100:1",
+            "--loop_penalty", "0", "--reward_thresholds", "-1000:0", "100:1",
         )
     )  # fmt: skip
     assert printed.count("Training with Unsloth") == printed.count("12 completions of 3 prompts") == 1

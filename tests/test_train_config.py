@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
+from ppl.reward.loop_guard import WEIGHT
 from ppl.training.config import grpo_config
-from ppl.training.flags import grpo_fields
+from ppl.training.flags import grpo_fields, write_config
 from ppl.training.plan import plan_batches
 from train_grpo_multilevel_unsloth import parse_args
 
@@ -53,10 +54,24 @@ def test_flags_of_grpo_config_are_left_to_it():
 
 
 def test_what_a_loop_costs_does_not_reach_the_sampling(tmp_path):
-    """GRPOConfig has a repetition_penalty, too: with 20 in it the policy would write no two words."""
-    args, rest = parse_args(["--repetition_penalty", "20", "--output_dir", str(tmp_path)])
+    """GRPOConfig's repetition_penalty divides logits while sampling: with 20 in it the policy would write no two words
+    alike. It is TRL's, and what loops cost has a name of its own."""
+    args, rest = parse_args(["--loop_penalty", "20", "--output_dir", str(tmp_path)])
     config, _, defaults = grpo_config(args, rest, plan_batches(4, None, None))
-    assert args.repetition_penalty == 20 and config.repetition_penalty == defaults["repetition_penalty"] == 1
+    assert args.loop_penalty == 20 and config.repetition_penalty == defaults["repetition_penalty"] == 1
+    args, rest = parse_args(["--repetition_penalty", "1.1", "--output_dir", str(tmp_path)])
+    config, _, _ = grpo_config(args, rest, plan_batches(4, None, None))
+    assert args.loop_penalty == WEIGHT and config.repetition_penalty == 1.1
+
+
+def test_variables_of_the_chat_template_are_the_trainers_too(tmp_path):
+    words = ["--chat_template_kwargs", '{"enable_thinking": false}', "--output_dir", str(tmp_path)]
+    args, rest = parse_args(words)
+    config, asked, defaults = grpo_config(args, rest, plan_batches(4, None, None))
+    assert args.chat_template_kwargs == config.chat_template_kwargs == {"enable_thinking": False}
+    write_config(tmp_path / "run.yaml", vars(args), asked, defaults)
+    again, _ = parse_args(["--config", str(tmp_path / "run.yaml")])
+    assert again.chat_template_kwargs == {"enable_thinking": False}
 
 
 @pytest.mark.parametrize(

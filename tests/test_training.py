@@ -192,7 +192,7 @@ def test_without_unsloth_it_says_why_and_trains_with_peft(tmp_path):
     ("flags", "words"),
     [
         (["--num_generations", "6", "--gradient_accumulation_steps", "2"], ["= 8 completions", "--num_generations 4"]),
-        (["--repetition_penalty", "-1"], ["--repetition_penalty is -1.0", "0 (no guard"]),
+        (["--loop_penalty", "-1"], ["--loop_penalty is -1.0", "0 (no guard"]),
         (["--ppl_weights", "0", "0", "0"], ["weights", "(0.0, 0.0, 0.0)", "not all 0"]),
         (["--ppl_weights", "-1", "1", "1"], ["weights", "-1.0", "none negative"]),
         (["--reward_thresholds", "1:0.5", "1:0.7"], ["1 % twice"]),

@@ -49,6 +49,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     cli.add_model_flags(parser)
     cli.add_unsloth_flags(parser)
     cli.add_data_flags(parser)
+    cli.add_prompt_flags(parser)
     cli.add_definition_flags(parser)
     return parser.parse_args(argv)
 

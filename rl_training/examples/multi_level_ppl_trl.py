@@ -90,7 +90,7 @@ def score(args: argparse.Namespace) -> int:
             f"no token of {text!r:.40} can be scored: special tokens never are, nor is the first of all where the "
             "tokenizer has no BOS token; give a longer text, or a --context"
         )
-    perplexities = level_perplexities(explained, args.aggregation)
+    perplexities = explained.perplexities
 
     if page is not None:
         write_page(page, args, model, text, explained, perplexities)
@@ -128,23 +128,6 @@ def check_unicode(source: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:  # bytes of the command line that are no UTF-8 arrive as surrogates
         raise InputError(f"{source} is not UTF-8 at character {error.start}") from error
-
-
-def level_perplexities(explained: dict[str, list[dict]], aggregation: str) -> dict[str, float]:
-    """Each level's perplexity from its units: what `compute_all_levels` gives, without a second forward pass."""
-    import numpy as np
-
-    from ppl.scoring.levels import aggregate
-
-    rates = {
-        level: (
-            np.array([unit["start"] for unit in units]),
-            np.array([unit["surprisal"] / unit["n_tokens"] for unit in units]),
-        )
-        for level, units in explained.items()
-    }
-    ends = np.array([0, explained["word"][-1]["end"]])
-    return dict(zip(explained, aggregate(ends, rates, aggregation)[0].tolist(), strict=True))
 
 
 def as_json(args, model, text: str, explained, perplexities) -> dict:

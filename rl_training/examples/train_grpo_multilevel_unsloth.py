@@ -7,13 +7,10 @@ They are listed at https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig
 """
 
 import argparse
-import os
 import sys
-from pathlib import Path
 
 from ppl import cli
-from ppl.baselines.file import Baselines, check_meta, read_meta
-from ppl.data import check_references, find_columns, load_split, message_text, split_heldout
+from ppl.data import prepare_rows
 from ppl.definitions import (
     DEFAULT_MAX_NEW_TOKENS,
     DEFAULT_SEED,
@@ -23,12 +20,11 @@ from ppl.definitions import (
     MISSING,
     TARGETS,
 )
-from ppl.models import add_lora, import_unsloth, load_model, model_path
-from ppl.reward.loop_guard import WEIGHT, check_reward_weights, loop_guard
+from ppl.reward.loop_guard import WEIGHT
 from ppl.training import flags as train_flags
-from ppl.training.config import REPORTERS, check_reporters, grpo_config, loading, reward_settings
-from ppl.training.plan import plan_batches
-from ppl.training.resume import LATEST, find_checkpoint, launched, resume_command
+from ppl.training.config import REPORTERS
+from ppl.training.job import prepare
+from ppl.training.resume import LATEST
 
 
 def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
@@ -37,6 +33,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     cli.add_model_flags(parser)
     cli.add_unsloth_flags(parser)
     cli.add_data_flags(parser)
+    cli.add_prompt_flags(parser)
     cli.add_definition_flags(parser)
     model = parser.add_argument_group("what is trained (default: a LoRA adapter; the folder of one goes on with it)")
     model.add_argument("--full_finetuning", action="store_true", help="train all weights; a frozen copy is the scorer")
@@ -77,7 +74,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     reward.add_argument("--interpolate", action="store_true", help="linear between the thresholds instead of steps")
     reward.add_argument("--normalize_rewards", action="store_true", help="mean 0, standard deviation 1 in each call")
     reward.add_argument(
-        "--repetition_penalty", type=float, default=WEIGHT, metavar="W",
+        "--loop_penalty", type=float, default=WEIGHT, metavar="W",
         help="what loops cost, in ranges of the reward; 0: nothing",
     )  # fmt: skip
     reward.add_argument("--missing", choices=MISSING, default="error", help="rows without a baseline")
@@ -123,29 +120,72 @@ def _threshold(text: str) -> tuple[float, float]:
         raise argparse.ArgumentTypeError(f"{text!r}, expected PERCENT:REWARD such as 0.5:0.7") from error
 
 
-def prepare_dataset(dataset, columns):
-    """The rows that GRPOTrainer gets: `prompt`, `id`, `reference` (TRL drops a column named `completion`), and the
-    columns `baseline_...` if there are any. Edit this function to make prompts of your own.
+def prepare_dataset(dataset, columns, form):
+    """The rows that the trainer gets: `prompt`, `id`, `reference`, and the columns `baseline_...` if there are any.
 
-    dataset: a `datasets.Dataset`. columns: `ppl.data.Columns`, which of its columns holds what.
+    Edit this function to make prompts of your own:
+
+        rows = prepare_rows(dataset, columns, form)
+        return rows.map(lambda row: {"prompt": row["prompt"].rstrip(" .") + ", and then"})
+
+    A baseline is of one prompt: those of the unedited rows are refused. Compute them of yours, from a file that
+    `rows.to_json("rows.jsonl")` writes here. What --prompt_template, --chat and --prompt_sentences can say needs no
+    edit and is the same in compute_baselines_trl.py.
+
+    dataset: a `datasets.Dataset`. columns: `ppl.data.Columns`, which of its columns holds what. form:
+    `ppl.data.PromptForm`, what the flags say of prompts.
     """
-    dropped = [name for name in dataset.column_names if not name.startswith("baseline_")]
-    dataset = dataset.map(columns.row, remove_columns=dropped)
-    return dataset.filter(lambda row: bool(message_text(row["prompt"]).strip()))
+    return prepare_rows(dataset, columns, form)
 
 
-def load_rows(args: argparse.Namespace, split: str, baselines: Baselines | None, most: int | None = None):
-    """A split's first rows as `prepare_dataset` makes them. Raises `InputError` if one has no baseline and needs it."""
-    dataset = load_split(args.dataset_name, args.dataset_config, split)
-    if most is not None:
-        dataset = dataset.select(range(min(most, len(dataset))))
-    columns = find_columns(dataset.column_names, args.prompt_column, args.reference_column, args.id_column)
-    dataset = prepare_dataset(dataset, columns)
-    if args.target == "reference":
-        check_references(dataset, columns, blank_is_wrong=args.missing == "error")
-    if baselines is not None and args.missing == "error":
-        baselines.check_coverage(dataset["id"], dataset["prompt"])
-    return dataset
+def make_rewards(job, scorer):
+    """The reward functions, the perplexity reward first, each with its weight; --reward_weights, in this order, wins.
+
+    Edit this function to add one. It is called as TRL calls it, with prompts, completions (behind chat prompts: lists
+    of messages), completion_ids and the data set's columns, and returns a number a completion, or None to skip it:
+
+        def brevity(completions, **columns):
+            return [-len(text.split()) / 100 for text in completions]
+
+        rewards.append((brevity, 0.5))
+
+    The log and the held-out table have a row of its name.
+
+    job: `ppl.training.job.Job`. scorer: the frozen model and its tokenizer.
+    """
+    from ppl.reward.function import MultiLevelPPLRewardFunction
+    from ppl.reward.loop_guard import loop_guard
+
+    rewards = [(MultiLevelPPLRewardFunction(*scorer, job.baselines, **job.settings), 1.0)]
+    if job.args.loop_penalty:
+        rewards.append(loop_guard(job.args.loop_penalty, job.settings["reward_thresholds"], job.normalized_over))
+    return rewards
+
+
+def make_trainer(job, policy, rewards):
+    """The trainer, any of TRL's that takes reward functions.
+
+    Edit this function to swap it. RLOO takes the same fields:
+
+        from trl import RLOOConfig, RLOOTrainer
+
+        fields = {field.name for field in dataclasses.fields(RLOOConfig) if field.init}
+        config = RLOOConfig(**{name: value for name, value in vars(job.config).items() if name in fields})
+        return RLOOTrainer(model=..., args=config, ...)  # the rest as below, without `chat`
+
+    job: `ppl.training.job.Job`. policy: the model that is trained and its tokenizer. rewards: of `make_rewards`.
+    """
+    from ppl.training.trainer import ResumableGRPOTrainer
+
+    return ResumableGRPOTrainer(
+        model=policy.model,
+        args=job.config,
+        reward_funcs=[function for function, _ in rewards],
+        train_dataset=job.train_rows,
+        eval_dataset=job.eval_rows,
+        processing_class=policy.tokenizer,
+        chat=job.chat,
+    )
 
 
 def main(argv=None) -> int:
@@ -155,145 +195,30 @@ def main(argv=None) -> int:
 
 
 def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
-    # What can be refused is refused before a model is loaded.
-    for name in filter(None, (args.model_name, args.scorer_model)):
-        model_path(name)
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    settings = reward_settings(args)
-    check_reporters(args)
-    plan = plan_batches(
-        args.per_device_train_batch_size,
-        args.gradient_accumulation_steps,
-        args.num_generations,
-        int(os.environ.get("WORLD_SIZE", "1")),
-    )
-    baselines = Baselines.load(args.baselines_path) if args.baselines_path else None
-    # A data set that compute_baselines_trl.py wrote has them as columns, and says the same of how they were made.
-    columns_of = Baselines({}, read_meta(Path(args.dataset_name, ".baselines")), args.dataset_name)
-    meta = (baselines or columns_of).meta
-    policy_load, scorer_load = loading(args, meta)
-    dataset = load_rows(args, args.dataset_split, baselines, args.max_samples)
-    train_rows, heldout_rows = split_heldout(dataset, args.heldout_samples, args.seed)
-    eval_rows = load_rows(args, args.eval_split, baselines) if args.eval_split else None
+    job = prepare(args, rest, command, prepare_dataset)  # imports Unsloth: what imports TRL has to come after it
 
-    reason = "--no_unsloth" if args.no_unsloth else import_unsloth()
-    from ppl.processes import is_first
+    from ppl.pages.run import finish_report, start_report
+    from ppl.training.callbacks import stopped_by, watch
+    from ppl.training.heldout import HeldOutPrompts
+    from ppl.training.load import load_policy_and_scorer, save
+    from ppl.training.rewards import weighted
 
-    config, asked, defaults = grpo_config(args, rest, plan)
-    check_reward_weights(config.reward_weights, guarded=args.repetition_penalty > 0)
-    say = print if is_first() else lambda *_, **__: None
-    say(f"Loading {args.model_name} ({', '.join(f'{key}={value}' for key, value in policy_load.items())}) ...")
-    window = {"device": args.device, "max_seq_length": args.max_seq_length}
-    model, tokenizer, refused = load_model(
-        args.model_name, unsloth=reason is None, full_finetuning=args.full_finetuning, **window, **policy_load
-    )
-    reason = reason or refused
-    say(f"Training with transformers and PEFT: {reason}" if reason else "Training with Unsloth", flush=True)
-    if not args.full_finetuning:
-        model = add_lora(model, args.lora_r, args.lora_alpha, args.seed, unsloth=reason is None)
-    scorer, scorer_tokenizer = model, tokenizer  # its adapter is off while it scores
-    if args.full_finetuning or args.scorer_model:
-        name = args.scorer_model or args.model_name
-        scorer, scorer_tokenizer, _ = load_model(name, unsloth=reason is None, **window, **scorer_load)
-        scorer.requires_grad_(False)
-
-    from transformers import PrinterCallback, ProgressCallback
-
-    from ppl.pages.comparison import plot_training, print_comparison
-    from ppl.pages.run import RunPage, command_line, explain_heldout
-    from ppl.reward.function import MultiLevelPPLRewardFunction
-    from ppl.training.callbacks import OneLineProgress, RewardState, SafeStops
-    from ppl.training.diagnostics import Diagnostics
-    from ppl.training.heldout import evaluate, read_before, write_heldout
-    from ppl.training.merge import save_merged
-    from ppl.training.trainer import ResumableGRPOTrainer
-
-    reward_fn = MultiLevelPPLRewardFunction(scorer, scorer_tokenizer, baselines, **settings)
-    if baselines is None and not args.allow_baseline_mismatch:
-        check_meta(columns_of, reward_fn.identity)
-    reward_fn.observer = Diagnostics()
-    # TRL adds the rewards up with these weights: one more reward function is one more pair.
-    rewards = [(reward_fn, 1.0)]
-    if args.repetition_penalty:
-        in_one_call = config.per_device_train_batch_size * config.world_size * config.steps_per_generation
-        normalized_over = in_one_call if args.normalize_rewards else None
-        rewards.append(loop_guard(args.repetition_penalty, settings["reward_thresholds"], normalized_over))
-    config.reward_weights = config.reward_weights or [weight for _, weight in rewards]
-    stops = SafeStops()
-    trainer = ResumableGRPOTrainer(
-        model=model,
-        args=config,
-        reward_funcs=[function for function, _ in rewards],
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        processing_class=tokenizer,
-        callbacks=[RewardState(reward_fn, checkpoint), reward_fn.observer, stops],
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(OneLineProgress)
-
-    output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    chosen = {**vars(args), **policy_load, "heldout_samples": len(heldout_rows)}
-    chosen["reward_thresholds"] = settings["reward_thresholds"]
-    if is_first():
-        train_flags.write_config(output / train_flags.CONFIG_FILE, chosen, asked, defaults)
-    config.eval_on_start = config.eval_on_start and checkpoint is None
-    penalties = rewards[1:]
-    sampling = {
-        "num_generations": 4,
-        "max_new_tokens": config.max_completion_length,
-        "temperature": config.temperature,
-        "seed": config.seed,
-    }
-    # What the model was before training: itself without its adapter, a frozen copy, or nothing that is there.
-    start = model if not args.full_finetuning else None if args.scorer_model else scorer
-    held_out = output / "heldout.json"
-    before = read_before(Path(checkpoint).parent / held_out.name, heldout_rows, sampling) if checkpoint else None
-    if before is None:
-        before = evaluate(
-            model, tokenizer, reward_fn, heldout_rows, penalties, start=start, **sampling, progress="held-out, before"
-        )
-    if is_first():
-        write_heldout(held_out, sampling, before)
-    facts = {
-        "Data": args.dataset_name,
-        "Target": args.target,
-        "Weights": "word {:g}, phrase {:g}, sentence {:g}".format(*args.ppl_weights),
-        "Baselines": args.baselines_path or "no file",
-    }
-    references = list(heldout_rows["reference"])
-    page = RunPage(
-        output / "report.html", args.model_name, facts, command_line(launched(command)),
-        output / train_flags.CONFIG_FILE, before, explain_heldout(reward_fn, before, references),
-    )  # fmt: skip
+    policy, scorer = load_policy_and_scorer(job)
+    rewards = weighted(job, make_rewards(job, scorer))
+    trainer = make_trainer(job, policy, rewards)
+    perplexity = rewards[0][0]
+    watch(trainer, job, perplexity)
+    job.write_config()
+    held_out = HeldOutPrompts(job, policy, scorer, rewards, trainer.state)
+    page = start_report(job, perplexity, held_out.before())
     trainer.add_callback(page)
-    say(f"Report, kept up to date: {page.path}")
-
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if stops.received is not None:
-        if trainer.is_world_process_zero():
-            checkpoint = str(output / f"checkpoint-{trainer.state.global_step}")
-            print(f"Stopped at step {trainer.state.global_step}. Go on with\n  {resume_command(command, checkpoint)}")
-        return 128 + stops.received
-    trainer.save_model(config.output_dir)
-    if args.save_merged and is_first():
-        save_merged(model, tokenizer, output, output / "merged")
-
-    after = evaluate(
-        model, tokenizer, reward_fn, heldout_rows, penalties, start=start, **sampling, progress="held-out, after"
-    )
-    shown_after = explain_heldout(reward_fn, after, references)
-    if is_first():
-        write_heldout(held_out, sampling, before, after)
-        page.write(trainer.state, after, shown_after)
-        plot_training(trainer.state.log_history, output / "reward.png")
-        print_comparison(before, after)
-        print(f"{'Model' if args.full_finetuning else 'Adapter'} and tokenizer: {output}")
-        print(f"Reward curve: {output / 'reward.png'}\nReport: {page.path}")
+    trainer.train(resume_from_checkpoint=job.checkpoint)
+    stopped = stopped_by(trainer, job)
+    if stopped is None:
+        save(trainer, job, policy)
+        finish_report(job, page, perplexity, held_out.after(), trainer.state)
     trainer.accelerator.end_training()  # an interpreter that ends with gloo's threads at work may be aborted
-    return 0
+    return 0 if stopped is None else 128 + stopped
 
 
 if __name__ == "__main__":

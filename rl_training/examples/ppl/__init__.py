@@ -13,7 +13,9 @@ definitions.py        tables of choices and defaults; imports nothing
 errors.py             the exception that is the user's to mend
 files.py              the only place that writes a file
 cli.py                the flags that scripts share, and how a script ends
-data.py               a data set -> prompt, reference, id
+data.py               a data set -> rows of prompt, reference and id
+chat.py               chat messages -> text: prompts, and completions of several messages
+sentences.py          text -> where its sentences start
 models.py             model and tokenizer from Unsloth, transformers or the embedded folder
 frozen.py             adapters off, eval mode, no gradient, and back
 sampling.py           completions of the model as it stands

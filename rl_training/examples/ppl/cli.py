@@ -1,15 +1,19 @@
 """The flags that scripts share, and how a script ends."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
 
+from .chat import read_template, read_tools
+from .data import PromptForm
 from .definitions import (
     AGGREGATIONS,
     DEFAULT_AGGREGATION,
     DEFAULT_LANGUAGE,
     DEFAULT_PHRASE_WORDS,
+    DEFAULT_PROMPT_TEMPLATE,
     DEFAULT_TEMPLATE,
     DTYPES,
 )
@@ -67,6 +71,29 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--id_column", help="default: id, else a hash of prompt and reference")
 
 
+def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompts (the same for baselines and training)")
+    group.add_argument(
+        "--prompt_template", default=DEFAULT_PROMPT_TEMPLATE, metavar="TEXT",
+        help="what the prompt column's text becomes, such as 'Continue the story: {prompt}'",
+    )  # fmt: skip
+    group.add_argument(
+        "--prompt_sentences", type=positive_int, metavar="N",
+        help="make both of one column, text or --prompt_column: its first N sentences are the prompt, the rest is the "
+        "reference",
+    )  # fmt: skip
+    group.add_argument(
+        "--chat", action="store_true", help="send the prompt as a user's message through the chat template"
+    )
+    group.add_argument("--system_prompt", metavar="TEXT", help="with --chat, the system's message before it")
+    group.add_argument("--chat_template_path", metavar="FILE", help="chat template in Jinja (default: the tokenizer's)")
+    group.add_argument(
+        "--chat_template_kwargs", type=_json_object, metavar="JSON",
+        help="variables of the chat template, such as '{\"enable_thinking\": false}'",
+    )  # fmt: skip
+    group.add_argument("--tools", metavar="FILE", help="JSON list of tools' schemas that the chat template shows")
+
+
 def add_definition_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("definitions")
     group.add_argument(
@@ -90,6 +117,35 @@ def add_template_flag(parser) -> None:
 def definitions(args: argparse.Namespace) -> dict:
     """The keywords of `MultiLevelPPLCalculator` that `add_definition_flags` sets."""
     return {name: getattr(args, name) for name in ("max_phrase_words", "language", "aggregation")}
+
+
+def column_options(args: argparse.Namespace) -> tuple:
+    """What `ppl.data.find_columns` takes after the columns' names."""
+    return args.prompt_column, args.reference_column, args.id_column, args.prompt_sentences is not None
+
+
+def prompt_form(args: argparse.Namespace) -> PromptForm:
+    """What `add_prompt_flags` and --language say of prompts. Raises `InputError` if it makes no sense."""
+    form = PromptForm(*(getattr(args, name) for name in PromptForm._fields))
+    form.check()
+    return form
+
+
+def chat_options(args: argparse.Namespace) -> dict:
+    """The keywords of `ppl.chat.render_prompt` that `add_prompt_flags` sets. Raises `InputError` for a bad file."""
+    if args.chat_template_path is not None:
+        read_template(args.chat_template_path)
+    return {"chat_template_kwargs": args.chat_template_kwargs, "tools": read_tools(args.tools)}
+
+
+def _json_object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a JSON object ({error})") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r}, expected a JSON object such as {{"enable_thinking": false}}')
+    return value
 
 
 def positive_int(text: str) -> int:

@@ -1,12 +1,15 @@
-"""Rows of a data set -> prompt, reference, id: the same in every script, whatever the order."""
+"""A data set -> rows of prompt, reference and id: the same in every script, whatever the order."""
 
 import hashlib
 import json
-from collections.abc import Iterable
+import string
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from .definitions import DEFAULT_LANGUAGE, DEFAULT_PROMPT_TEMPLATE
 from .errors import InputError
+from .sentences import split_sentences
 
 TINY_STORIES = Path(__file__).parent.parent / "tiny_stories"
 PROMPT_COLUMNS = ("prompt", "query", "text", "input")
@@ -18,52 +21,46 @@ Text = str | list[dict]  # a string, or chat messages [{"role": ..., "content": 
 
 def stable_id(prompt: Text, reference: Text = "") -> str:
     """16 hexadecimal digits that name a row by its content, for data sets without an `id` column."""
-    content = json.dumps([prompt, reference or ""], ensure_ascii=False, sort_keys=True)
+    content = json.dumps([without_none(prompt), without_none(reference or "")], ensure_ascii=False, sort_keys=True)
     return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
+def without_none(value):
+    """Chat messages without the None that a table holds under a key which only other messages have."""
+    if isinstance(value, dict):
+        return {key: without_none(one) for key, one in value.items() if one is not None}
+    return [without_none(one) for one in value] if isinstance(value, list) else value
+
+
 def message_text(text: Text) -> str:
-    """The text of a string or of chat messages, roles and markup left out."""
+    """The text of a string or of chat messages, roles and markup left out, a line break between messages."""
     if isinstance(text, str):
         return text
-    parts = [message["content"] for message in text]
-    return "".join(
-        part if isinstance(part, str) else "".join(item["text"] for item in part if item.get("type") == "text")
-        for part in parts
-    )
+    return "\n".join(filter(None, map(_content, text)))
 
 
-def checked_text(value, column: str, place: int) -> Text:
+def _content(message: dict) -> str:
+    content = message.get("content")
+    if content is None and message["role"] == "assistant":  # it called a tool instead
+        return ""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part.get("type") == "text")
+
+
+def checked_text(value, column: str, index: int) -> Text:
     """A cell of a data set as a `Text`, "" if it is empty. Raises `InputError`, naming the row, if it is none."""
     if value is None or isinstance(value, str):
         return value or ""
     try:
-        message_text(value)
+        message_text([{"role": message["role"], **message} for message in value])
         return value
     except (TypeError, KeyError, AttributeError) as error:
         raise InputError(
-            f"row {place}: column {column} holds {value!r:.60}, expected a string or chat messages, each with role and "
-            "content: name another column with --prompt_column or --reference_column"
+            f"row {index}: column {column} holds {value!r:.60}, expected a string or chat messages, each with role and "
+            "content (null only in an assistant's that calls a tool): name another column with --prompt_column or "
+            "--reference_column"
         ) from error
-
-
-def render_prompt(prompt: Text | None, tokenizer) -> str:
-    """A prompt as the model reads it: a string as it is, chat messages through the tokenizer's template.
-
-    As in TRL, a prompt that ends with an assistant's message is continued, any other one opens the assistant's turn.
-    Raises `InputError` for messages if the tokenizer has no chat template.
-    """
-    if prompt is None or isinstance(prompt, str):
-        return prompt or ""
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            "the prompts are chat messages and the tokenizer has no chat template: use an instruction-tuned model's "
-            "tokenizer, set tokenizer.chat_template, or give prompts as strings"
-        )
-    prefilled = prompt[-1]["role"] == "assistant"
-    return tokenizer.apply_chat_template(
-        prompt, tokenize=False, add_generation_prompt=not prefilled, continue_final_message=prefilled
-    )
 
 
 class Columns(NamedTuple):
@@ -73,35 +70,130 @@ class Columns(NamedTuple):
     reference: str | None
     id: str | None
 
-    def row(self, example: dict) -> dict:
-        """`{"id", "prompt", "reference"}` of one example, the reference "" where there is none."""
-        prompt = example[self.prompt]
-        reference = (example[self.reference] if self.reference else None) or ""
-        row_id = example[self.id] if self.id else stable_id(prompt, reference)
-        return {"id": row_id, "prompt": prompt, "reference": reference}
+
+class PromptForm(NamedTuple):
+    """What is made of the texts of a data set: see the flags of `ppl.cli.add_prompt_flags`.
+
+    prompt_template: holds `{prompt}` once. chat: the prompt becomes a user's message, after system_prompt if there is
+    one. prompt_sentences: the prompt is the first so many sentences of its column, the reference is the rest.
+
+    >>> PromptForm("Continue:\n{prompt}", chat=True).prompt_and_reference("The fox", " ran.")
+    ([{'role': 'user', 'content': 'Continue: The fox'}], ' ran.')
+    >>> PromptForm(prompt_sentences=1).prompt_and_reference("A fox ran. It fell. It slept.", "")
+    ('A fox ran.', ' It fell. It slept.')
+    """
+
+    prompt_template: str = DEFAULT_PROMPT_TEMPLATE
+    chat: bool = False
+    system_prompt: str | None = None
+    prompt_sentences: int | None = None
+    language: str = DEFAULT_LANGUAGE  # that sentences are split by
+
+    @property
+    def identity(self) -> dict:
+        """What two runs must share for their prompts to be the same."""
+        return {name: value for name, value in self._asdict().items() if name != "language"}
+
+    def check(self) -> None:
+        """Raises `InputError` for settings that make no sense."""
+        try:
+            parts = list(string.Formatter().parse(self.prompt_template))
+        except ValueError as error:
+            raise InputError(
+                f"--prompt_template is {self.prompt_template!r}: {error}; a brace that is text is written twice"
+            ) from error
+        fields = [name + (conversion or "") + (form or "") for _, name, form, conversion in parts if name is not None]
+        if fields != ["prompt"]:
+            raise InputError(f"--prompt_template is {self.prompt_template!r}, expected {{prompt}} in it, once")
+        if self.system_prompt is not None and not self.chat:
+            raise InputError("--system_prompt stands before a user's message: it needs --chat")
+
+    def prompt_and_reference(self, prompt: Text, reference: Text) -> tuple[Text, Text]:
+        """Raises `InputError` for chat messages where a string is needed. A blank prompt stays blank."""
+        plain = PromptForm(language=self.language)
+        if self == plain or not message_text(prompt).strip():
+            return prompt, reference
+        if not isinstance(prompt, str):
+            names = ", ".join(f"--{name}" for name, value in self.identity.items() if value != getattr(plain, name))
+            raise InputError(f"the prompt is chat messages, and {names} is for prompts that are strings: leave it out")
+        if self.prompt_sentences is not None:
+            prompt, reference = split_sentences(prompt, self.prompt_sentences, self.language)
+        prompt = self.prompt_template.format(prompt=prompt)
+        if self.chat:
+            system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
+            prompt = [*system, {"role": "user", "content": prompt}]
+        return prompt, reference
+
+
+def has_reference(columns: Columns, form: PromptForm) -> bool:
+    return columns.reference is not None or form.prompt_sentences is not None
+
+
+def make_row(example: Mapping, index: int, columns: Columns, form: PromptForm) -> dict:
+    """`{"id", "prompt", "reference"}` of one example of a data set; the reference is "" where there is none.
+
+    index: the example's, for messages. Raises `InputError` for a cell that is no text or no id.
+    """
+    prompt = checked_text(example[columns.prompt], columns.prompt, index)
+    reference = "" if columns.reference is None else checked_text(example[columns.reference], columns.reference, index)
+    try:
+        prompt, reference = form.prompt_and_reference(prompt, reference)
+    except InputError as error:
+        raise InputError(f"row {index}: {error}") from error
+    row_id = stable_id(prompt, reference) if columns.id is None else example[columns.id]
+    if not isinstance(row_id, str | int) or isinstance(row_id, bool):
+        raise InputError(
+            f"row {index}: column {columns.id} holds {row_id!r:.40}, expected a string; name another with --id_column"
+        )
+    return {"id": row_id, "prompt": prompt, "reference": reference}
+
+
+def prepare_rows(dataset, columns: Columns, form: PromptForm):
+    """A `datasets.Dataset` -> the rows that GRPOTrainer gets: `make_row`'s columns and `baseline_...` if there are any.
+
+    TRL drops a column named `completion`, so the reference has another name. Rows without a prompt are left out, and
+    those of which `prompt_sentences` leaves nothing after the prompt.
+    """
+    dropped = [name for name in dataset.column_names if not name.startswith("baseline_")]
+    rows = dataset.map(
+        lambda example, index: make_row(example, index, columns, form), with_indices=True, remove_columns=dropped
+    )
+    needed = ("prompt", "reference") if form.prompt_sentences else ("prompt",)
+    return rows.filter(lambda row: all(message_text(row[name]).strip() for name in needed))
 
 
 def find_columns(
-    names: Iterable[str], prompt: str | None = None, reference: str | None = None, row_id: str | None = None
+    names: Iterable[str],
+    prompt: str | None = None,
+    reference: str | None = None,
+    row_id: str | None = None,
+    one_text: bool = False,
 ) -> Columns:
-    """The columns asked for, else the usual ones. Raises `InputError`, listing the columns there are."""
+    """The columns asked for, else the usual ones. Raises `InputError`, listing the columns there are.
+
+    one_text: prompt and reference are made of one column, `text` if there is one (`PromptForm.prompt_sentences`).
+    """
     names = list(names)
+    if one_text and reference is not None:
+        raise InputError("--prompt_sentences makes the reference, --reference_column names one: drop one of the two")
     for flag, name in {"prompt_column": prompt, "reference_column": reference, "id_column": row_id}.items():
         if name is not None and name not in names:
             raise InputError(f"--{flag} is {name!r}, the data set has the columns {', '.join(names)}")
-    prompt = prompt or next((name for name in PROMPT_COLUMNS if name in names), None)
+    usual = ("text", *PROMPT_COLUMNS) if one_text else PROMPT_COLUMNS
+    prompt = prompt or next((name for name in usual if name in names), None)
     if prompt is None:
         raise InputError(
             f"no column {', '.join(PROMPT_COLUMNS)} in the data set, which has {', '.join(names)}: name the one with "
             "the prompts, --prompt_column NAME"
         )
-    reference = reference or next((name for name in REFERENCE_COLUMNS if name in names), None)
+    if not one_text:
+        reference = reference or next((name for name in REFERENCE_COLUMNS if name in names), None)
     return Columns(prompt, reference, row_id or ("id" if "id" in names else None))
 
 
-def check_references(rows, columns: Columns, blank_is_wrong: bool) -> None:
+def check_references(rows, columns: Columns, form: PromptForm, blank_is_wrong: bool) -> None:
     """Raises `InputError` if there is no reference to measure, or, where that is wrong, if some are blank."""
-    if columns.reference is None:
+    if not has_reference(columns, form):
         raise InputError(
             "--target reference needs a column with the text to measure, reference or completion: name it with "
             "--reference_column NAME"
@@ -109,8 +201,9 @@ def check_references(rows, columns: Columns, blank_is_wrong: bool) -> None:
     blank = sum(not message_text(text).strip() for text in rows["reference"])
     if blank == len(rows) or (blank and blank_is_wrong):
         raise InputError(
-            f"{blank} of {len(rows)} rows have a blank text in column {columns.reference}, which --target reference "
-            "would measure: drop them, skip them with --missing skip, or name another column with --reference_column"
+            f"{blank} of {len(rows)} rows have a blank text in column {columns.reference or columns.prompt}, which "
+            "--target reference would measure: drop them, skip them with --missing skip, or name another column with "
+            "--reference_column"
         )
 
 

@@ -15,6 +15,7 @@ DEFAULT_LANGUAGE = "en"
 DEFAULT_AGGREGATION = "geometric"
 DEFAULT_TARGET = "completion"
 DEFAULT_TEMPLATE = "{prompt}{completion}{reference}"
+DEFAULT_PROMPT_TEMPLATE = "{prompt}"
 
 # From improvement to reward
 DEFAULT_WEIGHTS = (0.2, 0.3, 0.5)  # of word, phrase and sentence

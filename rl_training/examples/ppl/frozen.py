@@ -1,11 +1,11 @@
 """A model as its own frozen reference: adapters off, eval mode, no gradient, and put back exactly as it was."""
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from accelerate.utils import patch_environment
 
 from .errors import InputError
 
@@ -23,9 +23,7 @@ def frozen(model: torch.nn.Module, adapters: bool = False) -> Iterator[None]:
     environment. Raises `InputError` if an adapter is merged into the weights, where it cannot be turned off.
     """
     with ExitStack() as stack:
-        for name, value in _UNSLOTH.items():
-            stack.callback(_set_environment, name, os.environ.get(name))
-            os.environ[name] = value
+        stack.enter_context(patch_environment(**_UNSLOTH))
         training = [module for module in model.modules() if module.training]
         stack.callback(lambda: [setattr(module, "training", True) for module in training])
         for module in training:
@@ -73,10 +71,3 @@ def _enable(layer: torch.nn.Module, requires_grad: list[tuple[torch.nn.Parameter
     layer.enable_adapters(True)
     for parameter, flag in requires_grad:
         parameter.requires_grad_(flag)
-
-
-def _set_environment(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value

@@ -7,12 +7,21 @@ from .models import describe_model, tokenizer_fingerprint
 
 
 def identity(
-    model, tokenizer, *, name: str, window: int | None, target: str, definitions: Mapping, template: str
+    model,
+    tokenizer,
+    *,
+    name: str,
+    window: int | None,
+    target: str,
+    definitions: Mapping,
+    template: str,
+    prompt: Mapping,
 ) -> dict:
     """What perplexities were computed with: the same keys in a baselines file's meta and in a reward.
 
     name: the model's, which is told but not compared. window: most tokens the scorer takes at once, None without a
     limit. definitions: the calculator's. template: how a reference stands behind its prompt; only of that target.
+    prompt: how prompts are made of a data set's texts, and how chat messages become text, as far as it is known.
     """
     return {
         "target": target,
@@ -20,6 +29,7 @@ def identity(
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "model": {**describe_model(model), "name": name},
         "window": window,
+        "prompt": dict(prompt),
     }
 
 
@@ -43,5 +53,6 @@ def _flat(identity: Mapping) -> dict:
     return {
         **{key: identity[key] for key in ("target", "tokenizer") if key in identity},
         **identity.get("definitions", {}),
+        **identity.get("prompt", {}),
         **{key: value for key, value in identity.get("model", {}).items() if key != "name"},
     }

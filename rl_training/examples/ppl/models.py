@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+from .chat import read_template
 from .data import TINY_STORIES
 from .errors import InputError
 
@@ -37,25 +38,30 @@ def load_model(
     max_seq_length: int | None = None,
     unsloth: bool = False,
     full_finetuning: bool = False,
+    chat_template_path: str | None = None,
 ):
     """(model in eval mode, tokenizer, None or the reason why Unsloth was asked for and not used).
 
     The folder of an adapter gives its base model as a PeftModel, the adapter on and trainable. dtype "auto": float32 on
     a CPU; on a GPU what Unsloth chooses, without it the checkpoint's own. full_finetuning: for Unsloth to know.
+    chat_template_path: a file whose chat template replaces the tokenizer's.
     max_seq_length: the window; at most as long as the model's own, which is the default (with Unsloth at most 2,048).
     Raises `InputError` if it cannot be loaded.
     """
     path = model_path(name)
-    reason = None
+    reason = loaded = None
+    template = None if chat_template_path is None else read_template(chat_template_path)
     if unsloth:
         try:
-            return *_from_unsloth(path, load_in_4bit, dtype, device, max_seq_length, full_finetuning), None
+            loaded = _from_unsloth(path, load_in_4bit, dtype, device, max_seq_length, full_finetuning)
         # Unsloth raises many things for an architecture or a machine it does not know; the other way is open for all.
         except Exception as error:
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    model, tokenizer = _from_transformers(path, name, load_in_4bit, dtype, device)
-    if max_seq_length is not None:
+    model, tokenizer = loaded or _from_transformers(path, name, load_in_4bit, dtype, device)
+    if loaded is None and max_seq_length is not None:
         model.max_seq_length = max_seq_length  # the name Unsloth gives it: the same window on both ways
+    if template is not None:
+        tokenizer.chat_template = template
     return model, tokenizer, reason
 
 

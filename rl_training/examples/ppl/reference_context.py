@@ -18,8 +18,9 @@ class ReferenceContext:
         (https://arxiv.org/abs/2503.22828), where it is what follows "In summary:".
     template: a format string with {prompt}, {completion} and {reference} once each and in this order, {reference} last;
         what stands between is context. For models that need turns marked.
+    target: what the reward measures; both belong to "reference" alone.
 
-    Raises `InputError` for an expression or a template that is none.
+    Raises `InputError` for an expression or a template that is none, or with another target.
 
     >>> template = "{prompt}\\nPlan:{completion}\\nChapter: {reference}"
     >>> joined = ReferenceContext(extract="In summary:(.*)", template=template)
@@ -27,7 +28,12 @@ class ReferenceContext:
     'A fox.\\nPlan: it runs.\\nChapter: '
     """
 
-    def __init__(self, extract: str | None = None, template: str = DEFAULT_TEMPLATE) -> None:
+    def __init__(self, extract: str | None = None, template: str = DEFAULT_TEMPLATE, target: str = "reference") -> None:
+        if target != "reference" and (extract or template != DEFAULT_TEMPLATE):
+            raise InputError(
+                "--extract and --template say what stands before a reference: they need --target reference (in Python "
+                "they need target='reference')"
+            )
         try:
             self._pattern = regex.compile(extract, regex.DOTALL) if extract else None
         except regex.error as error:

@@ -16,7 +16,7 @@ from rich.table import Table
 from ..definitions import BASELINE_COLUMNS, LEVELS
 from ..errors import InputError
 from ..files import write_atomically
-from .file import meta_path, write_meta, write_records
+from .file import RECORD, meta_path, write_meta, write_records
 from .parts import cannot_write
 from .plan import Job, dataset_baselines, dataset_file
 from .rows import Seen, reading
@@ -40,10 +40,10 @@ def assemble(job: Job, count: int, identity: dict, read: int, seconds: float) ->
             for record, before in zip(records, seen.add([record[1] for record in records]), strict=True):
                 counts["duplicates"] += before
                 if not before:
-                    _, row_id, *values, tokens, prompt_id = record
-                    for level, value in zip(LEVELS, values, strict=True):
-                        levels[level].append(value)
-                    yield row_id, {**dict(zip(LEVELS, values, strict=True)), "n_tokens": tokens, "prompt_id": prompt_id}
+                    row_id, kept = record[1], dict(zip(RECORD, record[2:], strict=True))
+                    for level in LEVELS:
+                        levels[level].append(kept[level])
+                    yield row_id, kept
 
     made = folder / f"output{job.output.suffix}"
     with cannot_write(folder):

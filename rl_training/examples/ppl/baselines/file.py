@@ -11,14 +11,16 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from ..data import Text, stable_id
+from ..data import Text, message_text, stable_id
 from ..definitions import (
     DEFAULT_AGGREGATION,
     DEFAULT_LANGUAGE,
     DEFAULT_PHRASE_WORDS,
+    DEFAULT_PROMPT_TEMPLATE,
     DEFAULT_TARGET,
     DEFAULT_TEMPLATE,
     LEVELS,
@@ -30,7 +32,17 @@ from . import safe_pickle
 
 SUFFIXES = (".pkl", ".json", ".parquet")
 _VERSIONED = ("torch", "transformers", "tokenizers", "unsloth", "bitsandbytes", "sentencex", "regex")
-_META_TYPES = {"model": dict, "definitions": dict, "dataset": dict, "window": int | None, "longest": int}
+_META_TYPES = {
+    "model": dict,
+    "definitions": dict,
+    "prompt": dict,
+    "dataset": dict,
+    "window": int | None,
+    "longest": int,
+}
+# What the file keeps of a row. prompt_id and reference_id are hashes: a baseline is of these texts and no others.
+RECORD = (*LEVELS, "n_tokens", "prompt_id", "prompt_start", "reference_id")
+_SHOWN = 40  # characters of a prompt, for messages
 _ROWS_AT_ONCE = 8192  # rows that a writer holds
 
 
@@ -53,10 +65,11 @@ class Baselines(Mapping[str, np.ndarray]):
         self._rows = dict(zip(records, range(len(records)), strict=True))
         self._levels = _all_levels(records, source)
         self._levels.flags.writeable = False
+        self._texts = [_Texts(*map(record.get, _Texts._fields)) for record in records.values()]
         by_prompt: dict[str, int | None] = {}
-        for row, record in enumerate(records.values()):
-            if isinstance(prompt := record.get("prompt_id"), str):
-                by_prompt[prompt] = None if prompt in by_prompt else row  # two rows: it does not tell them apart
+        for row, texts in enumerate(self._texts):
+            if isinstance(texts.prompt_id, str):  # two rows: it does not tell them apart
+                by_prompt[texts.prompt_id] = None if texts.prompt_id in by_prompt else row
         self._by_prompt = {prompt: row for prompt, row in by_prompt.items() if row is not None}
 
     @classmethod
@@ -72,21 +85,53 @@ class Baselines(Mapping[str, np.ndarray]):
         records = {".pkl": _parse_pickle, ".json": _parse_json, ".parquet": _parse_parquet}[path.suffix](content, path)
         return cls(records, read_meta(path), source=str(path))
 
-    def find(self, row_id, prompt: Text | None) -> np.ndarray | None:
-        """float64 [3] by id, else by the prompt itself, else by the prompt's hash if that names one row; or None."""
+    def find(
+        self, row_id, prompt: Text | None, reference: Text | None = None, index: int | None = None
+    ) -> np.ndarray | None:
+        """float64 [3] by id; without a reference also by the prompt itself or its hash, if that names one row; or None.
+
+        reference: the row's, if it is what is measured: then no other row's baseline will do. index: the row's, for the
+        message. Raises `BaselineError` if the id's baseline is known to be another prompt's or reference's.
+        """
         row = self._rows.get(row_id) if row_id is not None else None
         if row is None and isinstance(row_id, int | np.integer):
             row = self._rows.get(str(row_id))  # JSON has no other keys
-        if row is None and isinstance(prompt, str):
-            row = self._rows.get(prompt)
-        if row is None and prompt is not None:
-            row = self._by_prompt.get(stable_id(prompt))
+        if row is not None:
+            self._check_texts(self._texts[row], row_id, prompt, reference, index)
+        elif reference is None:
+            if isinstance(prompt, str):
+                row = self._rows.get(prompt)
+            if row is None and prompt is not None:
+                row = self._by_prompt.get(stable_id(prompt))
         return None if row is None else self._levels[row]
 
-    def check_coverage(self, ids: Sequence, prompts: Sequence[Text]) -> None:
-        """Raises `BaselineError` if a row has none, with their number, the first few ids, and the remedy."""
-        absent = [i for i, prompt in zip(ids, prompts, strict=True) if self.find(i, prompt) is None]
-        if absent:
+    def _check_texts(self, texts: "_Texts", row_id, prompt, reference, index) -> None:
+        where = f"{'a row' if index is None else f'row {index}'} with the id {row_id!r:.40}"
+        remedy = (
+            "ids that start anew in each split, or texts that were edited, need baselines of their own: make them with "
+            "compute_baselines_trl.py from these rows, or give every row an id that no other text has"
+        )
+        if prompt is not None and isinstance(texts.prompt_id, str) and texts.prompt_id != stable_id(prompt):
+            theirs = f" that begins {texts.prompt_start!r}" if isinstance(texts.prompt_start, str) else ""
+            raise BaselineError(
+                f"{where} has a prompt that begins {beginning(prompt)!r}, and {self.source} has the baseline of "
+                f"another prompt{theirs} under this id: {remedy}"
+            )
+        if reference and isinstance(texts.reference_id, str) and texts.reference_id != stable_id(reference):
+            raise BaselineError(
+                f"{where} has a reference that begins {beginning(reference)!r}, and {self.source} has the baseline of "
+                f"another reference under this id: {remedy}"
+            )
+
+    def check_coverage(
+        self, ids: Sequence, prompts: Sequence[Text], references: Sequence[Text] | None = None, needed: bool = True
+    ) -> None:
+        """Raises `BaselineError` if a row's baseline is another text's, or, where every row needs one, if some have
+        none, with their number, the first few ids, and the remedy. references: as in `find`, None: not measured."""
+        references = [None] * len(ids) if references is None else references
+        rows = zip(ids, prompts, references, range(len(ids)), strict=True)
+        absent = [row[0] for row in rows if self.find(*row) is None]
+        if absent and needed:
             made_from = self.meta.get("dataset", {})
             origin = f"; it is of {made_from.get('name')!r}, split {made_from.get('split')!r}" if made_from else ""
             raise BaselineError(
@@ -105,15 +150,30 @@ class Baselines(Mapping[str, np.ndarray]):
         return len(self._rows)
 
 
+class _Texts(NamedTuple):
+    """Whose baseline a record is; None where it does not say."""
+
+    prompt_id: str | None
+    prompt_start: str | None
+    reference_id: str | None
+
+
+def beginning(text: Text) -> str:
+    """The first characters of a text, in one line. Of chat messages, those of the last one."""
+    shown = message_text(text if isinstance(text, str) else text[-1:])
+    return " ".join(shown.split())[:_SHOWN]
+
+
 # --- what a file was made with ---------------------------------------------------------------------------------------
 
 
 def check_meta(baselines: Baselines, expected: Mapping) -> None:
     """Refuse baselines made for another target, with other definitions, or by another model than the scorer.
 
-    expected: "target", "definitions", "tokenizer", "model" as `ppl.models.describe_model` gives it, and "window", the
-    most tokens the scorer takes at once. Compares what both name: a dict without a meta file is taken at its word, a
-    model's name is told but not compared, and another window only matters if a text was longer. Raises `BaselineError`.
+    expected: "target", "definitions", "prompt", "tokenizer", "model" as `ppl.models.describe_model` gives it, and
+    "window", the most tokens the scorer takes at once. Compares what both name: a dict without a meta file is taken at
+    its word, a model's name is told but not compared, and another window only matters if a text was longer. Raises
+    `BaselineError`.
     """
     differing = differences(baselines.meta, expected)
     if differing:
@@ -132,7 +192,8 @@ def _named(identity: Mapping) -> str:
 
 def _command(baselines: Baselines, expected: Mapping, differing: Iterable[str]) -> str:
     """The call of compute_baselines_trl.py that makes the file as `expected` has it."""
-    model, made_from = expected.get("model", {}), baselines.meta.get("dataset", {})
+    model = {**baselines.meta.get("model", {}), **expected.get("model", {})}
+    made_from = baselines.meta.get("dataset", {})
     flags = {"model_name": model.get("name") or "MODEL"}
     if model.get("quantization") == "4bit":
         flags["load_in_4bit"] = None
@@ -140,6 +201,12 @@ def _command(baselines: Baselines, expected: Mapping, differing: Iterable[str]) 
         flags["dtype"] = model["dtype"]
     if "window" in differing and expected["window"]:
         flags["max_seq_length"] = expected["window"]
+    prompt = {**baselines.meta.get("prompt", {}), **expected.get("prompt", {})}
+    flags |= {name: prompt[name] for name in ("prompt_sentences", "system_prompt") if prompt.get(name)}
+    if prompt.get("chat"):
+        flags["chat"] = None
+    if prompt.get("chat_template_kwargs"):
+        flags["chat_template_kwargs"] = json.dumps(prompt["chat_template_kwargs"])
     flags |= {f"dataset_{key}": made_from.get(key) for key in ("name", "config", "split") if made_from.get(key)}
     flags |= {f"{key}_column": name for key, name in dict(made_from.get("columns") or {}).items() if name}
     if made_from.get("num_samples"):
@@ -150,8 +217,9 @@ def _command(baselines: Baselines, expected: Mapping, differing: Iterable[str]) 
         "language": DEFAULT_LANGUAGE,
         "aggregation": DEFAULT_AGGREGATION,
         "template": DEFAULT_TEMPLATE,
+        "prompt_template": DEFAULT_PROMPT_TEMPLATE,
     }
-    wanted = {"target": expected.get("target"), **expected.get("definitions", {})}
+    wanted = {"target": expected.get("target"), **expected.get("definitions", {}), **prompt}
     flags |= {key: wanted[key] for key in usual if wanted.get(key) not in (None, usual[key])}
     flags |= {"output_path": baselines.source, "overwrite": None}
     words = [word for key, value in flags.items() for word in (f"--{key}", value) if word is not None]
@@ -314,7 +382,7 @@ def _parse_parquet(content: bytes, path: Path) -> dict:
         names = table.schema_arrow.names
         if absent := [name for name in ("id", *LEVELS) if name not in names]:
             raise BaselineError(f"{path}: no column {', '.join(absent)}, only {', '.join(names)}")
-        kept = [name for name in ("id", *LEVELS, "prompt_id") if name in names]
+        kept = [name for name in ("id", *LEVELS, *_Texts._fields) if name in names]
         columns = table.read(columns=kept).to_pydict()
     # What pyarrow raises for a damaged file depends on where the damage is.
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..data import Columns, find_columns, load_split
-from ..definitions import DEFAULT_TEMPLATE
+from .. import cli
+from ..data import Columns, PromptForm, find_columns, has_reference, load_split
 from ..errors import InputError
 from ..files import check_folder, writable_file
 from ..identity import differences
@@ -27,11 +27,17 @@ class Job(NamedTuple):
     parts: Parts
     dataset: Any  # datasets.Dataset, with --streaming datasets.IterableDataset
     columns: Columns
+    form: PromptForm
     texts: int | None  # rows to score, where that is known
     settings: dict  # which parts must have been made with
 
     def rows(self) -> Iterator[Row | None]:
-        return read_rows(self.dataset, self.columns, self.args.num_samples)
+        return read_rows(self.dataset, self.columns, self.form, self.args.num_samples)
+
+    def is_conversational(self) -> bool:
+        """Whether prompts are chat messages: those of the first row with text tell."""
+        first = next(filter(None, self.rows()), None)
+        return first is not None and not isinstance(first.prompt, str)
 
 
 def prepare(args: argparse.Namespace, survey: bool = True) -> Job:
@@ -39,14 +45,17 @@ def prepare(args: argparse.Namespace, survey: bool = True) -> Job:
     output = output_path(args)
     parts = Parts(output)
     model_path(args.model_name)
-    check_template(args)
+    ReferenceContext(template=args.template, target=args.target)
+    form = cli.prompt_form(args)
+    cli.chat_options(args)
     if args.plot is not None:
         plot = writable_file(args.plot, "--plot", PLOT_SUFFIXES)
         if plot.exists() and not args.overwrite and parts.settings().get("plot") != args.plot:
             raise InputError(f"{plot} exists: replace it with --overwrite, or choose another --plot")
     flags = ("model_name", "load_in_4bit", "dtype", "max_seq_length", "dataset_name", "dataset_config", "dataset_split")
     flags += ("num_samples", "target", "template", "max_phrase_words", "language", "aggregation")
-    settings = {**{name: getattr(args, name) for name in flags}, "generated": generation(args)}
+    flags += ("chat_template_path", "chat_template_kwargs", "tools")
+    settings = {**{name: getattr(args, name) for name in flags}, "generated": generation(args), **form.identity}
     parts.check(settings)
     if output.exists() and not args.overwrite and not is_complete(parts, output):
         raise InputError(f"{output} exists: replace it with --overwrite, or choose another --output_path")
@@ -57,8 +66,8 @@ def prepare(args: argparse.Namespace, survey: bool = True) -> Job:
     names = column_names(dataset)
     if not names:
         raise InputError(f"split {args.dataset_split!r} of data set {args.dataset_name!r} holds no row")
-    columns = find_columns(names, args.prompt_column, args.reference_column, args.id_column)
-    if args.target == "reference" and columns.reference is None:
+    columns = find_columns(names, *cli.column_options(args))
+    if args.target == "reference" and not has_reference(columns, form):
         raise InputError(
             f"--target reference needs a text to measure, and the data set has the columns {', '.join(names)}: name it "
             "with --reference_column NAME"
@@ -67,7 +76,7 @@ def prepare(args: argparse.Namespace, survey: bool = True) -> Job:
         raise InputError("--generate samples completions, --target reference measures the data set's texts: drop one")
     settings["columns"] = columns._asdict()
     parts.check(settings)
-    job = Job(args, output, parts, dataset, columns, None, settings)
+    job = Job(args, output, parts, dataset, columns, form, None, settings)
     if not survey:
         return job
     seen = texts = 0
@@ -82,12 +91,6 @@ def prepare(args: argparse.Namespace, survey: bool = True) -> Job:
             f"column {columns.reference or columns.prompt}: name another with --reference_column or --prompt_column"
         )
     return job._replace(texts=texts)
-
-
-def check_template(args: argparse.Namespace) -> None:
-    ReferenceContext(template=args.template)
-    if args.target == "completion" and args.template != DEFAULT_TEMPLATE:
-        raise InputError("--template says what stands before a reference: it needs --target reference")
 
 
 def output_path(args: argparse.Namespace) -> Path:

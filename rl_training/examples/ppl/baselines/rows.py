@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data import Columns, Text, checked_text, message_text
+from ..data import Columns, PromptForm, Text, has_reference, make_row, message_text
 from ..errors import InputError
 
 
@@ -46,30 +46,19 @@ class Seen:
         return before.tolist()
 
 
-def read_rows(dataset, columns: Columns, limit: int | None) -> Iterator[Row | None]:
+def read_rows(dataset, columns: Columns, form: PromptForm, limit: int | None) -> Iterator[Row | None]:
     """The rows in the order of the data set, None for one without text, up to `limit` with text.
 
     Raises `InputError` for what is no text or no id, and for an id that an `id` column has twice.
     """
-    text_column = columns.reference or columns.prompt
+    scored = "reference" if has_reference(columns, form) else "prompt"
     seen = Seen()
     place = kept = 0
     for batch in _batches(dataset, columns):
         rows = []
         for example in batch:
-            for column in (columns.prompt, columns.reference):
-                if column is not None:
-                    example[column] = checked_text(example[column], column, place)
-            if message_text(example[text_column]).strip():
-                row = columns.row(example)
-                if not isinstance(row["id"], str | int) or isinstance(row["id"], bool):
-                    raise InputError(
-                        f"row {place}: column {columns.id} holds {row['id']!r:.40}, expected a string; name another "
-                        "with --id_column"
-                    )
-                rows.append(Row(place, **row))
-            else:
-                rows.append(None)
+            row = make_row(example, place, columns, form)
+            rows.append(Row(place, **row) if message_text(row[scored]).strip() else None)
             place += 1
         with_text = [row for row in rows if row is not None]
         if columns.id is not None:

@@ -59,6 +59,8 @@ def _compute(args: argparse.Namespace, load: Callable[..., Scorer], processes: P
 
     with Console(stderr=True, quiet=not processes.is_main).status(f"Loading {args.model_name} ..."):
         scorer = load(args, job.columns, processes.device or args.device)
+    through_template = scorer.identity.get("prompt", {}) if job.is_conversational() else {}
+    scorer.identity["prompt"] = {**job.form.identity, **through_template}
     if args.output_dataset is not None:
         check_other_splits(args, scorer.identity)
     settings = {**job.settings, **{key: scorer.identity[key] for key in ("model", "tokenizer", "unsloth", "versions")}}

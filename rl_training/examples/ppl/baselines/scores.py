@@ -10,20 +10,15 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import cli
-from ..data import Columns, message_text, render_prompt, stable_id
+from ..chat import chat_identity
+from ..data import Columns, has_reference, message_text, stable_id
 from ..errors import InputError
 from ..identity import identity
 from ..models import load_model, model_path
 from ..reference_context import ReferenceContext
-from .file import versions
+from ..scoring.levels import Scores
+from .file import beginning, versions
 from .rows import Row, Window
-
-
-class Scores(NamedTuple):
-    perplexities: np.ndarray  # float64 [B, 3], nan where no token is scored
-    tokens: np.ndarray  # int64 [B], scored ones
-    read: np.ndarray  # int64 [B], with those of the context and BOS
-    longest: int  # text, in tokens
 
 
 class Scorer(NamedTuple):
@@ -47,22 +42,23 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
         device=device,
         max_seq_length=args.max_seq_length,
         unsloth=unsloth,
+        chat_template_path=args.chat_template_path,
     )
     if reason is not None:
         print(f"Without Unsloth: {reason}", file=sys.stderr)
 
-    from ..sampling import sample_completions
+    from ..sampling import sample
     from ..scoring.calculator import MultiLevelPPLCalculator
     from ..scoring.surprisal import SurprisalScorer
-    from ..scoring.tokens import TextEncoder
+    from ..scoring.tokens import Sampled
 
-    calculator = MultiLevelPPLCalculator(tokenizer, batch_size=args.batch_size, **cli.definitions(args))
-    encoder = TextEncoder(tokenizer)
+    form, chat = cli.prompt_form(args), cli.chat_options(args)
+    calculator = MultiLevelPPLCalculator(tokenizer, batch_size=args.batch_size, **cli.definitions(args), **chat)
     reference_context = ReferenceContext(template=args.template)
 
     def score_own_writing(rows: Sequence[Row]) -> Scores:
         """Per row the mean over completions that the model samples now: what a policy that starts from it can do."""
-        completions = sample_completions(
+        completions = sample(
             model,
             tokenizer,
             [row.prompt for row in rows],
@@ -70,42 +66,27 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             seed=args.seed + rows[0].place,  # the same wherever an earlier run stopped
+            **chat,
         )
-        pairs = [
-            (render_prompt(row.prompt, tokenizer), text)
-            for row, texts in zip(rows, completions, strict=True)
-            for text in texts
-        ]
-        encoded = encoder.encode(*zip(*pairs, strict=True))
-        shape = (len(rows), args.generate)
-        sizes = np.array([len(text.ids) for text in encoded])
-        perplexities = calculator.score_pairs(model, pairs).reshape(*shape, -1)
+        pairs = [Sampled(tuple(one.prompt_ids), tuple(one.written)) for group in completions for one in group]
+        perplexities, tokens, read, longest = calculator.score(model, pairs)
+        perplexities = perplexities.reshape(len(rows), args.generate, -1)
         scored = ~np.isnan(perplexities[..., 0])
         total = np.where(scored[..., None], perplexities, 0.0).sum(axis=1)
         with np.errstate(invalid="ignore"):  # nan where the model wrote nothing that can be scored
             means = total / scored.sum(axis=1)[:, None]
-        return Scores(
-            means,
-            np.array([len(text.positions) for text in encoded]).reshape(shape).sum(axis=1),
-            sizes.reshape(shape).sum(axis=1),
-            int(sizes.max()),
-        )
+        tokens, read = (counts.reshape(len(rows), args.generate).sum(axis=1) for counts in (tokens, read))
+        return Scores(means, tokens, read, longest)
 
     def score(rows: Sequence[Row]) -> Scores:
-        if columns.reference is None:
+        if not has_reference(columns, form):
             pairs = [("", message_text(row.prompt)) for row in rows]
-        else:
-            contexts = [render_prompt(row.prompt, tokenizer) for row in rows]
-            if args.target == "reference":
-                contexts = list(map(reference_context.context, contexts))
+        elif args.target == "reference":
+            contexts = [reference_context.context(calculator.render(row.prompt)) for row in rows]
             pairs = [(context, message_text(row.reference)) for context, row in zip(contexts, rows, strict=True)]
-        encoded = encoder.encode(*zip(*pairs, strict=True))
-        return Scores(
-            calculator.score_pairs(model, pairs),
-            np.array([len(text.positions) for text in encoded]),
-            sizes := np.array([len(text.ids) for text in encoded]),
-            int(sizes.max()),
-        )
+        else:
+            pairs = [calculator.turns(row.prompt, row.reference) for row in rows]
+        return calculator.score(model, pairs)
 
     made_with = {
         **identity(
@@ -116,6 +97,7 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
             target=args.target,
             definitions=calculator.definitions,
             template=args.template,
+            prompt=chat_identity(tokenizer, **chat),
         ),
         "generated": generation(args),
         "unsloth": unsloth and reason is None,
@@ -142,7 +124,8 @@ def is_4bit(name: str) -> bool:
 
 
 def score_window(window: Window, score: Callable[[Sequence[Row]], Scores]) -> tuple[dict, list[list]]:
-    """A shard: what is counted, and per row [place, id, word, phrase, sentence, scored tokens, hash of the prompt]."""
+    """A shard: what is counted, and per row [place, id, word, phrase, sentence, scored tokens, and of its texts the
+    prompt's hash, the prompt's beginning, the reference's hash]."""
     records = []
     header = {"digest": window.digest, "rows": len(window.rows), "blank": window.blank}
     if window.rows:
@@ -156,6 +139,7 @@ def score_window(window: Window, score: Callable[[Sequence[Row]], Scores]) -> tu
             if count and not np.isfinite(values).all():
                 raise InputError(f"row {row.place}, id {row.id!r}: perplexities {values}: leave the row out")
             if count:
-                records.append([row.place, row.id, *values, count, stable_id(row.prompt)])
+                of_texts = (stable_id(row.prompt), beginning(row.prompt), stable_id(row.reference))
+                records.append([row.place, row.id, *values, count, *of_texts])
         header |= {"tokens": int(tokens.sum()), "read": int(read.sum()), "longest": longest}
     return {"tokens": 0, "read": 0, "longest": 0, **header, "unscored": len(window.rows) - len(records)}, records

@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ..data import message_text
 from ..definitions import COLORS, LEVELS
 from ..files import write_atomically
 from ..training.heldout import HeldOut
@@ -22,7 +23,7 @@ def print_comparison(before: HeldOut, after: HeldOut) -> None:
         table.add_row(name, f"{value:.3f}", f"{new:.3f}", f"{new - value:+.3f}")
     console = Console()
     console.print(table)
-    prompt = before.prompts[0] if isinstance(before.prompts[0], str) else before.prompts[0][-1]["content"]
+    prompt = before.prompts[0] if isinstance(before.prompts[0], str) else message_text(before.prompts[0][-1:])
     for title, text in (("prompt", prompt), ("before", before.completions[0][0]), ("after", after.completions[0][0])):
         console.print(f"[bold]{title}:[/bold] ", end="")
         console.print(" ".join(text.split()), markup=False, highlight=False)

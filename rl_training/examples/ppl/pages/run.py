@@ -10,11 +10,15 @@ from typing import NamedTuple
 
 from transformers import TrainerCallback
 
-from ..data import Text, message_text, render_prompt
+from ..data import Text, message_text
 from ..definitions import COLORS
 from ..files import write_text
+from ..processes import is_first
 from ..training.heldout import HeldOut
+from ..training.job import Job
+from ..training.resume import launched
 from .charts import charts
+from .comparison import plot_training, print_comparison
 from .frame import ENVIRONMENT
 from .heatmap import heatmap, number
 
@@ -56,15 +60,46 @@ def explain_heldout(reward_fn, held_out: HeldOut, references: Sequence[Text]) ->
     """
     found = []
     for place, prompt in enumerate(held_out.prompts[:SHOWN]):
-        lead, text = "", held_out.completions[place][0]
-        context = render_prompt(prompt, reward_fn.tokenizer)
+        ids = held_out.completion_ids and [held_out.completion_ids[place][0]]
+        [pair], [text] = reward_fn.written([prompt], [held_out.completions[place][0]], ids)
+        lead = ""
         if reward_fn.target == "reference":
             lead, text = text, message_text(references[place] or "")
-            context = reward_fn.reference_context.context(context, reward_fn.reference_context.extracted(lead)[0])
-        explained = reward_fn.calculator.explain(reward_fn.model, text, context)
-        perplexities = reward_fn.calculator.compute_all_levels(reward_fn.model, text, context)
-        found.append(Completion(lead, text, explained, perplexities, held_out.rewards[place][0]))
+            context = reward_fn.calculator.render(prompt)
+            pair = (reward_fn.reference_context.context(context, reward_fn.reference_context.extracted(lead)[0]), text)
+        explained = reward_fn.calculator.explain_pair(reward_fn.model, pair)
+        found.append(Completion(lead, text, explained, explained.perplexities, held_out.rewards[place][0]))
     return found
+
+
+def start_report(job: Job, reward_fn, before: HeldOut) -> "RunPage":
+    """The page of a run that is about to begin, a callback of its trainer. Several processes must all call."""
+    facts = {
+        "Data": job.args.dataset_name,
+        "Target": job.args.target,
+        "Weights": "word {:g}, phrase {:g}, sentence {:g}".format(*job.args.ppl_weights),
+        "Baselines": job.args.baselines_path or "no file",
+    }
+    shown = explain_heldout(reward_fn, before, list(job.heldout_rows["reference"]))
+    path, command = job.output / "report.html", command_line(launched(job.command))
+    if is_first():
+        print(f"Report, kept up to date: {path}")
+    return RunPage(path, job.args.model_name, facts, command, job.config_file, before, shown)
+
+
+def finish_report(job: Job, page: "RunPage", reward_fn, after: HeldOut, state) -> None:
+    """The page's last state, the reward's curve, and held-out scores before and after. Several processes must all call.
+
+    state: the trainer's.
+    """
+    shown = explain_heldout(reward_fn, after, list(job.heldout_rows["reference"]))
+    if not is_first():
+        return
+    page.write(state, after, shown)
+    plot_training(state.log_history, job.output / "reward.png")
+    print_comparison(page.before, after)
+    print(f"{'Model' if job.args.full_finetuning else 'Adapter'} and tokenizer: {job.output}")
+    print(f"Reward curve: {job.output / 'reward.png'}\nReport: {page.path}")
 
 
 class RunPage(TrainerCallback):

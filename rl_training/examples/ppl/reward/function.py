@@ -1,6 +1,7 @@
 """The reward function that GRPOTrainer calls: perplexities, baselines and thresholds put together."""
 
 import functools
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,8 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 
 from ..baselines.file import BaselineError, Baselines, check_meta
-from ..data import Text, message_text, render_prompt, stable_id
+from ..chat import Turn, Turns, chat_identity
+from ..data import Text, message_text, stable_id
 from ..definitions import (
     BASELINE_COLUMNS,
     DEFAULT_TARGET,
@@ -27,11 +29,16 @@ from ..errors import InputError, one_of
 from ..identity import identity
 from ..processes import from_all, of_this
 from ..reference_context import ReferenceContext
+from ..sampling import end_tokens, prompt_ids
 from ..scoring.calculator import MultiLevelPPLCalculator
 from ..scoring.surprisal import SurprisalScorer
+from ..scoring.tokens import Sampled
 from .cache import PerplexityCache
 from .first_visits import FirstVisits
+from .sampled import those_of
 from .thresholds import Thresholds, checked_weights, normalized
+
+logger = logging.getLogger(__name__)
 
 _HIGHEST = 1e300  # stands for a perplexity beyond float64: infinity survives no mean and no difference
 
@@ -95,9 +102,7 @@ class MultiLevelPPLRewardFunction:
         self.use_cache = use_cache
         self.target = one_of("target", target, TARGETS)
         self.missing = one_of("missing", missing, MISSING)
-        self.reference_context = ReferenceContext(extract, template)
-        if target == "completion" and (extract or template != DEFAULT_TEMPLATE):
-            raise InputError("extract and template say what stands before a reference: they need target='reference'")
+        self.reference_context = ReferenceContext(extract, template, target)
         if isinstance(baselines, str | Path):
             baselines = Baselines.load(baselines)
         elif baselines is not None and not isinstance(baselines, Baselines):
@@ -110,6 +115,7 @@ class MultiLevelPPLRewardFunction:
         # What the last `compute_rewards` found, for `__call__` to log and to show the observer. It cannot be returned:
         # a subclass may override `compute_rewards` with one that returns a tensor of rewards. Then this stays None.
         self._last: _LastCall | None = None
+        self._warned_of_ids = False
         self.observer = None  # `ppl.training.diagnostics.Diagnostics`: is shown every call of a trainer
 
     @property
@@ -127,12 +133,14 @@ class MultiLevelPPLRewardFunction:
             target=self.target,
             definitions=self.calculator.definitions,
             template=self.reference_context.template,
+            prompt=chat_identity(self.tokenizer, **self.calculator.chat),
         )
 
     def __call__(self, prompts, completions, **columns) -> list[float | None]:
         """One reward a completion, None for a skipped row: TRL's calling convention.
 
-        columns: the data set's own, as lists (`id`, `reference`, `baseline_word`, ...), and TRL's `log_metric`.
+        columns: the data set's own, as lists (`id`, `reference`, `baseline_word`, ...), and TRL's `completion_ids` and
+        `log_metric`. Where prompts were cut before the policy got them, `prompt_ids` are what it got.
         """
         texts = [message_text(completion) for completion in completions]
         arguments = {
@@ -140,8 +148,11 @@ class MultiLevelPPLRewardFunction:
             "references": columns.get("reference"),
             "ids": columns.get("id"),
         }
+        if any(not isinstance(completion, str) and len(completion) > 1 for completion in completions):
+            arguments["completions"] = completions
         if rows := row_baselines(columns):
             arguments["baselines"] = rows
+        arguments |= {name: columns[name] for name in ("completion_ids", "prompt_ids") if name in columns}
         self._last = None
         start = time.perf_counter()
         rewards = torch.as_tensor(self.compute_rewards(texts, **arguments)).tolist()
@@ -166,16 +177,30 @@ class MultiLevelPPLRewardFunction:
         ids: Sequence | None = None,
         return_details: bool = False,
         baselines: Sequence[Mapping | None] | None = None,
+        completions: Sequence[Text] | None = None,
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:
         """float32 [B] rewards, nan for a skipped row; with `return_details` also what they were made from.
 
-        baselines: per row, before those of the constructor; None where a row has none.
+        baselines: per row, before those of the constructor; None where a row has none. completions: the messages that
+        `texts` are of, where there are several in one: only the assistant's are scored, each behind what stood before.
+        completion_ids: what the policy sampled. Where their text is that of `texts`, they are what is scored, up to the
+        end token, behind `prompt_ids` (None: those that GRPOTrainer makes of `prompts`).
         details: "ppls" and "baselines", each `{level: float64 [B]}`, nan where there is none; "improvements",
         `{level or "avg": float64 [B]}` in percent, 0 for a completion without a scored token; "rewards", float64 [B],
         before `normalize`.
         """
         n = len(texts)
-        for name, column in {"prompts": prompts, "references": references, "ids": ids, "baselines": baselines}.items():
+        for name, column in {
+            "prompts": prompts,
+            "references": references,
+            "ids": ids,
+            "baselines": baselines,
+            "completions": completions,
+            "completion_ids": completion_ids,
+            "prompt_ids": prompt_ids,
+        }.items():
             if column is not None and len(column) != n:
                 raise InputError(f"{len(column)} {name} for {n} texts: there must be one for each")
         if self.target == "reference" and references is None:
@@ -183,8 +208,9 @@ class MultiLevelPPLRewardFunction:
         self._cache.forget_if_trained(self.model)
         prompts = [None] * n if prompts is None else list(prompts)
         references = [None] * n if references is None else list(references)
-        contexts = [render_prompt(prompt, self.tokenizer) for prompt in prompts]
-        texts = [message_text(text) for text in texts]
+        contexts = [self.calculator.render(prompt) for prompt in prompts]
+        completions = texts if completions is None else completions
+        pairs, texts = self.written(prompts, completions, completion_ids, prompt_ids)
 
         baseline = self._given_baselines(prompts, references, ids, baselines)
         absent = np.isnan(baseline).any(axis=1)
@@ -199,7 +225,7 @@ class MultiLevelPPLRewardFunction:
             values = np.minimum(self._perplexities(with_text + alone), _HIGHEST)
             current, baseline[absent] = values[:n], values[n:]
         else:
-            current = np.minimum(self._perplexities(list(zip(contexts, texts, strict=True))), _HIGHEST)
+            current = np.minimum(self._perplexities(pairs), _HIGHEST)
             if self.baselines is None:
                 rows = np.flatnonzero(absent)
                 visited = [contexts[row] for row in rows]
@@ -248,7 +274,40 @@ class MultiLevelPPLRewardFunction:
         if self.observer is not None and "diagnostics" in state:
             self.observer.load_state_dict(state["diagnostics"])
 
-    def _perplexities(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+    def written(
+        self,
+        prompts: Sequence[Text | None],
+        completions: Sequence[Text],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        given_ids: Sequence[Sequence[int]] | None = None,
+    ) -> tuple[list[Turn | Turns | Sampled], list[str]]:
+        """(what the policy wrote, as it is scored: ids where there are any; the same as text, behind its prompt)"""
+        texts = [message_text(completion) for completion in completions]
+        pairs = list(map(self.calculator.turns, prompts, completions))
+        one_turn = [index for index, one in enumerate(completions) if isinstance(one, str) or len(one) == 1]
+        sampled = {}
+        if completion_ids is not None:
+            if given_ids is None:
+                given_ids = prompt_ids(prompts, self.tokenizer, **self.calculator.chat)
+            ends = end_tokens(self.model, self.tokenizer)
+            sampled = those_of(texts, completion_ids, given_ids, prompts, ends, self.calculator)
+            sampled = {index: sampled[index] for index in one_turn if index in sampled}
+            if len(sampled) < len(one_turn) and not self._warned_of_ids:
+                self._warned_of_ids = True
+                logger.warning(
+                    "completion_ids are not those of the completions for this tokenizer, so their text is scored: the "
+                    "policy has another tokenizer, or the texts were changed"
+                )
+        rest = [index for index in one_turn if index not in sampled]
+        behind = dict(zip(rest, self.calculator.restore_spaces(self.model, [pairs[i] for i in rest]), strict=True))
+        for index, text in behind.items():
+            pairs[index] = (pairs[index][0], text)
+        for index, ids in sampled.items():
+            pairs[index] = ids
+        behind |= zip(sampled, self.calculator.written(list(sampled.values())), strict=True)
+        return pairs, [behind.get(index, text) for index, text in enumerate(texts)]
+
+    def _perplexities(self, pairs: Sequence[Turn | Turns | Sampled]) -> np.ndarray:
         """float64 [B, 3], from the cache where it has them."""
         score = functools.partial(self.calculator.score_pairs, self.model)
         return self._cache.perplexities(pairs, score) if self.use_cache else score(pairs)
@@ -262,7 +321,8 @@ class MultiLevelPPLRewardFunction:
                 found[place] = values
         if self.baselines is not None:
             for place in np.flatnonzero(np.isnan(found[:, 0])):
-                values = self.baselines.find(_key(ids, prompts, references, place), prompts[place])
+                reference = (references[place] or "") if self.target == "reference" else None
+                values = self.baselines.find(_key(ids, prompts, references, place), prompts[place], reference, place)
                 if values is not None:
                     found[place] = values
         return found

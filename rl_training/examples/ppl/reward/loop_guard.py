@@ -41,19 +41,11 @@ def loop_guard(
     check_weight(weight)
     values = [0.0, *(reward for _, reward in reward_thresholds)]
     widest = math.sqrt(2 * (normalized_over - 1)) if normalized_over else max(values) - min(values)
-    return get_repetition_penalty_reward(NGRAM, max_penalty=-1.0), weight * widest
+    penalty = get_repetition_penalty_reward(NGRAM, max_penalty=-1.0)
+    penalty.__name__ = "loop_penalty"
+    return penalty, weight * widest
 
 
 def check_weight(weight: float) -> None:
     if not (math.isfinite(weight) and weight >= 0):
-        raise InputError(f"--repetition_penalty is {weight}, expected 0 (no guard against loops) or more, such as 20")
-
-
-def check_reward_weights(weights: Sequence[float] | None, guarded: bool) -> None:
-    """Raises `InputError` unless GRPOConfig's `reward_weights`, where given, has one for each reward function."""
-    count = 2 if guarded else 1
-    if weights is not None and len(weights) != count:
-        raise InputError(
-            f"--reward_weights holds {len(weights)} number(s), expected {count}: of the perplexity reward"
-            + (" and of the penalty for loops, or set the latter alone with --repetition_penalty" if guarded else "")
-        )
+        raise InputError(f"--loop_penalty is {weight}, expected 0 (no guard against loops) or more, such as 20")

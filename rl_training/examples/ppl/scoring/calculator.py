@@ -1,20 +1,29 @@
 """The calculator: texts and a model -> the perplexity of each text at each level."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
 
-from ..data import Text, message_text, render_prompt
+from ..chat import Turn, Turns, completion_turns, render_prompt
+from ..data import Text, message_text
 from ..definitions import AGGREGATIONS, DEFAULT_AGGREGATION, DEFAULT_LANGUAGE, DEFAULT_PHRASE_WORDS, LEVELS
 from ..errors import InputError, one_of
-from .levels import level_perplexities, unit_sums
+from .levels import Scores, level_perplexities, unit_sums
 from .nested import Scopes, nested_perplexities, score_scopes
+from .seams import restore_spaces
 from .surprisal import SurprisalScorer
-from .tokens import Encoded, TextEncoder
+from .tokens import Encoded, Sampled, TextEncoder
 from .units import Units, segment
 
 MOST_NATS = 709.0  # a token; exp of more is beyond float64
+
+
+class Explained(dict):
+    """`{level: [unit, ...]}` of one text. `perplexities`: `{level: float}`, as `compute_all_levels` gives them."""
+
+    perplexities: dict[str, float]
 
 
 class MultiLevelPPLCalculator:
@@ -29,6 +38,7 @@ class MultiLevelPPLCalculator:
 
     tokenizer: any fast tokenizer. max_phrase_words: most words of a phrase. language: the ISO 639 code that sentencex
     splits sentences by. batch_size, max_batch_tokens: limits of one forward pass (None: chosen for the device).
+    chat_template_kwargs, tools: what the chat template is given beside the messages, as the policy's prompts are.
 
     >>> from ppl.models import load_model
     >>> model, tokenizer, _ = load_model("tiny-stories")
@@ -45,6 +55,8 @@ class MultiLevelPPLCalculator:
         aggregation: str = DEFAULT_AGGREGATION,
         batch_size: int | None = None,
         max_batch_tokens: int | None = None,
+        chat_template_kwargs: Mapping | None = None,
+        tools: Sequence | None = None,
     ) -> None:
         one_of("aggregation", aggregation, AGGREGATIONS)
         for name, value in {
@@ -60,6 +72,7 @@ class MultiLevelPPLCalculator:
         self.aggregation = aggregation
         self.batch_size = batch_size
         self.max_batch_tokens = max_batch_tokens
+        self.chat = {"chat_template_kwargs": chat_template_kwargs, "tools": tools}
         nested = aggregation == "nested"
         self._encoder = TextEncoder(tokenizer, eos_for_bos=nested)
         if nested and self._encoder.start is None:
@@ -78,11 +91,21 @@ class MultiLevelPPLCalculator:
             "aggregation": self.aggregation,
         }
 
+    def render(self, prompt: Text | None) -> str:
+        """A prompt as the scorer reads it."""
+        return render_prompt(prompt, self.tokenizer, **self.chat)
+
+    def turns(self, prompt: Text | None, completion: Text) -> Turn | Turns:
+        """A completion behind its prompt as `score` takes it."""
+        turns = completion_turns(prompt, completion, self.tokenizer, **self.chat)
+        return turns[0] if len(turns) == 1 else turns
+
     def compute_all_levels(self, model, texts: str | Sequence[Text], contexts=None) -> dict[str, float | torch.Tensor]:
         """`{"word": ..., "phrase": ..., "sentence": ...}`: floats for one text, float64 [B] tensors for a list.
 
         contexts: what stands before each text and is not scored (a string, or chat messages that end before the
-        answer); one for each text, or None. A text with no scored token (empty, blank) has the perplexity nan.
+        answer); one for each text, or None. A text with no scored token (empty, blank) has the perplexity nan. Of a
+        text of several messages behind such a context only the assistant's are scored.
         """
         single = isinstance(texts, str)
         if single:
@@ -91,51 +114,66 @@ class MultiLevelPPLCalculator:
             contexts = [None] * len(texts)
         if isinstance(contexts, str) or len(contexts) != len(texts):
             raise InputError(f"{len(texts)} texts need a list of {len(texts)} contexts, found {contexts!r:.80}")
-        pairs = [
-            (render_prompt(context, self.tokenizer), message_text(text))
-            for context, text in zip(contexts, texts, strict=True)
-        ]
+        pairs = [self.turns(context, text) for context, text in zip(contexts, texts, strict=True)]
         values = self.score_pairs(model, pairs)
         return {
             level: float(values[0, place]) if single else torch.from_numpy(values[:, place].copy())
             for place, level in enumerate(LEVELS)
         }
 
-    def score_pairs(self, model, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        """float64 [B, 3], perplexities in the order of `LEVELS`, of (context, target) strings; equal ones once."""
-        unique = list(dict.fromkeys(pairs))
-        targets = [target for _, target in unique]
-        encoded = self._encode(unique)
-        units = segment(targets, self.language, self.max_phrase_words)
-        # Also without any: a model that is spread over processes has to be asked in each of them.
-        if self.aggregation == "nested":
-            values = nested_perplexities(self._scopes(model, encoded, units))
-        else:
-            surprisals = self._scorer_of(model).score(encoded)
-            if unique:
-                values = level_perplexities(units, [text.chars for text in encoded], surprisals, self.aggregation)
-        if not pairs:
-            return np.empty((0, len(LEVELS)))
-        places = {pair: place for place, pair in enumerate(unique)}
-        return values[[places[pair] for pair in pairs]]
+    def score_pairs(self, model, pairs: Sequence[Turn | Turns | Sampled]) -> np.ndarray:
+        """float64 [B, 3]: the perplexities of `score`."""
+        return self.score(model, pairs).perplexities
 
-    def explain(self, model, text: Text, context: Text | None = "") -> dict[str, list[dict]]:
+    def score(self, model, pairs: Sequence[Turn | Turns | Sampled]) -> Scores:
+        """Of (context, target) strings, or of what was sampled; equal ones once. Several turns are one text whose units
+        end with each turn."""
+        unique = list(dict.fromkeys(pairs))
+        texts = [pair if isinstance(pair, Turns) else (pair,) for pair in unique]
+        turns = [turn for text in texts for turn in text]
+        encoded, targets = self._encoder.encode_pairs(turns)
+        units = self._units(targets)
+        # Also without any: a model that is spread over processes has to be asked in each of them.
+        views = self._surprisals(model, encoded, units)
+        if not pairs:
+            return Scores(np.empty((0, len(LEVELS))), np.zeros(0, np.int64), np.zeros(0, np.int64), 0)
+        firsts = np.cumsum([0, *map(len, texts)])  # the turn that each text begins with
+
+        def of_texts(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+            return [np.concatenate(arrays[first:last]) for first, last in pairwise(firsts.tolist())]
+
+        # A text's characters are those of its turns, end to end.
+        before = units.offsets[:-1] - np.repeat(units.offsets[firsts[:-1]], np.diff(firsts))
+        chars = of_texts([start + turn.chars for start, turn in zip(before, encoded, strict=True)])
+        values = self._perplexities(Units(units.offsets[firsts], units.starts), chars, list(map(of_texts, views)))
+        tokens = np.add.reduceat([len(turn.positions) for turn in encoded], firsts[:-1])
+        read = np.add.reduceat([len(turn.ids) for turn in encoded], firsts[:-1])
+        index = {pair: row for row, pair in enumerate(unique)}
+        rows = [index[pair] for pair in pairs]
+        return Scores(values[rows], tokens[rows], read[rows], max(len(turn.ids) for turn in encoded))
+
+    def explain(self, model, text: Text, context: Text | None = "") -> Explained:
         """Per level the units of one text in order, each a dict: text, start, end (characters), n_tokens, surprisal
-        (nats), perplexity. Units in which no token starts are left out.
+        (nats), perplexity. Units in which no token starts are left out. Its `perplexities` are the levels'.
 
         With nested levels also a, b and c, the unit's sums in nats (`ppl.scoring.nested`); c is its surprisal, and its
         perplexity is that of what its level measures: exp of the mean of a, of b - a, of c - b.
         """
-        target = message_text(text)
-        encoded = self._encode([(render_prompt(context, self.tokenizer), target)])
-        units = segment([target], self.language, self.max_phrase_words)
+        return self.explain_pair(model, (self.render(context), message_text(text)))
+
+    def explain_pair(self, model, pair: Turn | Sampled) -> Explained:
+        """As `explain`, of a (context, target) or of what was sampled."""
+        encoded, [target] = self._encoder.encode_pairs([pair])
+        units = self._units([target])
+        views = self._surprisals(model, encoded, units)
+        c = views[-1][0]
+        scopes, measured = {}, dict.fromkeys(LEVELS, c)
         if self.aggregation == "nested":
-            [a], [b], [c] = self._scopes(model, encoded, units)
+            [a], [b], [c] = views
             scopes, measured = {"a": a, "b": b, "c": c}, dict(zip(LEVELS, (a, b - a, c - b), strict=True))
-        else:
-            [c] = self._scorer_of(model).score(encoded)
-            scopes, measured = {}, dict.fromkeys(LEVELS, c)
-        explained = {}
+        [values] = self._perplexities(units, [encoded[0].chars], views)
+        explained = Explained()
+        explained.perplexities = dict(zip(LEVELS, values.tolist(), strict=True))
         for level, starts in units.starts.items():
             counts, totals = unit_sums(starts, encoded[0].chars, c)
             _, rated = unit_sums(starts, encoded[0].chars, measured[level])
@@ -156,11 +194,29 @@ class MultiLevelPPLCalculator:
             ]
         return explained
 
-    def _encode(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
-        return self._encoder.encode([context for context, _ in pairs], [target for _, target in pairs])
+    def written(self, sampled: Sequence[Sampled]) -> list[str]:
+        """The text of each completion behind its prompt."""
+        return [text for _, text in self._encoder.encode_sampled(sampled)]
 
-    def _scopes(self, model, encoded: Sequence[Encoded], units: Units) -> Scopes:
-        return score_scopes(self._scorer_of(model), encoded, units, self._encoder.start)
+    def restore_spaces(self, model, pairs: Sequence[Turn]) -> list[str]:
+        """The targets, each with the space that it may have lost when it was decoded alone: see `ppl.scoring.seams`."""
+        return restore_spaces(self._encoder, lambda encoded: self._scorer_of(model).score(encoded), pairs)
+
+    def _units(self, targets: Sequence[str]) -> Units:
+        return segment(targets, self.language, self.max_phrase_words)
+
+    def _surprisals(self, model, encoded: Sequence[Encoded], units: Units) -> Sequence[list[np.ndarray]]:
+        """Of each text's scored tokens, float64 [n] in nats: with nested levels the three `Scopes`, else one view."""
+        scorer = self._scorer_of(model)
+        if self.aggregation == "nested":
+            return score_scopes(scorer, encoded, units, self._encoder.start)
+        return (scorer.score(encoded),)
+
+    def _perplexities(self, units: Units, chars, views: Sequence[list[np.ndarray]]) -> np.ndarray:
+        """float64 [B, 3] from what `_surprisals` gives and the characters that the tokens stand for."""
+        if self.aggregation == "nested":
+            return nested_perplexities(Scopes(*views))
+        return level_perplexities(units, chars, *views, self.aggregation)
 
     def _scorer_of(self, model) -> SurprisalScorer:
         if self._scorer is None or self._scorer.model is not model:

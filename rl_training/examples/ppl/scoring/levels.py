@@ -1,12 +1,22 @@
 """Token surprisals + units -> the perplexity of each level."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from .units import Units
 
 _WORST = 5  # selective, words: the most surprising one in so many
+
+
+class Scores(NamedTuple):
+    """What scoring some texts gives."""
+
+    perplexities: np.ndarray  # float64 [B, 3], in the order of `LEVELS`; nan where no token is scored
+    tokens: np.ndarray  # int64 [B], scored ones
+    read: np.ndarray  # int64 [B], with those of the context and BOS
+    longest: int  # of one pass, in tokens; 0 without any text
 
 
 def unit_sums(starts: np.ndarray, chars: np.ndarray, surprisal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

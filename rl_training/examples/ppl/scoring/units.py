@@ -10,14 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import regex
-import sentencex
 
 from ..definitions import DEFAULT_LANGUAGE, DEFAULT_PHRASE_WORDS
+from ..sentences import LINE_BREAKS, sentence_starts
 
-_LINE_BREAKS = "\n\v\f\r\x85\u2028\u2029"
 _CLAUSE_ENDS = ",;:—–()[]、，；：（）【】"
-# sentencex 1.0.32 panics on "Z\xa0.": a capital, a space outside ASCII, a full stop.
-_SPACE_BEFORE_STOP = regex.compile(r"[^\S\x00-\x7f](?=\.)")
 
 _BOUNDARY = regex.compile(r"(?w)\b")  # (?w): by the default word boundaries of UAX #29
 
@@ -36,7 +33,7 @@ _PROPERTIES = {
     r"['’]": _APOSTROPHE,
     r"[\p{L}\p{N}]": _ALNUM,
     rf"[{regex.escape(_CLAUSE_ENDS)}]": _CLAUSE,
-    rf"[{_LINE_BREAKS}]": _BREAK,
+    rf"[{LINE_BREAKS}]": _BREAK,
     r"[\p{WB=Extend}\p{WB=Format}\p{WB=ZWJ}\p{WB=Hebrew_Letter}\p{WB=Katakana}]": _OTHER_RULES,
 }
 
@@ -111,13 +108,7 @@ def _properties_of(text: str) -> np.ndarray:
 def _sentence_starts(texts, offsets, text: str, properties: np.ndarray, language: str) -> np.ndarray:
     found = []
     for offset, one in zip(offsets.tolist(), texts, strict=False):
-        readable = _SPACE_BEFORE_STOP.sub(" ", one)
-        place = 0
-        for sentence in sentencex.segment(language, readable):
-            # Looked for, not counted: sentencex 1.0.32 leaves out blank lines of texts beyond 10,000 characters.
-            place = readable.index(sentence, place)
-            found.append(offset + place)
-            place += len(sentence)
+        found += [offset + start for start in sentence_starts(one, language)]
     breaks = np.flatnonzero(properties & _BREAK)
     ends = [place + 1 for place in breaks.tolist() if text[place : place + 2] != "\r\n"]
     # A text is whole, whatever sentencex makes of its beginning.

@@ -2,7 +2,10 @@
 
 flags.py        flags and YAML, checked by name
 config.py       flags -> how models are loaded, the reward's settings, TRL's GRPOConfig
+job.py          what is asked for, checked before a model is loaded
 plan.py         batch, accumulation and group size that TRL accepts
+load.py         policy and scorer: loaded, and what was trained saved
+rewards.py      the reward functions together: their weights, and how TRL calls each
 trainer.py      GRPOTrainer that goes on as if it had never stopped
 callbacks.py    progress in one line, the reward's state in a checkpoint, an orderly end on a signal
 resume.py       where a stopped run goes on, and the command for it

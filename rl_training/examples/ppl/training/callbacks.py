@@ -7,12 +7,31 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..definitions import LEVELS
 from ..files import write_text
 from .diagnostics import in_one_line
-from .resume import STATE_FILE
+from .job import Job
+from .resume import STATE_FILE, resume_command
+
+
+def watch(trainer, job: Job, reward_fn) -> None:
+    """Give the trainer the callbacks of this file, and the reward's diagnostics."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    for callback in (RewardState(reward_fn, job.checkpoint), reward_fn.observer, SafeStops(), OneLineProgress):
+        trainer.add_callback(callback)
+
+
+def stopped_by(trainer, job: Job) -> int | None:
+    """The signal that ended the training early, None without one. Says how to go on."""
+    [stops] = [one for one in trainer.callback_handler.callbacks if isinstance(one, SafeStops)]
+    if stops.received is not None and trainer.is_world_process_zero():
+        step = trainer.state.global_step
+        command = resume_command(job.command, str(job.output / f"checkpoint-{step}"))
+        print(f"Stopped at step {step}. Go on with\n  {command}")
+    return stops.received
 
 
 class OneLineProgress(ProgressCallback):

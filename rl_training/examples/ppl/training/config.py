@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .. import cli
-from ..definitions import DEFAULT_TEMPLATE, DEFAULT_THRESHOLDS
+from ..definitions import DEFAULT_THRESHOLDS
 from ..errors import InputError
 from ..models import model_path
 from ..reference_context import ReferenceContext
@@ -24,10 +24,8 @@ def reward_settings(args: argparse.Namespace) -> dict:
     thresholds = args.reward_thresholds or DEFAULT_THRESHOLDS
     Thresholds(thresholds)
     checked_weights(args.ppl_weights)
-    check_weight(args.repetition_penalty)
-    ReferenceContext(args.extract, args.template)
-    if args.target == "completion" and (args.extract or args.template != DEFAULT_TEMPLATE):
-        raise InputError("--extract and --template say what stands before a reference: they need --target reference")
+    check_weight(args.loop_penalty)
+    ReferenceContext(args.extract, args.template, args.target)
     return {
         "weights": tuple(args.ppl_weights),
         "reward_thresholds": thresholds,
@@ -39,6 +37,7 @@ def reward_settings(args: argparse.Namespace) -> dict:
         "missing": args.missing,
         "allow_baseline_mismatch": args.allow_baseline_mismatch,
         **cli.definitions(args),
+        **cli.chat_options(args),
     }
 
 
@@ -93,9 +92,7 @@ def grpo_config(args: argparse.Namespace, rest: list[str], plan):
     defaults = vars(parser.parse_args([]))
     cuda = torch.cuda.is_available()
     reporters = args.report_to or (["wandb"] if args.wandb_project else ["none"])
-    # Its repetition_penalty would divide the logits while sampling.
-    shared = defaults.keys() - set(NAMESAKES)
-    ours = {name: value for name, value in vars(args).items() if name in shared}
+    ours = {name: value for name, value in vars(args).items() if name in defaults and name not in NAMESAKES}
     derived = {
         "max_completion_length": args.max_new_tokens,
         "report_to": reporters,

@@ -29,7 +29,7 @@ REMEDY = {
     "(compute_baselines_trl.py --generate 4), or set lower --reward_thresholds, with --interpolate.",
     "no spread": "Draw lines between the thresholds (--interpolate), set finer --reward_thresholds, or sample more "
     "freely (--temperature 1, a larger --num_generations).",
-    "gamed": "Hold the policy near its start (--beta 0.04), lower --learning_rate, keep --repetition_penalty on, or "
+    "gamed": "Hold the policy near its start (--beta 0.04), lower --learning_rate, keep --loop_penalty on, or "
     "measure what the model does not write (--target reference). A checkpoint from before is the one to keep.",
 }
 

@@ -2,97 +2,165 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..data import Text, render_prompt
+from ..chat import render_prompt
+from ..data import Text
 from ..definitions import LEVELS
 from ..files import write_text
-from ..processes import from_all, is_sharded, share
-from ..reward.function import MultiLevelPPLRewardFunction, row_baselines
-from ..sampling import sample_completions
+from ..processes import from_all, is_first, is_sharded, share
+from ..reward.function import row_baselines
+from ..sampling import prompt_ids, sample
 from ..scoring.surprisal import SurprisalScorer
-from ..scoring.tokens import TextEncoder
+from ..scoring.tokens import Sampled, TextEncoder
 from ..variety import distinct
+from .job import Job
+from .load import Loaded
+from .rewards import Reward, call_as_trl, name_of
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """prompts; `num_generations` completions a prompt and their rewards, nan where skipped; scores: means, by name."""
+    """prompts; `num_generations` completions a prompt and their rewards, nan where skipped; scores: means, by name;
+    completion_ids: what was sampled, of which the completions are the text."""
 
     prompts: list
     completions: list[list[str]]
     rewards: list[list[float]]
     scores: dict[str, float]
+    completion_ids: list[list[list[int]]] | None = None
+
+
+class HeldOutPrompts:
+    """The held-out prompts of a run: `before()` its first step and `after()` its last one, kept in heldout.json."""
+
+    def __init__(self, job: Job, policy: Loaded, scorer: Loaded, rewards: Sequence[Reward], state) -> None:
+        self.job, self.policy, self.rewards, self.state = job, policy, rewards, state
+        self.path = job.output / "heldout.json"
+        self.sampling = {
+            "num_generations": 4,
+            "max_new_tokens": job.config.max_completion_length,
+            "temperature": job.config.temperature,
+            "seed": job.config.seed,
+        }
+        # The model before training: itself without its adapter, or a frozen copy, if that is what scores.
+        copy = None if job.args.scorer_model else scorer.model
+        self.start = copy if job.args.full_finetuning else policy.model
+
+    def before(self) -> HeldOut:
+        """Of a run that goes on: what it measured before its first step."""
+        found = None
+        if self.job.checkpoint:
+            kept = Path(self.job.checkpoint).parent / self.path.name
+            found = read_before(kept, self.job.heldout_rows, self.sampling)
+        self._before = found or self._evaluate("held-out, before")
+        if is_first():
+            write_heldout(self.path, self.sampling, self._before)
+        return self._before
+
+    def after(self) -> HeldOut:
+        found = self._evaluate("held-out, after")
+        if is_first():
+            write_heldout(self.path, self.sampling, self._before, found)
+        return found
+
+    def _evaluate(self, progress: str) -> HeldOut:
+        return evaluate(
+            *self.policy, self.rewards, self.job.heldout_rows, start=self.start, state=self.state,
+            progress=progress, **self.sampling,
+        )  # fmt: skip
 
 
 def evaluate(
     model,
     tokenizer,
-    reward_fn: MultiLevelPPLRewardFunction,
+    rewards: Sequence[Reward],
     rows,
-    penalties: Sequence[tuple[Callable, float]] = (),
     *,
     start,
+    state,
     num_generations: int,
     **sampling,
 ) -> HeldOut:
-    """Sample completions for the prompts of `rows` and score them with the reward, before its `normalize`.
+    """Sample completions for the prompts of `rows` and score them with the rewards, as training weighs them.
 
     Several processes must all call; each does its share of the rows, and all get the whole.
 
-    rows: a data set of `prepare_dataset`. penalties: the reward functions of completion ids beside it, with their
-    weights (`ppl.reward.loop_guard`); their mean is the score "loop penalty". start: the model as it was before
-    training: `model` itself if it trains adapters, a frozen copy, or None without one. sampling: keywords of
-    `sample_completions`.
+    rewards: of `ppl.training.rewards.weighted`. The first one's mean is the score "reward", before its `normalize`;
+    each other one's mean is the score of the function's name. rows: a data set of `prepare_dataset`. start: the model
+    as it was before training: `model` itself if it trains adapters, a frozen copy, or None without one. state: the
+    trainer's. sampling: keywords of `ppl.sampling.sample`.
     """
+    (reward_fn, weight), *others = rewards
     # Weights spread over processes are gathered for every forward pass, so all must sample equally often.
     places = share(len(rows), padded=is_sharded(model))
     columns = {name: [rows[name][place] for place in places] for name in rows.column_names}
-    completions = sample_completions(model, tokenizer, columns["prompt"], num_generations=num_generations, **sampling)
-    texts = [text for group in completions for text in group]
+    chat = reward_fn.calculator.chat
+    sampled = sample(model, tokenizer, columns["prompt"], num_generations=num_generations, **sampling, **chat)
+    groups = [[(one.text, one.ids) for one in group] for group in sampled]
+    texts = [one.text for group in sampled for one in group]
+    ids = [one.ids for group in sampled for one in group]
+    written = [one.written for group in sampled for one in group]
 
     def repeated(column):
         return None if column is None else [value for value in column for _ in range(num_generations)]
 
-    _, details = reward_fn.compute_rewards(
-        texts,
-        prompts=repeated(columns["prompt"]),
-        references=repeated(columns.get("reference")),
-        ids=repeated(columns.get("id")),
-        baselines=repeated(row_baselines(columns)),
-        return_details=True,
-    )
-    moved = kl_by_text(model, start, tokenizer, repeated(columns["prompt"]), texts)
+    def measured():
+        return reward_fn.compute_rewards(
+            texts,
+            prompts=repeated(columns["prompt"]),
+            references=repeated(columns.get("reference")),
+            ids=repeated(columns.get("id")),
+            baselines=repeated(row_baselines(columns)),
+            completion_ids=ids,
+            return_details=True,
+        )[1]
+
+    # Without baselines, completions make their prompt's at the first visit, and are measured at the second: before
+    # training against the same ones as after it.
+    details = measured()
+    if reward_fn.target == "completion" and reward_fn.baselines is None:
+        details = measured()
+    moved = kl_by_text(model, start, tokenizer, repeated(columns["prompt"]), written, **chat)
+    as_columns = {name: repeated(column) for name, column in columns.items()}
+    earned = [
+        weight * call_as_trl(function, repeated(columns["prompt"]), texts, ids, as_columns, state)
+        for function, weight in others
+    ]
     levels = [details[name][level] for name in ("improvements", "ppls") for level in LEVELS]
-    table = np.stack([np.asarray(column) for column in (details["rewards"], *levels)], axis=1)
+    table = np.stack([np.asarray(column) for column in (weight * details["rewards"], *levels, *earned)], axis=1)
     table = np.concatenate([table, np.reshape(moved, (-1, 2))], axis=1).reshape(len(places), num_generations, -1)
-    found = dict(zip(from_all(places), from_all(zip(completions, table.tolist(), strict=True)), strict=True))
-    completions, table = zip(*(found[place] for place in range(len(rows))), strict=True)
+    found = dict(zip(from_all(places), from_all(zip(groups, table.tolist(), strict=True)), strict=True))
+    groups, table = zip(*(found[place] for place in range(len(rows))), strict=True)
+    completions = [[text for text, _ in group] for group in groups]
     texts = [text for group in completions for text in group]
-    rewards, *levels, moved, tokens = np.moveaxis(np.array(table), -1, 0)
-    means = [float(torch.from_numpy(values.ravel()).nanmean()) for values in (rewards, *levels)]
+    *columns, moved, tokens = np.moveaxis(np.array(table), -1, 0)
+    means = [float(torch.from_numpy(values.ravel()).nanmean()) for values in columns]
     names = ["reward", *(f"{level} improvement %" for level in LEVELS), *(f"{level} PPL" for level in LEVELS)]
     scores = {
-        **dict(zip(names, means, strict=True)),
+        **dict(zip(names, means, strict=False)),
         "KL": kl_a_token(moved, tokens),
         "distinct-2": distinct(texts, 2),
         "repetition": 1 - distinct(texts, 3),
         "words": sum(len(text.split()) for text in texts) / len(texts),
     }
-    if penalties:
-        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        means = [weight * float(np.mean(penalty(completion_ids=ids))) for penalty, weight in penalties]
-        scores["loop penalty"] = sum(means)
-    return HeldOut(list(rows["prompt"]), list(completions), rewards.tolist(), scores)
+    scores |= {row_name(function): mean for (function, _), mean in zip(others, means[len(names) :], strict=True)}
+    completion_ids = [[ids for _, ids in group] for group in groups]
+    return HeldOut(list(rows["prompt"]), completions, columns[0].tolist(), scores, completion_ids)
+
+
+def row_name(function) -> str:
+    """What a reward beside the perplexities is called in the table."""
+    return "loop penalty" if name_of(function) == "loop_penalty" else name_of(function)
 
 
 def write_heldout(path: Path, sampling: dict, before: HeldOut, after: HeldOut | None = None) -> None:
-    """JSON `{"sampling", "before": {"prompts", "completions", "rewards", "scores"}, "after": the same or null}`.
+    """JSON `{"sampling", "before": {"prompts", "completions", "rewards", "scores", ...}, "after": the same or null}`.
 
     sampling: how `evaluate` sampled. What is nan becomes null.
     """
@@ -111,7 +179,7 @@ def read_before(path: Path, rows, sampling: dict) -> HeldOut | None:
     before = kept["before"]
     rewards = [[math.nan if reward is None else reward for reward in group] for group in before["rewards"]]
     scores = {name: math.nan if score is None else score for name, score in before["scores"].items()}
-    return HeldOut(before["prompts"], before["completions"], rewards, scores)
+    return HeldOut(before["prompts"], before["completions"], rewards, scores, before.get("completion_ids"))
 
 
 def _without_nan(value):
@@ -122,15 +190,27 @@ def _without_nan(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def kl_by_text(model, start, tokenizer, prompts: Sequence[Text], completions: Sequence[str]) -> list[tuple]:
+def kl_by_text(
+    model,
+    start,
+    tokenizer,
+    prompts: Sequence[Text],
+    completions: Sequence[str] | Sequence[Sequence[int]],
+    **chat,
+) -> list[tuple]:
     """How far training has moved the model from its start, per completion: (sum over its tokens, their number).
 
     The start's surprisal of a token minus the model's own, in nats. `start`: `model` itself stands for it with its
-    adapters off; None: 0 of 0 tokens.
+    adapters off; None: 0 of 0 tokens. completions: the ids that were written, without an end token, or texts. chat:
+    keywords of `ppl.chat.render_prompt`.
     """
     if start is None:
         return [(0.0, 0)] * len(completions)
-    encoded = TextEncoder(tokenizer).encode([render_prompt(prompt, tokenizer) for prompt in prompts], completions)
+    pairs = [
+        (render_prompt(prompt, tokenizer, **chat), one) if isinstance(one, str) else Sampled(tuple(given), tuple(one))
+        for prompt, given, one in zip(prompts, prompt_ids(prompts, tokenizer, **chat), completions, strict=True)
+    ]
+    encoded, _ = TextEncoder(tokenizer).encode_pairs(pairs)
     own = SurprisalScorer(model, adapters=True).score(encoded)
     of_start = SurprisalScorer(start).score(encoded)
     return [((b - a).sum(), len(a)) for a, b in zip(own, of_start, strict=True)]

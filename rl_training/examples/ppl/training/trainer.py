@@ -1,25 +1,40 @@
 """TRL's GRPOTrainer, with what a resumed run needs to go on as if it had never stopped. Import Unsloth before this."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from ..chat import render_prompt
+
 
 class ResumableGRPOTrainer(GRPOTrainer):
-    """Three differences: adapters keep their precision, an epoch's order follows from its number, all is loaded again.
+    """Four differences: prompts are read as the scorer reads them, adapters keep their precision, an epoch's order
+    follows from its number, all is loaded again.
+
+    chat: what the chat template is given, keywords of `ppl.chat.render_prompt`.
 
     On 4-bit weights TRL turns adapters into bfloat16, where a step of 5e-5 is lost beside a weight of 0.1, and where a
     checkpoint that is loaded again makes them float32; Unsloth's own trainer leaves them in float32, and so does this.
     """
 
-    def __init__(self, model, *args, **kwargs) -> None:
+    def __init__(self, model, *args, chat: Mapping | None = None, **kwargs) -> None:
         trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(model, *args, **kwargs)
         for parameter, data in trained:
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
+        self.chat = chat or {}
+        if self.chat_template is not None:  # TRL's own, for tools: the scorer reads it, too
+            self.processing_class.chat_template = self.chat_template
+
+    def _tokenize_prompts(self, prompts: list):
+        # An environment brings tools of its own for each prompt.
+        if isinstance(prompts[0], str) or self.environment_factories is not None:
+            return super()._tokenize_prompts(prompts)
+        rendered = [render_prompt(prompt, self.processing_class, **self.chat) for prompt in prompts]
+        return self.processing_class(text=rendered, add_special_tokens=False)["input_ids"], None, {}
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,0 +1,142 @@
+"""What is asked for, checked as far as it can be without a model; Unsloth is imported here, before TRL."""
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from .. import cli
+from ..baselines.file import BaselineError, Baselines, check_meta, read_meta
+from ..data import PromptForm, check_references, find_columns, load_split, prepare_rows, split_heldout
+from ..definitions import BASELINE_COLUMNS
+from ..models import import_unsloth, model_path
+from .config import check_reporters, grpo_config, loading, reward_settings
+from .flags import CONFIG_FILE, write_config
+from .plan import plan_batches
+from .resume import find_checkpoint
+
+
+@dataclass
+class Job:
+    args: argparse.Namespace
+    command: list[str]  # the command line's words after the script's name
+    checkpoint: str | None  # to go on from
+    settings: dict  # keywords of the reward
+    baselines: Baselines | None
+    column_meta: Baselines  # no rows: how the data set's columns `baseline_...` were made, if it says so
+    policy_load: dict  # keywords of `load_model`
+    scorer_load: dict
+    train_rows: object  # data sets of `prepare_dataset`
+    heldout_rows: object
+    eval_rows: object | None
+    without_unsloth: str | None  # why, if it is not used
+    config: object  # TRL's GRPOConfig
+    asked: dict  # its fields as they were asked for
+    defaults: dict  # and as they are otherwise
+
+    @property
+    def chat(self) -> dict:
+        """The keywords of `ppl.chat.render_prompt`: the same for policy, scorer and held-out sampling."""
+        return {name: self.settings[name] for name in ("chat_template_kwargs", "tools")}
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @cached_property
+    def normalized_over(self) -> int | None:
+        """Completions in one call of a reward, if it normalises them."""
+        config = self.config
+        in_one_call = config.per_device_train_batch_size * config.world_size * config.steps_per_generation
+        return in_one_call if self.args.normalize_rewards else None
+
+    @property
+    def config_file(self) -> Path:
+        return self.output / CONFIG_FILE
+
+    def write_config(self) -> None:
+        """Make the output folder, and write down every setting of the run."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        chosen = {**vars(self.args), **self.policy_load, "heldout_samples": len(self.heldout_rows)}
+        chosen["reward_thresholds"] = self.settings["reward_thresholds"]
+        if self.config.process_index == 0:
+            write_config(self.config_file, chosen, self.asked, self.defaults)
+
+
+def prepare(args: argparse.Namespace, rest: list[str], command: list[str], prepare_dataset: Callable) -> Job:
+    """Raises `InputError` for what cannot be done. rest: words of the command line that are GRPOConfig's.
+
+    prepare_dataset: what makes rows of a data set, see the training script.
+    """
+    for name in filter(None, (args.model_name, args.scorer_model)):
+        model_path(name)
+    form = cli.prompt_form(args)
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    settings = reward_settings(args)
+    check_reporters(args)
+    batches = plan_batches(
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        args.num_generations,
+        int(os.environ.get("WORLD_SIZE", "1")),
+    )
+    baselines = Baselines.load(args.baselines_path) if args.baselines_path else None
+    # A data set that compute_baselines_trl.py wrote has them as columns, and says the same of how they were made.
+    column_meta = Baselines({}, read_meta(Path(args.dataset_name, ".baselines")), args.dataset_name)
+    made = baselines or column_meta
+    if not args.allow_baseline_mismatch:
+        definitions = {**cli.definitions(args), **({"template": args.template} if args.target == "reference" else {})}
+        scorer = {"name": args.scorer_model or args.model_name}
+        expected = {"prompt": form.identity, "definitions": definitions, "target": args.target, "model": scorer}
+        check_meta(made, expected)
+    policy_load, scorer_load = loading(args, made.meta)
+    rows = load_rows(args, form, args.dataset_split, baselines, prepare_dataset, args.max_samples)
+    train_rows, heldout_rows = split_heldout(rows, args.heldout_samples, args.seed)
+    eval_rows = load_rows(args, form, args.eval_split, baselines, prepare_dataset) if args.eval_split else None
+    without_unsloth = "--no_unsloth" if args.no_unsloth else import_unsloth()
+    config, asked, defaults = grpo_config(args, rest, batches)
+    config.eval_on_start = config.eval_on_start and checkpoint is None
+    return Job(
+        args, command, checkpoint, settings, baselines, column_meta, policy_load, scorer_load, train_rows, heldout_rows,
+        eval_rows, without_unsloth, config, asked, defaults,
+    )  # fmt: skip
+
+
+def load_rows(
+    args: argparse.Namespace,
+    form: PromptForm,
+    split: str,
+    baselines: Baselines | None,
+    prepare_dataset: Callable,
+    most: int | None = None,
+):
+    """A split's first rows as `prepare_dataset` makes them.
+
+    Raises `InputError` if one has no baseline and needs it, or one that is another text's.
+    """
+    dataset = load_split(args.dataset_name, args.dataset_config, split)
+    if most is not None:
+        dataset = dataset.select(range(min(most, len(dataset))))
+    columns = find_columns(dataset.column_names, *cli.column_options(args))
+    rows = prepare_dataset(dataset, columns, form)
+    if set(BASELINE_COLUMNS) & set(dataset.column_names) & set(rows.column_names):
+        _check_unedited(rows, prepare_rows(dataset, columns, form), args.dataset_name)
+    references = rows["reference"] if args.target == "reference" else None
+    if references is not None:
+        check_references(rows, columns, form, blank_is_wrong=args.missing == "error")
+    if baselines is not None:
+        baselines.check_coverage(rows["id"], rows["prompt"], references, needed=args.missing == "error")
+    return rows
+
+
+def _check_unedited(rows, as_they_came, name: str) -> None:
+    """The data set's own baselines are of its own prompts."""
+    prompts = dict(zip(as_they_came["id"], as_they_came["prompt"], strict=True))
+    for index, (row_id, prompt) in enumerate(zip(rows["id"], rows["prompt"], strict=True)):
+        if prompts.get(row_id, prompt) != prompt:
+            raise BaselineError(
+                f"row {index}, id {row_id!r:.40}: prepare_dataset changed the prompt, and the columns baseline_... of "
+                f"{name} are of the unchanged one: compute baselines of the changed rows, or drop the columns"
+            )

@@ -1,0 +1,53 @@
+"""Policy and scorer, the same model with its adapter on and off or two: loaded, and what was trained saved."""
+
+from typing import NamedTuple
+
+from ..chat import render_prompt
+from ..models import add_lora, load_model
+from ..processes import is_first
+from .job import Job
+from .merge import save_merged
+
+
+class Loaded(NamedTuple):
+    model: object
+    tokenizer: object
+
+
+def load_policy_and_scorer(job: Job) -> tuple[Loaded, Loaded]:
+    """(what is trained, what scores). Raises `InputError` for prompts that the chat template refuses."""
+    args, reason = job.args, job.without_unsloth
+    if is_first():
+        options = ", ".join(f"{key}={value}" for key, value in job.policy_load.items())
+        print(f"Loading {args.model_name} ({options}) ...")
+    common = {name: getattr(args, name) for name in ("device", "max_seq_length", "chat_template_path")}
+    model, tokenizer, refused = load_model(
+        args.model_name,
+        unsloth=reason is None,
+        full_finetuning=args.full_finetuning,
+        **common,
+        **job.policy_load,
+    )
+    reason = reason or refused
+    if is_first():
+        way = f"Training with transformers and PEFT: {reason}" if reason else "Training with Unsloth"
+        print(way, flush=True)
+    if not args.full_finetuning:
+        model = add_lora(model, args.lora_r, args.lora_alpha, args.seed, unsloth=reason is None)
+    policy = scorer = Loaded(model, tokenizer)  # its adapter is off while it scores
+    if args.full_finetuning or args.scorer_model:
+        name = args.scorer_model or args.model_name
+        scorer = Loaded(*load_model(name, unsloth=reason is None, **common, **job.scorer_load)[:2])
+        scorer.model.requires_grad_(False)
+    for rows in filter(None, (job.train_rows, job.heldout_rows, job.eval_rows)):
+        for prompt in rows["prompt"]:
+            for tokenizer in {id(one.tokenizer): one.tokenizer for one in (policy, scorer)}.values():
+                render_prompt(prompt, tokenizer, **job.chat)
+    return policy, scorer
+
+
+def save(trainer, job: Job, policy: Loaded) -> None:
+    """What was trained and its tokenizer, as job.args ask for it. Several processes must all call."""
+    trainer.save_model(str(job.output))
+    if job.args.save_merged and is_first():
+        save_merged(policy.model, policy.tokenizer, job.output, job.output / "merged")

@@ -1,0 +1,335 @@
+"""Prompts: what is made of a data set's rows, the same in both scripts, and how chat messages become text."""
+
+import json
+import math
+
+import brute_force
+import pytest
+import toys
+from datasets import Dataset
+
+from ppl import cli
+from ppl.chat import chat_identity, completion_turns, read_template, read_tools, render_prompt
+from ppl.data import (
+    Columns,
+    PromptForm,
+    check_references,
+    checked_text,
+    find_columns,
+    make_row,
+    message_text,
+    prepare_rows,
+    stable_id,
+)
+from ppl.definitions import LEVELS
+from ppl.errors import InputError
+from ppl.reward.function import MultiLevelPPLRewardFunction
+from ppl.scoring.calculator import MultiLevelPPLCalculator
+from ppl.scoring.units import segment
+
+USER = {"role": "user", "content": "Tell me about the fox."}
+CALL = {"type": "function", "function": {"name": "look", "arguments": "{}"}}
+ASKED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+TOLD = {"role": "tool", "content": "It is red."}
+TEMPLATE = (
+    "{% if tools %}<tools {{ tools | length }}>{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ 'CALLS' if m.tool_calls is defined else m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{{ '' if enable_thinking | default(true) else '<think></think>' }}"
+    "{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat():
+    tokenizer = toys.byte_level()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+TEXT = "A fox ran. It fell!\nIt slept. The end."
+
+
+@pytest.mark.parametrize(
+    ("form", "prompt", "reference"),
+    [
+        (PromptForm(), "The fox", " ran."),
+        (PromptForm("Go on:\n{prompt}"), "Go on:\nThe fox", " ran."),
+        (PromptForm("{{{prompt}}}"), "{The fox}", " ran."),
+        (PromptForm(chat=True), [{"role": "user", "content": "The fox"}], " ran."),
+        (
+            PromptForm("Go on: {prompt}", chat=True, system_prompt="You tell stories."),
+            [{"role": "system", "content": "You tell stories."}, {"role": "user", "content": "Go on: The fox"}],
+            " ran.",
+        ),
+    ],
+)
+def test_what_is_made_of_a_prompt(form, prompt, reference):
+    form.check()
+    assert form.prompt_and_reference("The fox", " ran.") == (prompt, reference)
+    assert form.prompt_and_reference("", " ran.") == ("", " ran.")  # nothing is asked of nothing
+
+
+@pytest.mark.parametrize(
+    ("count", "prompt"),
+    [(1, "A fox ran."), (2, "A fox ran. It fell!"), (3, "A fox ran. It fell!\nIt slept."), (4, TEXT), (9, TEXT)],
+)
+def test_the_first_sentences_are_the_prompt_and_the_rest_the_reference(count, prompt):
+    """A line break ends a sentence, as everywhere here; not a character of the text is lost."""
+    found = PromptForm(prompt_sentences=count).prompt_and_reference(TEXT, "")
+    assert found == (prompt, TEXT.removeprefix(prompt))
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        (PromptForm("Go on."), "expected {prompt} in it, once"),
+        (PromptForm("{prompt} {prompt}"), "once"),
+        (PromptForm("{text}"), "expected {prompt}"),
+        (PromptForm("{prompt"), "a brace that is text is written twice"),
+        (PromptForm(system_prompt="Tell."), "it needs --chat"),
+    ],
+)
+def test_a_form_that_makes_no_sense_is_refused(form, words):
+    with pytest.raises(InputError) as caught:
+        form.check()
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("form", [PromptForm("Go on: {prompt}"), PromptForm(chat=True), PromptForm(prompt_sentences=1)])
+def test_messages_are_not_made_into_what_strings_are(form):
+    with pytest.raises(InputError, match=r"row 3: the prompt is chat messages, and --\w+ is for prompts that are str"):
+        make_row({"prompt": [USER]}, 3, Columns("prompt", None, None), form)
+
+
+def test_one_column_is_prompt_and_reference():
+    assert find_columns(["id", "prompt", "text"], one_text=True) == Columns("text", None, "id")
+    assert find_columns(["story"], prompt="story", one_text=True) == Columns("story", None, None)
+    with pytest.raises(InputError, match="--prompt_sentences makes the reference"):
+        find_columns(["text", "completion"], reference="completion", one_text=True)
+
+
+def test_rows_for_the_trainer():
+    form, columns = PromptForm("Go on: {prompt}", prompt_sentences=1), Columns("text", None, None)
+    data = Dataset.from_list(
+        [{"text": TEXT, "baseline_word": 1.0}, {"text": "One."}, {"text": None}, {"text": "Tom sat. Ann ran."}]
+    )
+    rows = prepare_rows(data, columns, form)
+    assert set(rows.column_names) == {"id", "prompt", "reference", "baseline_word"}
+    assert list(rows["prompt"]) == ["Go on: A fox ran.", "Go on: Tom sat."]
+    assert list(rows["reference"]) == [" It fell!\nIt slept. The end.", " Ann ran."]
+    assert list(rows["id"]) == list(map(stable_id, rows["prompt"], rows["reference"]))
+    check_references(rows, columns, form, blank_is_wrong=True)
+
+
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [
+        (5, "holds 5"),
+        ([{"role": "user", "content": None}], "null only in an assistant's"),
+        ([{"content": "a"}], "role"),
+    ],
+)
+def test_a_cell_that_is_no_text_is_named_with_its_row(cell, words):
+    with pytest.raises(InputError) as caught:
+        make_row({"prompt": cell}, 7, Columns("prompt", None, None), PromptForm())
+    assert "row 7: column prompt holds" in str(caught.value) and words in str(caught.value)
+
+
+def test_an_assistant_that_calls_a_tool_says_nothing():
+    messages = [USER, ASKED, TOLD, {"role": "user", "content": "Go on."}]
+    assert checked_text(messages, "prompt", 0) == messages
+    assert message_text(messages) == "Tell me about the fox.\nIt is red.\nGo on."
+
+
+def test_a_row_has_one_id_whatever_a_table_adds():
+    messages = [USER, ASKED, TOLD]
+    [row] = Dataset.from_list([{"prompt": messages}])
+    assert stable_id(row["prompt"]) == stable_id(messages)
+
+
+# --- through the template --------------------------------------------------------------------------------------------
+
+
+def test_a_template_gets_the_messages_its_variables_and_the_tools(chat):
+    messages = [USER, ASKED, TOLD]
+    [row] = Dataset.from_list([{"prompt": messages}])
+    for prompt in (messages, row["prompt"]):
+        assert render_prompt(prompt, chat) == (
+            "<|user|>Tell me about the fox.\n<|assistant|>CALLS\n<|tool|>It is red.\n<|assistant|>"
+        )
+    assert render_prompt([USER], chat, {"enable_thinking": False}, [CALL]) == (
+        "<tools 1><|user|>Tell me about the fox.\n<|assistant|><think></think>"
+    )
+
+
+def test_a_role_that_the_template_refuses_is_one_line(chat):
+    strict = toys.byte_level()
+    strict.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    with pytest.raises(InputError, match=r"refuses messages of system, user: no system here: .*--chat_template_path"):
+        render_prompt([{"role": "system", "content": "Tell."}, USER], strict)
+    with pytest.raises(InputError, match=r"no chat template.*--chat_template_path"):
+        render_prompt([USER], toys.byte_level())
+
+
+def test_what_two_prompts_must_share(chat):
+    def look(where: str) -> str:
+        """Look.
+
+        Args:
+            where: at what
+        """
+
+    from transformers.utils import get_json_schema
+
+    plain = chat_identity(chat)
+    assert chat_identity(toys.byte_level()) == {} and plain["tools"] is None
+    assert chat_identity(chat, {"enable_thinking": False})["chat_template_kwargs"] == {"enable_thinking": False}
+    assert chat_identity(chat, None, [look]) == chat_identity(chat, None, [get_json_schema(look)]) != plain
+
+
+def test_files_of_templates_and_tools(tmp_path):
+    (tmp_path / "t.jinja").write_text(TEMPLATE)
+    (tmp_path / "tools.json").write_text(json.dumps([CALL]))
+    (tmp_path / "none.json").write_text("{}")
+    assert read_template(str(tmp_path / "t.jinja")) == TEMPLATE
+    assert read_tools(str(tmp_path / "tools.json")) == [CALL] and read_tools(None) is None
+    with pytest.raises(InputError, match=r"--chat_template_path nowhere\.jinja: No such file"):
+        read_template("nowhere.jinja")
+    with pytest.raises(InputError, match=r"none\.json holds {}: expected a JSON list"):
+        read_tools(str(tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "false"])
+def test_variables_of_the_template_are_a_json_object(text, capsys):
+    parser = cli.parser("")
+    cli.add_prompt_flags(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--chat_template_kwargs", text])
+    assert "expected a JSON object" in capsys.readouterr().err
+
+
+# --- completions of several messages ---------------------------------------------------------------------------------
+
+SAID = [
+    {"role": "assistant", "content": "Let me look, wait."},
+    TOLD,
+    {"role": "assistant", "content": "The fox ran home."},
+]
+TURNS = (
+    ("<|user|>Tell me about the fox.\n<|assistant|>", "Let me look, wait."),
+    (
+        "<|user|>Tell me about the fox.\n<|assistant|>Let me look, wait.\n<|tool|>It is red.\n<|assistant|>",
+        "The fox ran home.",
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "turns"),
+    [
+        ([USER], "Once.", [("<|user|>Tell me about the fox.\n<|assistant|>", "Once.")]),
+        (
+            [USER],
+            [{"role": "assistant", "content": "Once."}],
+            [("<|user|>Tell me about the fox.\n<|assistant|>", "Once.")],
+        ),
+        ([USER], SAID, TURNS),
+        ([USER], [ASKED], [("<|user|>Tell me about the fox.\n<|assistant|>", "")]),
+        (
+            [USER],
+            [ASKED, TOLD, {"role": "assistant", "content": "Red."}],
+            [("<|user|>Tell me about the fox.\n<|assistant|>CALLS\n<|tool|>It is red.\n<|assistant|>", "Red.")],
+        ),
+        ("Say: ", [SAID[0], SAID[2]], [("Say: ", "Let me look, wait.\nThe fox ran home.")]),
+    ],
+)  # fmt: skip
+def test_only_what_the_assistant_said_is_scored_behind_all_that_stood_before(chat, prompt, completion, turns):
+    assert completion_turns(prompt, completion, chat) == tuple(turns)
+
+
+def test_a_prompt_that_begins_the_answer_is_gone_on_with(chat):
+    begun = [USER, {"role": "assistant", "content": "It is"}]
+    said = [{"role": "assistant", "content": " so:"}, TOLD, {"role": "assistant", "content": "Red."}]
+    first, second = completion_turns(begun, said, chat)
+    assert first == ("<|user|>Tell me about the fox.\n<|assistant|>It is", " so:")
+    assert second[0].startswith("<|user|>Tell me about the fox.\n<|assistant|>It is so:\n<|tool|>")
+
+
+@pytest.mark.parametrize("aggregation", ["geometric", "arithmetic", "nested"])
+def test_several_turns_are_one_text_whose_units_end_with_each(model, chat, aggregation):
+    calculator = MultiLevelPPLCalculator(chat, aggregation=aggregation)
+    batch = calculator.compute_all_levels(model, [SAID, "Once."], [[USER], [USER]])
+    found = {level: float(values[0]) for level, values in batch.items()}
+    each = [calculator.explain(model, text, context) for context, text in TURNS]
+    if aggregation == "nested":
+        surprisal = sum(unit["surprisal"] for one in each for unit in one["word"])
+        tokens = sum(unit["n_tokens"] for one in each for unit in one["word"])
+        assert math.prod(found.values()) == pytest.approx(math.exp(surprisal / tokens), rel=1e-5)
+        return
+    mean = {"geometric": lambda x: math.exp(sum(map(math.log, x)) / len(x)), "arithmetic": lambda x: sum(x) / len(x)}
+    for level in LEVELS:
+        units = [unit["perplexity"] for one in each for unit in one[level]]
+        assert found[level] == pytest.approx(mean[aggregation](units), rel=1e-5)
+    counts = [len(segment([text]).starts["word"]) for _, text in TURNS]
+    twins = [brute_force.all_levels(model, chat, text, context)["word"] for context, text in TURNS]
+    if aggregation == "geometric":
+        by_hand = sum(n * math.log(twin) for n, twin in zip(counts, twins, strict=True)) / sum(counts)
+        assert math.log(found["word"]) == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_the_reward_scores_the_turns_and_says_the_text(model, chat):
+    calculator = MultiLevelPPLCalculator(chat)
+    expected = calculator.compute_all_levels(model, [SAID], [[USER]])
+    reward_fn = MultiLevelPPLRewardFunction(model, chat)
+    reward_fn([[USER]], [SAID])
+    assert {level: float(values[0]) for level, values in reward_fn._last.details["ppls"].items()} == pytest.approx(
+        {level: float(values[0]) for level, values in expected.items()}, rel=1e-5
+    )
+
+    class Lengths(MultiLevelPPLRewardFunction):
+        def compute_rewards(self, texts, **kwargs):
+            import torch
+
+            return torch.tensor([float(len(text)) for text in texts])
+
+    assert Lengths(model, chat)([[USER]], [SAID]) == [len("Let me look, wait.\nIt is red.\nThe fox ran home.")]
+
+
+def test_the_policy_reads_what_the_scorer_reads(model, chat, tmp_path):
+    """GRPOTrainer opens a new turn behind a prompt that began the answer, and passes on the keys that a table added."""
+    from trl import GRPOConfig
+
+    from ppl.training.trainer import ResumableGRPOTrainer
+
+    options = {"chat_template_kwargs": {"enable_thinking": False}, "tools": [CALL]}
+    reward_fn = MultiLevelPPLRewardFunction(model, chat, **options)
+    prompts = [[USER], [USER, ASKED, TOLD], [USER, {"role": "assistant", "content": "It is"}]]
+    rows = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+    config = GRPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=2, num_generations=2,
+        report_to="none",
+    )  # fmt: skip
+    tokenizer = toys.byte_level()
+    tokenizer.chat_template = TEMPLATE
+    trainer = ResumableGRPOTrainer(
+        model=toys.llama(), args=config, reward_funcs=[reward_fn], train_dataset=rows, processing_class=tokenizer,
+        chat=options,
+    )  # fmt: skip
+    ids, _, _ = trainer._tokenize_prompts(list(rows["prompt"]))
+    read = [reward_fn.calculator.render(prompt) for prompt in rows["prompt"]]
+    assert [chat.decode(one) for one in ids] == read
+    assert read[0].endswith("<think></think>") and read[2].endswith("It is")
+
+
+def test_sampling_renders_as_the_scorer_does(model, chat, monkeypatch):
+    from ppl import sampling
+
+    seen = []
+    monkeypatch.setattr(
+        sampling, "render_prompt", lambda *args, **kwargs: seen.append(render_prompt(*args, **kwargs)) or seen[-1]
+    )
+    options = {"chat_template_kwargs": {"enable_thinking": False}, "tools": [CALL]}
+    sampling.sample_completions(model, chat, [[USER]], max_new_tokens=1, **options)
+    assert seen == [MultiLevelPPLCalculator(chat, **options).render([USER])]
