@@ -73,7 +73,7 @@ test: setup browser
 
 # Without one, the tests that open a page are skipped; with CI=true they fail.
 browser:
-	@if ! command -v chromium chromium-browser google-chrome >/dev/null; then \
+	@if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; then \
 	    if [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then \
 	        echo "Installing Chromium, for the tests that open a page."; \
 	        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
