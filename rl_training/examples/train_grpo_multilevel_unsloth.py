@@ -60,7 +60,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     reward.add_argument(
         "--extract", metavar="REGEX",
         help="with --target reference, the part of a completion that counts: the first group or the match, such as "
-        "'In summary:(.*)' (default, and without a match: all of it)",
+        "'.*In summary[:,]\\s*(.*?)\\s*$' (default, and without a match: all of it)",
     )  # fmt: skip
     cli.add_template_flag(reward)
     reward.add_argument(

@@ -19,8 +19,8 @@ DEFAULT_PROMPT_TEMPLATE = "{prompt}"
 
 # From improvement to reward
 DEFAULT_WEIGHTS = (0.2, 0.3, 0.5)  # of word, phrase and sentence
-# (improvement in %, reward): Gurung & Lapata, "Learning to Reason for Long-Form Story Generation",
-# https://arxiv.org/abs/2503.22828
+# (improvement in %, reward), as the guide that this project began with has them. Those of VR-CLI (Gurung & Lapata,
+# https://arxiv.org/abs/2503.22828) are (0.05, 0.5), (1, 0.9), (2, 1).
 DEFAULT_THRESHOLDS = ((0.05, 0.2), (0.5, 0.5), (1.0, 0.7), (2.0, 0.9), (3.0, 1.0))
 
 # Of sampling, for baselines as in training

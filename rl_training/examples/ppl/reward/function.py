@@ -49,7 +49,7 @@ class MultiLevelPPLRewardFunction:
     Per level, improvement = 100 * (baseline - current) / baseline, in percent; the three are averaged by `weights`, and
     the reward is that of the highest of `reward_thresholds` reached. "current" is the perplexity of the completion
     given its prompt (`target="completion"`), or of the row's reference given prompt and completion
-    (`target="reference"`: VR-CLI, https://arxiv.org/abs/2503.22828, where the thresholds come from).
+    (`target="reference"`: VR-CLI, https://arxiv.org/abs/2503.22828, whose thresholds are 0.05:0.5 1:0.9 2:1).
 
     Under several processes each calls for its share of the completions, all of them equally often, and gets what one
     process would: first visits and `normalize` are over the completions of all.

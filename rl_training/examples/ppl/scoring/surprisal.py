@@ -16,7 +16,7 @@ from accelerate.utils import extract_model_from_parallel
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..errors import InputError
-from ..frozen import frozen
+from ..frozen import check_weights_only, frozen
 from ..processes import in_step, is_sharded
 from .batching import Group, Pack, Row, batches, lay_out, packs, share_prefixes, windows
 from .head import Head, surprisal
@@ -46,12 +46,14 @@ class SurprisalScorer:
 
     `model`: plain, PEFT-wrapped, bitsandbytes or Unsloth. `batch_size`: most texts in one forward pass (None: as many
     as fit). `max_batch_tokens`: most tokens in one, padding included; halved for good when memory runs out.
-    `adapters`: leave them on.
+    `adapters`: leave them on; raises `InputError` for those that are no part of the weights.
     """
 
     def __init__(
         self, model, batch_size: int | None = None, max_batch_tokens: int | None = None, adapters: bool = False
     ) -> None:
+        if adapters:
+            check_weights_only(model)
         self.model = model
         self.adapters = adapters
         self.batch_size = batch_size
