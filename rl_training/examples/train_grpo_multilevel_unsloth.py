@@ -17,6 +17,7 @@ from ppl.definitions import (
     DEFAULT_TARGET,
     DEFAULT_TEMPERATURE,
     DEFAULT_WEIGHTS,
+    FORMS,
     MISSING,
     TARGETS,
 )
@@ -72,6 +73,10 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
         help="from improvement to reward (default: 0.05:0.2 0.5:0.5 1:0.7 2:0.9 3:1)",
     )  # fmt: skip
     reward.add_argument("--interpolate", action="store_true", help="linear between the thresholds instead of steps")
+    reward.add_argument(
+        "--reward_form", choices=FORMS, default=FORMS[0],
+        help="nats: the log-likelihood ratio to the baseline, dense, instead of thresholds",
+    )  # fmt: skip
     reward.add_argument("--normalize_rewards", action="store_true", help="mean 0, standard deviation 1 in each call")
     reward.add_argument(
         "--loop_penalty", type=float, default=WEIGHT, metavar="W",
@@ -158,7 +163,8 @@ def make_rewards(job, scorer):
 
     rewards = [(MultiLevelPPLRewardFunction(*scorer, job.baselines, **job.settings), 1.0)]
     if job.args.loop_penalty:
-        rewards.append(loop_guard(job.args.loop_penalty, job.settings["reward_thresholds"], job.normalized_over))
+        thresholds, form = job.settings["reward_thresholds"], job.settings["form"]
+        rewards.append(loop_guard(job.args.loop_penalty, thresholds, job.normalized_over, form))
     return rewards
 
 

@@ -6,6 +6,7 @@ BASELINE_COLUMNS = tuple(f"baseline_{level}" for level in LEVELS)  # of a data s
 # Choices
 AGGREGATIONS = ("geometric", "arithmetic", "selective", "nested")
 TARGETS = ("completion", "reference")
+FORMS = ("thresholds", "nats")  # of the reward
 MISSING = ("error", "skip")  # what to do with a row without a baseline
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
