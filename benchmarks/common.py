@@ -152,7 +152,6 @@ def grpo_step(
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from ppl.definitions import AGGREGATIONS
     from ppl.reward.function import MultiLevelPPLRewardFunction
     from ppl.scoring.calculator import MultiLevelPPLCalculator
 
@@ -218,7 +217,6 @@ def grpo_step(
     rewards = {
         name: MultiLevelPPLRewardFunction(policy, tokenizer, use_cache=False, aggregation=name)
         for name in ("geometric", "nested")
-        if name in AGGREGATIONS
     }
     calls = alternate({name: lambda one=one: one(**last_call) for name, one in rewards.items()}, 3)
     found["rewards"] = {name: statistics.median(values) for name, values in calls.items()}

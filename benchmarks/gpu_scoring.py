@@ -47,11 +47,10 @@ def largest(rows: Rows, toy: bool, folder: str) -> None:
     rate = matrix_rate(rows, sizes.matrix)
     model = random_model(*sizes.models[name])
     count = parameters(model)
-    whole = scoring_rows(rows, f"{name}, bf16", model, tokenizer, count, sizes, rate, target=None if toy else 0.5)
+    scoring_rows(rows, f"{name}, bf16", model, tokenizer, count, sizes, rate, target=None if toy else 0.5)
     del model
     small = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device()}).eval()
-    quantized = scoring_rows(rows, f"{name}, 4-bit", small, tokenizer, count, sizes, rate)
-    deviation(rows, f"{name}: 4-bit perplexities against bf16's", quantized, whole)
+    scoring_rows(rows, f"{name}, 4-bit", small, tokenizer, count, sizes, rate)
 
 
 def middle(rows: Rows, toy: bool, folder: str) -> None:
@@ -95,35 +94,30 @@ def matrix_rate(rows: Rows, side: int) -> float:
     return rate
 
 
-def scoring_rows(rows: Rows, title: str, model, tokenizer, count: int, sizes: Sizes, rate: float, target=None):
-    """Measures; returns the perplexities of the texts, float64 [B, 3]."""
+def scoring_rows(rows: Rows, title: str, model, tokenizer, count: int, sizes: Sizes, rate: float, target=None) -> None:
     import numpy as np
 
-    from ppl.definitions import AGGREGATIONS
     from ppl.scoring.calculator import MultiLevelPPLCalculator
     from ppl.scoring.surprisal import SurprisalScorer
     from ppl.scoring.tokens import TextEncoder
 
     lengths = [int(20 * 35 ** (n / (sizes.texts - 1))) for n in range(sizes.texts)]
     pairs = [("", text) for text in random_texts(tokenizer, lengths)]
-    aggregations = [name for name in ("geometric", "nested") if name in AGGREGATIONS]
-    calculators = {name: MultiLevelPPLCalculator(tokenizer, aggregation=name) for name in aggregations}
+    calculators = {name: MultiLevelPPLCalculator(tokenizer, aggregation=name) for name in ("geometric", "nested")}
     runs = {name: lambda one=one: one.score_pairs(model, pairs) for name, one in calculators.items()}
     seconds = alternate(runs, sizes.rounds)
-    perplexities = runs["geometric"]()
     speed = statistics.median(seconds["geometric"])
     share = 2 * count * sum(lengths) / speed / rate
     span = f"{title}: {len(lengths)} texts of {min(lengths)} to {max(lengths)} tokens"
     packed = "packed" if calculators["geometric"]._scorer._packs_agree else "padded"
     of = f"2 x parameters x tokens, to the matrix rate; {packed}"
     rows.add(span, sum(lengths) / speed, "tokens/s", share, target, of=of)
-    for name in aggregations[1:]:
-        slower = ratio(seconds[name], seconds["geometric"])
-        rows.add(f"{span}, {name}", statistics.median(seconds[name]), "s", slower, of="its time to geometric's")
+    slower = ratio(seconds["nested"], seconds["geometric"])
+    rows.add(f"{span}, nested", statistics.median(seconds["nested"]), "s", slower, of="its time to geometric's")
 
     scorer, alone = SurprisalScorer(model), whole_rows()(model)
     if scorer.window <= sizes.prompt + sizes.completion:
-        return perplexities
+        return
     prompt, *texts = random_texts(tokenizer, [sizes.prompt] + [sizes.completion] * sizes.group)
     pairs = [(prompt, " " + text) for text in texts]
     encoded = TextEncoder(tokenizer).encode(*zip(*pairs, strict=True))
@@ -139,10 +133,8 @@ def scoring_rows(rows: Rows, title: str, model, tokenizer, count: int, sizes: Si
     median = statistics.median(seconds["shared"])
     rows.add(f"{group}, shared", median, "s", speedup / ideal, target and 0.85, of=of)
     rows.add(f"{group}: mean difference of a token's surprisal", float(np.mean(abs(a - b))), "nats")
-    for name in aggregations[1:]:
-        slower = ratio(seconds[name], seconds["geometric"])
-        rows.add(f"{group}, {name}", statistics.median(seconds[name]), "s", slower, of="its time to geometric's")
-    return perplexities
+    slower = ratio(seconds["nested"], seconds["geometric"])
+    rows.add(f"{group}, nested", statistics.median(seconds["nested"]), "s", slower, of="its time to geometric's")
 
 
 def memory_row(rows: Rows, title: str, model, tokenizer, sizes: Sizes) -> None:

@@ -67,7 +67,8 @@ class SurprisalScorer:
         Of a model whose weights are spread over processes, all of them must ask at the same time, be it for no text.
         """
         surprisals = [np.zeros(len(text.positions)) for text in texts]
-        rows = [row for number, text in enumerate(texts) for row in windows(text, self.window, number)]
+        window = self.window  # asked once: under PEFT and accelerate it takes as long as a short text
+        rows = [row for number, text in enumerate(texts) for row in windows(text, window, number)]
         if is_sharded(self.model):
             with frozen(self.model, self.adapters):
                 self._score_in_step(rows, surprisals)
@@ -196,10 +197,11 @@ class SurprisalScorer:
 
     def _score_packs(self, groups: list[Group], surprisals: list[np.ndarray]) -> None:
         left = self._packs(groups)
+        results = []  # read at the end: a GPU works on one pack while the next is laid out
         while left:
             pack = left[0]
             try:
-                self._score_pack(pack, surprisals)
+                results.append((pack.rows, self._score_pack(pack)))
                 del left[0]
                 continue
             except RuntimeError as error:
@@ -207,15 +209,18 @@ class SurprisalScorer:
                     raise
             self._halve(len(pack.ids))
             left = self._packs([group for one in left for group in one.groups])
+        for rows, values in results:
+            self._write(rows, values, surprisals)
 
     def _packs(self, groups: list[Group]) -> list[Pack]:
         return packs(groups, self.max_batch_tokens, self._sizes.enough, self.batch_size)
 
-    def _score_pack(self, pack: Pack, surprisals: list[np.ndarray]) -> None:
+    def _score_pack(self, pack: Pack) -> torch.Tensor:
+        """float32 [m], nats, of the labels of its rows."""
         hidden = run_packed(self._decoder, pack)
         if len(pack.read) < len(hidden):
             hidden = hidden[torch.from_numpy(pack.read).to(hidden.device)]
-        self._write(pack.rows, self._head.surprisal(hidden, _labels(pack.rows, hidden.device)), surprisals)
+        return self._head.surprisal(hidden, _labels(pack.rows, hidden.device))
 
     # --- padded ------------------------------------------------------------------------------------------------------
 
