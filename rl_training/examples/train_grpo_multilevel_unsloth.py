@@ -212,7 +212,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     perplexity = rewards[0][0]
     watch(trainer, job, perplexity)
     job.write_config()
-    held_out = HeldOutPrompts(job, policy, scorer, rewards, trainer.state)
+    held_out = HeldOutPrompts(job, policy, scorer, rewards, trainer)
     page = start_report(job, perplexity, held_out.before())
     trainer.add_callback(page)
     trainer.train(resume_from_checkpoint=job.checkpoint)
