@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent.parent / "rl_training" / "examples"))
 
 import pytest
+import story_model
 import torch
 import toys
 from hypothesis import HealthCheck, settings
@@ -49,3 +50,9 @@ def model():
 @pytest.fixture(scope="session")
 def gpt2_model():
     return toys.gpt2()
+
+
+@pytest.fixture(scope="session")
+def story():
+    """(model, tokenizer) that write stories, the tokenizer SentencePiece's. Of both, nothing is changed by a test."""
+    return story_model.train()

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 import ppl.reward.config
-from multi_level_ppl_trl import MultiLevelPPLRewardFunction
+from multi_level_ppl_trl import MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
 from ppl.definitions import LEVELS
 from ppl.errors import InputError
 from ppl.models import load_model
@@ -199,3 +199,26 @@ def test_the_example_files_point_to_what_is_there():
     script = (engines / "openrlhf.sh").read_text()
     for name in re.findall(r"\$EXAMPLES/([\w/.]+)", script):
         assert (EXAMPLES / name).exists(), name
+
+
+def test_a_prompt_is_known_again_though_its_tokenizer_decodes_it_otherwise(configure, tmp_path, story):
+    """SentencePiece's writes BOS and a space in front, and strips the first space of a completion by itself."""
+    model, tokenizer = story
+    for part in story:
+        part.save_pretrained(tmp_path / "model")
+    prompt, text = "Once upon a", " time there was a fox."
+    baselines = tmp_path / "baselines.json"
+    baselines.write_text(json.dumps({prompt: dict.fromkeys(LEVELS, 100.0)}))
+    configure(model_name=str(tmp_path / "model"), baselines=str(baselines))
+    module = by_path("reward_func", False)
+    ids = tokenizer(prompt + text)["input_ids"]
+    query = tokenizer.decode([*ids, tokenizer.eos_token_id])
+    assert not query.startswith(prompt)
+    [direct] = MultiLevelPPLCalculator(tokenizer).score_pairs(model, [(prompt, text)])
+    expected = [100 - ppl for ppl in direct]  # improvement over 100, in percent
+    row = {"prompt": prompt}
+    alone = tokenizer.decode(tokenizer(text.strip(), add_special_tokens=False)["input_ids"])
+    of_verl = module.compute_score("stories", alone, "", row)
+    of_openrlhf = module.reward_func([query], [prompt], [""])["extra_logs"]
+    assert [of_verl[f"reward_{level}"] for level in LEVELS] == pytest.approx(expected, rel=1e-4)
+    assert [of_openrlhf[f"reward_{level}"].item() for level in LEVELS] == pytest.approx(expected, rel=1e-4)

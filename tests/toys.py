@@ -43,11 +43,12 @@ def byte_level(bos=True, pad=True, trim_offsets=None, chat=False):
     )
 
 
-def llama2_like():
-    """SentencePiece's BPE as Llama 2 has it: spaces become ▁, one more in front, unknown characters become bytes."""
+def llama2_like(strip=True, chat=False, sentences=None, vocab_size=400):
+    """SentencePiece's BPE as Llama 2 has it: spaces become ▁, one more in front, unknown characters become bytes, and
+    the decoder strips the first space of whatever it is given. `strip=False`: as Gemma has it, without both."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    _train(trained, [], [])
+    _train(trained, [], [], sentences or SENTENCES, vocab_size)
     bpe = json.loads(trained.to_str())["model"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokens += sorted(bpe["vocab"], key=bpe["vocab"].get)
@@ -60,16 +61,80 @@ def llama2_like():
             byte_fallback=True,
         )
     )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    prepend, stripped = ([normalizers.Prepend("▁")], [decoders.Strip(" ", 1, 0)]) if strip else ([], [])
+    tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *stripped]
+    )
+    _write_bos(tokenizer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<unk>",
+        chat_template=CHAT_TEMPLATE if chat else None,
+    )
 
 
-def metaspace():
+def metaspace(prepend_scheme="always"):
     """BPE over characters with a Metaspace pre-tokenizer; unknown characters are <unk>."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=prepend_scheme)
     _train(tokenizer, ["<s>", "</s>", "<unk>"], [])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def unigram():
+    """SentencePiece's unigram model, as T5 and ALBERT have it."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.train_from_iterator(
+        SENTENCES * 20,
+        trainers.UnigramTrainer(
+            vocab_size=150, special_tokens=["<s>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+        ),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def word_pieces():
+    """BERT's: lower case, ## goes on with a word, and the decoder takes spaces away from before punctuation."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.train_from_iterator(
+        SENTENCES,
+        trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]", "[CLS]", "[SEP]"], show_progress=False),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="[CLS]", eos_token="[SEP]", unk_token="[UNK]", pad_token="[UNK]"
+    )
+
+
+def word_ends():
+    """GPT-1's BPE: a word's last token ends in </w>, which is the space after it unless nothing follows."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.BPEDecoder()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<unk>", "<e>"], end_of_word_suffix="</w>", show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<e>", pad_token="<e>")
+
+
+def prefix_space():
+    """RoBERTa's: byte-level, and a space in front of the text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    _train(tokenizer, ["<s>", "</s>"], pre_tokenizers.ByteLevel.alphabet())
+    _write_bos(tokenizer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
 def normalizing():
@@ -77,15 +142,22 @@ def normalizing():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     _train(tokenizer, ["<s>"], pre_tokenizers.ByteLevel.alphabet())
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 
-def _train(tokenizer, special, alphabet):
+def _write_bos(tokenizer):
+    """As Llama 2 has it: the tokenizer itself writes BOS in front."""
+    bos = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+
+
+def _train(tokenizer, special, alphabet, sentences=SENTENCES, vocab_size=400):
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.train_from_iterator(sentences, trainer)
 
 
 TOKENIZERS = {
@@ -95,6 +167,18 @@ TOKENIZERS = {
     "llama2_like": llama2_like,
     "metaspace": metaspace,
     "normalizing": normalizing,
+}
+
+# More of them for what a model writes: ids that decode to a text that need not tell them.
+WRITERS = {
+    **TOKENIZERS,
+    "gemma_like": functools.partial(llama2_like, strip=False),
+    "metaspace_first": functools.partial(metaspace, prepend_scheme="first"),
+    "metaspace_never": functools.partial(metaspace, prepend_scheme="never"),
+    "unigram": unigram,
+    "word_pieces": word_pieces,
+    "word_ends": word_ends,
+    "prefix_space": prefix_space,
 }
 
 # --- models ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ read here on import, the model is loaded at the first call, once a process. Call
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -48,14 +48,23 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
     """
     texts = []
     for query, prompt in zip(queries, prompts, strict=True):
-        if not query.startswith(prompt):
+        start = next((start for start in _as_decoded(prompt) if query.startswith(start)), None)
+        if start is None:
             raise InputError(
                 f"the query {query!r:.80} does not begin with its prompt {prompt!r:.80}: was it cut? Allow "
                 "longer prompts (--data.max_len)"
             )
-        texts.append(query[len(prompt) :])
+        texts.append(query[len(start) :])
     rewards, improvements = _score(texts, prompts, labels)
     return {"rewards": rewards, "scores": rewards, "extra_logs": improvements}
+
+
+def _as_decoded(prompt: str) -> Iterator[str]:
+    """What a prompt can look like in a query, which is decoded from its ids: some tokenizers write BOS, and a space."""
+    yield prompt
+    tokenizer = reward_from_config().tokenizer
+    for special in (False, True):
+        yield tokenizer.decode(tokenizer(prompt, add_special_tokens=special)["input_ids"])
 
 
 def compute_score(data_source, solution_str: str, ground_truth, extra_info=None, **_) -> dict[str, float]:

@@ -121,7 +121,7 @@ def trl_calling_convention(model, tokenizer) -> str:
         rewards = reward_fn(
             prompts=prompts,
             completions=completions,
-            completion_ids=[[1, 2]] * 4,
+            completion_ids=tokenizer(calls[0][2], add_special_tokens=False)["input_ids"],
             trainer_state=None,
             log_extra=lambda column, values: None,
             log_metric=metrics.__setitem__,

@@ -1,6 +1,7 @@
 """Completions sampled from a model as it stands, adapters and all: for held-out texts and for baselines."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -11,7 +12,52 @@ from .frozen import frozen
 from .processes import is_first
 
 
-def sample_completions(
+class Completion(NamedTuple):
+    """ids: what the model wrote, up to its end token, which is left out; text: those behind their prompt, so that no
+    space between them is lost; prompt_ids: what the model was given."""
+
+    text: str
+    ids: list[int]
+    prompt_ids: list[int]
+
+
+def prompt_ids(prompts: Sequence[Text], tokenizer, **chat) -> list[list[int]]:
+    """The ids that a policy is given for each prompt, by GRPOTrainer and here: without padding.
+
+    chat: keywords of `ppl.chat.render_prompt`.
+    """
+    if not prompts:
+        return []
+    rendered = [render_prompt(prompt, tokenizer, **chat) for prompt in prompts]
+    # A chat template writes the special tokens itself.
+    plain = [isinstance(prompt, str) for prompt in prompts]
+    found = tokenizer(rendered, add_special_tokens=True)["input_ids"] if any(plain) else rendered
+    if not all(plain):
+        of_chats = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        found = [one if text else other for one, other, text in zip(found, of_chats, plain, strict=True)]
+    # Nothing cannot be continued.
+    nothing = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [list(ids) or nothing for ids in found]
+
+
+def end_tokens(model, tokenizer) -> list[int]:
+    """The ids that end a completion for GRPOTrainer: the tokenizer's, and those in the model's generation settings."""
+    of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list | tuple) else [of_model])]
+    return list(dict.fromkeys(token for token in ends if token is not None))
+
+
+def up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """Ids before the first one that ends a completion."""
+    return ids[: next((index for index, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def sample_completions(model, tokenizer, prompts: Sequence[Text], **options) -> list[list[str]]:
+    """Per prompt the texts of what `sample` gives."""
+    return [[completion.text for completion in group] for group in sample(model, tokenizer, prompts, **options)]
+
+
+def sample(
     model,
     tokenizer,
     prompts: Sequence[Text],
@@ -24,14 +70,14 @@ def sample_completions(
     progress: str | None = None,
     chat_template_kwargs: Mapping | None = None,
     tools: Sequence | None = None,
-) -> list[list[str]]:
+) -> list[list[Completion]]:
     """Per prompt `num_generations` completions, as GRPOTrainer would sample them: no top-k, top-p 1.
 
     Seeded on its own: the caller's random state, and the model's train/eval flags, are left as they were.
     progress: label of a progress bar; None: no bar. chat_template_kwargs, tools: of `ppl.chat.render_prompt`.
     """
     jobs = [prompt for prompt in prompts for _ in range(num_generations)]
-    texts: list[str] = []
+    completions: list[Completion] = []
     # Unsloth's generate switches it off and, for a model in eval mode, leaves it so.
     checkpointing = [
         (module, module.gradient_checkpointing)
@@ -46,33 +92,40 @@ def sample_completions(
             starts = range(0, len(jobs), batch_size)
             for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None or not is_first()):
                 batch = jobs[start : start + batch_size]
-                texts.extend(_sample(model, tokenizer, batch, max_new_tokens, temperature, chat))
+                completions.extend(_sample(model, tokenizer, batch, max_new_tokens, temperature, chat))
         finally:
             for module, kind in checkpointing:
                 module.gradient_checkpointing = kind
-    return [texts[place : place + num_generations] for place in range(0, len(texts), num_generations)]
+    return [completions[place : place + num_generations] for place in range(0, len(completions), num_generations)]
 
 
 def _sample(
     model, tokenizer, prompts: Sequence[Text], max_new_tokens: int, temperature: float, chat: Mapping
-) -> list[str]:
-    rendered = [render_prompt(prompt, tokenizer, **chat) for prompt in prompts]
-    inputs = tokenizer(
-        rendered,
-        add_special_tokens=isinstance(prompts[0], str),  # a chat template writes its own
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    ).to(model.device)
+) -> list[Completion]:
+    given = prompt_ids(prompts, tokenizer, **chat)
+    ends = end_tokens(model, tokenizer)
+    padding = next(token for token in (tokenizer.pad_token_id, *ends, 0) if token is not None)
+    longest = max(map(len, given))
+    ids = torch.tensor([[padding] * (longest - len(one)) + one for one in given])
+    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in given])
     output = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
         do_sample=True,
         temperature=temperature,
         top_k=0,
         top_p=1.0,
+        repetition_penalty=1.0,  # not that of the model's generation settings
         max_new_tokens=max_new_tokens,
         use_cache=True,  # gradient checkpointing switches it off in the model's configuration
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=padding,
+        eos_token_id=ends or None,
     )
-    return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    written = [up_to_end(one, ends) for one in output[:, longest:].tolist()]
+    whole = tokenizer.batch_decode(list(map(list.__add__, given, written)), skip_special_tokens=True)
+    before = tokenizer.batch_decode(given, skip_special_tokens=True)
+    alone = tokenizer.batch_decode(written, skip_special_tokens=True)
+    return [
+        Completion(text.removeprefix(prompt) if text.startswith(prompt) else by_itself, ids, prompt_ids)
+        for text, prompt, by_itself, ids, prompt_ids in zip(whole, before, alone, written, given, strict=True)
+    ]

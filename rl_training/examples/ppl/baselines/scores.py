@@ -47,9 +47,10 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
     if reason is not None:
         print(f"Without Unsloth: {reason}", file=sys.stderr)
 
-    from ..sampling import sample_completions
+    from ..sampling import sample
     from ..scoring.calculator import MultiLevelPPLCalculator
     from ..scoring.surprisal import SurprisalScorer
+    from ..scoring.tokens import Sampled
 
     form, chat = cli.prompt_form(args), cli.chat_options(args)
     calculator = MultiLevelPPLCalculator(tokenizer, batch_size=args.batch_size, **cli.definitions(args), **chat)
@@ -57,7 +58,7 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
 
     def score_own_writing(rows: Sequence[Row]) -> Scores:
         """Per row the mean over completions that the model samples now: what a policy that starts from it can do."""
-        completions = sample_completions(
+        completions = sample(
             model,
             tokenizer,
             [row.prompt for row in rows],
@@ -67,11 +68,7 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
             seed=args.seed + rows[0].place,  # the same wherever an earlier run stopped
             **chat,
         )
-        pairs = [
-            (context, text)
-            for context, texts in zip(map(calculator.render, (row.prompt for row in rows)), completions, strict=True)
-            for text in texts
-        ]
+        pairs = [Sampled(tuple(one.prompt_ids), tuple(one.ids)) for group in completions for one in group]
         perplexities, tokens, read, longest = calculator.score(model, pairs)
         perplexities = perplexities.reshape(len(rows), args.generate, -1)
         scored = ~np.isnan(perplexities[..., 0])

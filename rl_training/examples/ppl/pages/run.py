@@ -60,12 +60,14 @@ def explain_heldout(reward_fn, held_out: HeldOut, references: Sequence[Text]) ->
     """
     found = []
     for place, prompt in enumerate(held_out.prompts[:SHOWN]):
-        lead, text = "", held_out.completions[place][0]
-        context = reward_fn.calculator.render(prompt)
+        ids = held_out.completion_ids and [held_out.completion_ids[place][0]]
+        [pair], [text] = reward_fn.written([prompt], [held_out.completions[place][0]], ids)
+        lead = ""
         if reward_fn.target == "reference":
             lead, text = text, message_text(references[place] or "")
-            context = reward_fn.reference_context.context(context, reward_fn.reference_context.extracted(lead)[0])
-        explained = reward_fn.calculator.explain(reward_fn.model, text, context)
+            context = reward_fn.calculator.render(prompt)
+            pair = (reward_fn.reference_context.context(context, reward_fn.reference_context.extracted(lead)[0]), text)
+        explained = reward_fn.calculator.explain_pair(reward_fn.model, pair)
         found.append(Completion(lead, text, explained, explained.perplexities, held_out.rewards[place][0]))
     return found
 

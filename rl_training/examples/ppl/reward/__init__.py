@@ -1,6 +1,7 @@
 """Perplexities and baselines -> the reward that GRPOTrainer calls. Imports scoring and baselines.
 
 function.py      the reward function: perplexities, baselines and thresholds put together
+sampled.py       which completions are scored as the ids that were sampled
 cache.py         perplexities already computed, for as long as the scorer's weights stay as they are
 first_visits.py  without baselines: a prompt's first completions make its own
 thresholds.py    improvement in percent -> reward

@@ -1,5 +1,7 @@
 """Perplexities already computed, for as long as the scorer's weights stay as they are."""
 
+import hashlib
+import json
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -8,8 +10,7 @@ import numpy as np
 
 from ..definitions import LEVELS
 from ..frozen import base_parameters
-
-Pair = tuple[str, str]  # context, target
+from ..scoring.tokens import Pair, Sampled
 
 
 class PerplexityCache:
@@ -18,20 +19,21 @@ class PerplexityCache:
     ENTRIES = 100_000  # about 20 MB
 
     def __init__(self) -> None:
-        self._perplexities: OrderedDict[Pair, np.ndarray] = OrderedDict()
+        self._perplexities: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._weights_version: int | None = None
         self._warned_of_training = False
 
     def perplexities(self, pairs: Sequence[Pair], score: Callable[[list[Pair]], np.ndarray]) -> np.ndarray:
         """float64 [B, 3]. score: computes those that are not here; it is asked also for none, since a model that is
         spread over processes has to be asked in each of them."""
-        known = {pair: self._perplexities[pair] for pair in pairs if pair in self._perplexities}
-        new = list(dict.fromkeys(pair for pair in pairs if pair not in known))
-        known.update(zip(new, score(new), strict=True))
-        self._perplexities.update((pair, known[pair]) for pair in new)
+        keys = list(map(_key, pairs))
+        known = {key: self._perplexities[key] for key in keys if key in self._perplexities}
+        new = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}
+        known.update(zip(new, score(list(new.values())), strict=True))
+        self._perplexities.update((key, known[key]) for key in new)
         while len(self._perplexities) > self.ENTRIES:
             self._perplexities.popitem(last=False)
-        return np.array([known[pair] for pair in pairs]).reshape(len(pairs), len(LEVELS))
+        return np.array([known[key] for key in keys]).reshape(len(pairs), len(LEVELS))
 
     def forget_if_trained(self, model) -> None:
         """Drop what was computed before the scorer's own weights changed, and say so once if they are being trained."""
@@ -59,3 +61,9 @@ class PerplexityCache:
     def __getstate__(self) -> dict:
         # A copy's parameters count their changes anew.
         return {**self.__dict__, "_weights_version": None}
+
+
+def _key(pair: Pair) -> bytes:
+    """16 bytes that name what is scored: of a sampled completion its ids, since others can have the same text."""
+    content = json.dumps([isinstance(pair, Sampled), *pair]).encode()
+    return hashlib.blake2b(content, digest_size=16).digest()

@@ -1,6 +1,7 @@
 """The reward function that GRPOTrainer calls: perplexities, baselines and thresholds put together."""
 
 import functools
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 
 from ..baselines.file import BaselineError, Baselines, check_meta
-from ..chat import chat_identity
+from ..chat import Turns, chat_identity
 from ..data import Text, message_text, stable_id
 from ..definitions import (
     BASELINE_COLUMNS,
@@ -28,11 +29,16 @@ from ..errors import InputError, one_of
 from ..identity import identity
 from ..processes import from_all, of_this
 from ..reference_context import ReferenceContext
+from ..sampling import end_tokens, prompt_ids
 from ..scoring.calculator import MultiLevelPPLCalculator
 from ..scoring.surprisal import SurprisalScorer
+from ..scoring.tokens import Pair
 from .cache import PerplexityCache
 from .first_visits import FirstVisits
+from .sampled import those_of
 from .thresholds import Thresholds, checked_weights, normalized
+
+logger = logging.getLogger(__name__)
 
 _HIGHEST = 1e300  # stands for a perplexity beyond float64: infinity survives no mean and no difference
 
@@ -109,6 +115,7 @@ class MultiLevelPPLRewardFunction:
         # What the last `compute_rewards` found, for `__call__` to log and to show the observer. It cannot be returned:
         # a subclass may override `compute_rewards` with one that returns a tensor of rewards. Then this stays None.
         self._last: _LastCall | None = None
+        self._warned_of_ids = False
         self.observer = None  # `ppl.training.diagnostics.Diagnostics`: is shown every call of a trainer
 
     @property
@@ -132,7 +139,8 @@ class MultiLevelPPLRewardFunction:
     def __call__(self, prompts, completions, **columns) -> list[float | None]:
         """One reward a completion, None for a skipped row: TRL's calling convention.
 
-        columns: the data set's own, as lists (`id`, `reference`, `baseline_word`, ...), and TRL's `log_metric`.
+        columns: the data set's own, as lists (`id`, `reference`, `baseline_word`, ...), and TRL's `completion_ids` and
+        `log_metric`. Where prompts were cut before the policy got them, `prompt_ids` are what it got.
         """
         texts = [message_text(completion) for completion in completions]
         arguments = {
@@ -144,6 +152,7 @@ class MultiLevelPPLRewardFunction:
             arguments["completions"] = completions
         if rows := row_baselines(columns):
             arguments["baselines"] = rows
+        arguments |= {name: columns[name] for name in ("completion_ids", "prompt_ids") if name in columns}
         self._last = None
         start = time.perf_counter()
         rewards = torch.as_tensor(self.compute_rewards(texts, **arguments)).tolist()
@@ -168,24 +177,25 @@ class MultiLevelPPLRewardFunction:
         ids: Sequence | None = None,
         return_details: bool = False,
         baselines: Sequence[Mapping | None] | None = None,
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
         completions: Sequence[Text] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:
         """float32 [B] rewards, nan for a skipped row; with `return_details` also what they were made from.
 
-        baselines: per row, before those of the constructor; None where a row has none. completions: the messages that
-        `texts` are of, where there are several in one: only the assistant's are scored, each behind what stood before.
+        baselines: per row, before those of the constructor; None where a row has none.
+        completion_ids: what the policy sampled. Where their text is that of `texts`, they are what is scored, up to the
+        end token, behind `prompt_ids` (None: those that GRPOTrainer makes of `prompts`).
+        completions: the messages that `texts` are of, where there are several in one: only the assistant's are scored,
+        each behind what stood before it.
         details: "ppls" and "baselines", each `{level: float64 [B]}`, nan where there is none; "improvements",
         `{level or "avg": float64 [B]}` in percent, 0 for a completion without a scored token; "rewards", float64 [B],
         before `normalize`.
         """
         n = len(texts)
-        for name, column in {
-            "prompts": prompts,
-            "references": references,
-            "ids": ids,
-            "baselines": baselines,
-            "completions": completions,
-        }.items():
+        columns = {"prompts": prompts, "references": references, "ids": ids, "baselines": baselines}
+        columns |= {"completion_ids": completion_ids, "prompt_ids": prompt_ids, "completions": completions}
+        for name, column in columns.items():
             if column is not None and len(column) != n:
                 raise InputError(f"{len(column)} {name} for {n} texts: there must be one for each")
         if self.target == "reference" and references is None:
@@ -193,10 +203,9 @@ class MultiLevelPPLRewardFunction:
         self._cache.forget_if_trained(self.model)
         prompts = [None] * n if prompts is None else list(prompts)
         references = [None] * n if references is None else list(references)
-        contexts = [self.calculator.render(prompt) for prompt in prompts]
-        completions = texts if completions is None else completions
-        texts = [message_text(text) for text in texts]
+        pairs, texts = self.written(prompts, texts, completion_ids, prompt_ids, completions)
 
+        contexts = [self.calculator.render(prompt) for prompt in prompts]
         baseline = self._given_baselines(prompts, references, ids, baselines)
         absent = np.isnan(baseline).any(axis=1)
         first_visit = np.zeros(n, dtype=bool)
@@ -210,7 +219,7 @@ class MultiLevelPPLRewardFunction:
             values = np.minimum(self._perplexities(with_text + alone), _HIGHEST)
             current, baseline[absent] = values[:n], values[n:]
         else:
-            current = np.minimum(self._perplexities(list(map(self.calculator.turns, prompts, completions))), _HIGHEST)
+            current = np.minimum(self._perplexities(pairs), _HIGHEST)
             if self.baselines is None:
                 rows = np.flatnonzero(absent)
                 visited = [contexts[row] for row in rows]
@@ -259,7 +268,47 @@ class MultiLevelPPLRewardFunction:
         if self.observer is not None and "diagnostics" in state:
             self.observer.load_state_dict(state["diagnostics"])
 
-    def _perplexities(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+    def written(
+        self,
+        prompts: Sequence[Text | None],
+        texts: Sequence[Text],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        given_ids: Sequence[Sequence[int]] | None = None,
+        completions: Sequence[Text] | None = None,
+    ) -> tuple[list[Pair | Turns], list[str]]:
+        """(what the policy wrote, as it is scored: ids where there are any; the same as text, behind its prompt)
+
+        Of completions in several turns the text is scored: ids of a tool's output stand between theirs.
+        """
+        contexts = [self.calculator.render(prompt) for prompt in prompts]
+        turns = list(map(self.calculator.turns, prompts, texts if completions is None else completions))
+        texts = [message_text(text) for text in texts]
+        several = {index for index, turn in enumerate(turns) if turn != (contexts[index], texts[index])}
+        sampled = {}
+        if completion_ids is not None:
+            if given_ids is None:
+                given_ids = prompt_ids(prompts, self.tokenizer, **self.calculator.chat)
+            ends = end_tokens(self.model, self.tokenizer)
+            found = those_of(texts, completion_ids, given_ids, prompts, ends, self.calculator)
+            sampled = {index: ids for index, ids in found.items() if index not in several}
+            if len(sampled) + len(several) < len(texts) and not self._warned_of_ids:
+                self._warned_of_ids = True
+                logger.warning(
+                    "completion_ids are not those of the completions for this tokenizer, so their text is scored: the "
+                    "policy has another tokenizer, or the texts were changed"
+                )
+        rest = [index for index in range(len(texts)) if index not in sampled and index not in several]
+        pairs = [(contexts[index], texts[index]) for index in rest]
+        behind = dict(zip(rest, self.calculator.restore_spaces(self.model, pairs), strict=True))
+        behind |= zip(sampled, self.calculator.written(list(sampled.values())), strict=True)
+        texts = [behind.get(index, text) for index, text in enumerate(texts)]
+        pairs = [
+            turns[index] if index in several else sampled.get(index, (contexts[index], text))
+            for index, text in enumerate(texts)
+        ]
+        return pairs, texts
+
+    def _perplexities(self, pairs: Sequence[Pair]) -> np.ndarray:
         """float64 [B, 3], from the cache where it has them."""
         score = functools.partial(self.calculator.score_pairs, self.model)
         return self._cache.perplexities(pairs, score) if self.use_cache else score(pairs)

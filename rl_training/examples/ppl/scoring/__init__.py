@@ -3,6 +3,8 @@
 calculator.py  the whole way: texts and a model -> the perplexity of each level
 units.py       text -> sentences, words, phrases, as character offsets
 tokens.py      context and target -> ids, which of them are scored, their characters
+decoding.py    sampled ids -> their text, and where in it each token begins
+seams.py       the space that a completion lost when it was decoded by itself
 batching.py    windows, shared prefixes, packs, batches: integers only
 surprisal.py   the only forward pass: which way it goes, and what it gives each token
 packed.py      rows end to end in one sequence, each blind to its neighbours

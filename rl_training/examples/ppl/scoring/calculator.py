@@ -12,8 +12,9 @@ from ..definitions import AGGREGATIONS, DEFAULT_AGGREGATION, DEFAULT_LANGUAGE, D
 from ..errors import InputError, one_of
 from .levels import Scores, level_perplexities, unit_sums
 from .nested import Scopes, nested_perplexities, score_scopes
+from .seams import restore_spaces
 from .surprisal import SurprisalScorer
-from .tokens import Encoded, TextEncoder
+from .tokens import Encoded, Pair, Sampled, TextEncoder
 from .units import Units, segment
 
 MOST_NATS = 709.0  # a token; exp of more is beyond float64
@@ -118,16 +119,17 @@ class MultiLevelPPLCalculator:
             for place, level in enumerate(LEVELS)
         }
 
-    def score_pairs(self, model, pairs: Sequence[Turn | Turns]) -> np.ndarray:
+    def score_pairs(self, model, pairs: Sequence[Pair | Turns]) -> np.ndarray:
         """float64 [B, 3]: the perplexities of `score`."""
         return self.score(model, pairs).perplexities
 
-    def score(self, model, pairs: Sequence[Turn | Turns]) -> Scores:
-        """Of (context, target) strings, equal ones once. Several turns are one text whose units end with each turn."""
+    def score(self, model, pairs: Sequence[Pair | Turns]) -> Scores:
+        """Of (context, target) strings or `Sampled` ids, equal ones once. Several turns are one text whose units end
+        with each turn."""
         unique = list(dict.fromkeys(pairs))
         texts = [pair if isinstance(pair, Turns) else (pair,) for pair in unique]
-        turns = [turn for text in texts for turn in text]
-        encoded, units = self._encode(turns), self._units([target for _, target in turns])
+        encoded, targets = self._encoder.encode_pairs([turn for text in texts for turn in text])
+        units = self._units(targets)
         # Also without any: a model that is spread over processes has to be asked in each of them.
         views = self._surprisals(model, encoded, units)
         if not pairs:
@@ -147,6 +149,14 @@ class MultiLevelPPLCalculator:
         rows = [index[pair] for pair in pairs]
         return Scores(values[rows], tokens[rows], read[rows], max(len(turn.ids) for turn in encoded))
 
+    def written(self, sampled: Sequence[Sampled]) -> list[str]:
+        """The text of each completion behind its prompt."""
+        return [text for _, text in self._encoder.encode_sampled(sampled)]
+
+    def restore_spaces(self, model, pairs: Sequence[tuple[str, str]]) -> list[str]:
+        """The targets, each with the space that it may have lost when it was decoded alone: see `ppl.scoring.seams`."""
+        return restore_spaces(self._encoder, lambda encoded: self._scorer_of(model).score(encoded), pairs)
+
     def explain(self, model, text: Text, context: Text | None = "") -> Explained:
         """Per level the units of one text in order, each a dict: text, start, end (characters), n_tokens, surprisal
         (nats), perplexity. Units in which no token starts are left out. Its `perplexities` are the levels'.
@@ -154,8 +164,12 @@ class MultiLevelPPLCalculator:
         With nested levels also a, b and c, the unit's sums in nats (`ppl.scoring.nested`); c is its surprisal, and its
         perplexity is that of what its level measures: exp of the mean of a, of b - a, of c - b.
         """
-        target = message_text(text)
-        encoded, units = self._encode([(self.render(context), target)]), self._units([target])
+        return self.explain_pair(model, (self.render(context), message_text(text)))
+
+    def explain_pair(self, model, pair: Pair) -> Explained:
+        """As `explain`, of a (context, target) or of what was sampled."""
+        encoded, [target] = self._encoder.encode_pairs([pair])
+        units = self._units([target])
         views = self._surprisals(model, encoded, units)
         c = views[-1][0]
         scopes, measured = {}, dict.fromkeys(LEVELS, c)
@@ -184,9 +198,6 @@ class MultiLevelPPLCalculator:
                 if counts[unit]
             ]
         return explained
-
-    def _encode(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
-        return self._encoder.encode([context for context, _ in pairs], [target for _, target in pairs])
 
     def _units(self, targets: Sequence[str]) -> Units:
         return segment(targets, self.language, self.max_phrase_words)

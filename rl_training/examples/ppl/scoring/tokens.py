@@ -3,14 +3,30 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from ..errors import InputError
+from .decoding import Decoding
 from .units import code_points
 
 _SPACE = np.array([chr(code).isspace() for code in range(0x3002)])  # U+3000 is the last one; U+3001 stands for the rest
+
+
+class Sampled(NamedTuple):
+    """A completion as a model sampled it. Its text is a view of it that can be another completion's, too.
+
+    prompt:     the ids the model was given, special tokens and all
+    completion: the ids it wrote, up to its end token, which is left out; every one is scored
+    """
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+
+
+Pair = tuple[str, str] | Sampled  # (context, target), the target is what is scored
 
 
 @dataclass(frozen=True)
@@ -48,12 +64,50 @@ class TextEncoder:
         self._backend.post_processor = None
         self._backend.no_truncation()
         self._backend.no_padding()
+        self.decoding = Decoding(self._backend)
         self._bos = tokenizer.bos_token_id
         self.start = tokenizer.eos_token_id if self._bos is None and eos_for_bos else self._bos
         special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         special.update(tokenizer.all_special_ids)
         self._special = np.zeros(max([len(tokenizer), *special]) + 1, dtype=bool)
         self._special[list(special)] = True
+
+    def encode_pairs(self, pairs: Sequence[Pair]) -> tuple[list[Encoded], list[str]]:
+        """(each pair as the model reads it, the targets as text)"""
+        sampled = [isinstance(pair, Sampled) for pair in pairs]
+        texts = [pair for pair, ids in zip(pairs, sampled, strict=True) if not ids]
+        of_texts = iter(zip(self.encode([c for c, _ in texts], [t for _, t in texts]), texts, strict=True))
+        of_ids = iter(self.encode_sampled([pair for pair, ids in zip(pairs, sampled, strict=True) if ids]))
+        encoded, targets = [], []
+        for ids in sampled:
+            one, text = next(of_ids) if ids else next(of_texts)
+            encoded.append(one)
+            targets.append(text if ids else text[1])
+        return encoded, targets
+
+    def encode_sampled(self, sampled: Sequence[Sampled]) -> list[tuple[Encoded, str]]:
+        """The ids as they are, BOS only where nothing else stands before them; and the completions as text."""
+        if not sampled:
+            return []
+        decoded = self.decoding.behind([one.prompt for one in sampled], [one.completion for one in sampled])
+        texts, begins = zip(*decoded, strict=True)
+        sizes = [len(one.completion) for one in sampled]
+        offsets = np.cumsum([0, *map(len, texts)])
+        text = np.repeat(np.arange(len(sampled)), sizes)
+        ends = np.concatenate([np.append(start, len(t))[1:] for start, t in zip(begins, texts, strict=True)])
+        starts = np.concatenate(begins)
+        chars = np.split(
+            _first_visible(starts + offsets[text], ends + offsets[text], text, texts), np.cumsum(sizes)[:-1]
+        )
+        result = []
+        for index, one in enumerate(sampled):
+            before = list(one.prompt) or ([] if self.start is None else [self.start])
+            # Nothing stands before the first of all tokens, so it has no probability.
+            scored = np.flatnonzero((chars[index] >= 0) & (np.arange(sizes[index]) + len(before) > 0))
+            ids = np.array([*before, *one.completion], dtype=np.int64)
+            encoded = Encoded(ids, scored + len(before), chars[index][scored] - offsets[index])
+            result.append((encoded, texts[index]))
+        return result
 
     def encode(self, contexts: Sequence[str], targets: Sequence[str]) -> list[Encoded]:
         """`contexts` and `targets` of equal length, "" for no context. A blank target has no scored token."""

@@ -15,9 +15,9 @@ from ..definitions import LEVELS
 from ..files import write_text
 from ..processes import from_all, is_first, is_sharded, share
 from ..reward.function import row_baselines
-from ..sampling import sample_completions
+from ..sampling import prompt_ids, sample
 from ..scoring.surprisal import SurprisalScorer
-from ..scoring.tokens import TextEncoder
+from ..scoring.tokens import Sampled, TextEncoder
 from ..variety import distinct
 from .job import Job
 from .load import Loaded
@@ -26,12 +26,14 @@ from .rewards import Reward, call_as_trl, name_of
 
 @dataclass(frozen=True)
 class HeldOut:
-    """prompts; `num_generations` completions a prompt and their rewards, nan where skipped; scores: means, by name."""
+    """prompts; `num_generations` completions a prompt and their rewards, nan where skipped; scores: means, by name;
+    completion_ids: what was sampled, of which the completions are the text."""
 
     prompts: list
     completions: list[list[str]]
     rewards: list[list[float]]
     scores: dict[str, float]
+    completion_ids: list[list[list[int]]] | None = None
 
 
 class HeldOutPrompts:
@@ -92,31 +94,38 @@ def evaluate(
     rewards: of `ppl.training.rewards.weighted`. The first one's mean is the score "reward", before its `normalize`;
     each other one's mean is the score of the function's name. rows: a data set of `prepare_dataset`. start: the model
     as it was before training: `model` itself if it trains adapters, a frozen copy, or None without one. state: the
-    trainer's. sampling: keywords of `sample_completions`.
+    trainer's. sampling: keywords of `ppl.sampling.sample`.
     """
     (reward_fn, weight), *others = rewards
     # Weights spread over processes are gathered for every forward pass, so all must sample equally often.
     places = share(len(rows), padded=is_sharded(model))
     columns = {name: [rows[name][place] for place in places] for name in rows.column_names}
     chat = reward_fn.calculator.chat
-    completions = sample_completions(
-        model, tokenizer, columns["prompt"], num_generations=num_generations, **sampling, **chat
-    )
+    groups = sample(model, tokenizer, columns["prompt"], num_generations=num_generations, **sampling, **chat)
+    completions = [[completion.text for completion in group] for group in groups]
     texts = [text for group in completions for text in group]
+    ids = [completion.ids for group in groups for completion in group]
 
     def repeated(column):
         return None if column is None else [value for value in column for _ in range(num_generations)]
 
-    _, details = reward_fn.compute_rewards(
-        texts,
-        prompts=repeated(columns["prompt"]),
-        references=repeated(columns.get("reference")),
-        ids=repeated(columns.get("id")),
-        baselines=repeated(row_baselines(columns)),
-        return_details=True,
-    )
-    moved = kl_by_text(model, start, tokenizer, repeated(columns["prompt"]), texts, **chat)
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    def measured():
+        return reward_fn.compute_rewards(
+            texts,
+            prompts=repeated(columns["prompt"]),
+            references=repeated(columns.get("reference")),
+            ids=repeated(columns.get("id")),
+            baselines=repeated(row_baselines(columns)),
+            completion_ids=ids,
+            return_details=True,
+        )[1]
+
+    # Without baselines, completions make their prompt's at the first visit, and are measured at the second: before
+    # training against the same ones as after it.
+    details = measured()
+    if reward_fn.target == "completion" and reward_fn.baselines is None:
+        details = measured()
+    moved = kl_by_text(model, start, tokenizer, repeated(columns["prompt"]), ids, **chat)
     as_columns = {name: repeated(column) for name, column in columns.items()}
     earned = [
         weight * call_as_trl(function, repeated(columns["prompt"]), texts, ids, as_columns, state)
@@ -125,11 +134,12 @@ def evaluate(
     levels = [details[name][level] for name in ("improvements", "ppls") for level in LEVELS]
     table = np.stack([np.asarray(column) for column in (weight * details["rewards"], *levels, *earned)], axis=1)
     table = np.concatenate([table, np.reshape(moved, (-1, 2))], axis=1).reshape(len(places), num_generations, -1)
-    found = dict(zip(from_all(places), from_all(zip(completions, table.tolist(), strict=True)), strict=True))
-    completions, table = zip(*(found[place] for place in range(len(rows))), strict=True)
+    grouped = [[completion.ids for completion in group] for group in groups]
+    found = dict(zip(from_all(places), from_all(zip(completions, grouped, table.tolist(), strict=True)), strict=True))
+    completions, grouped, table = zip(*(found[place] for place in range(len(rows))), strict=True)
     texts = [text for group in completions for text in group]
-    *measured, moved, tokens = np.moveaxis(np.array(table), -1, 0)
-    means = [float(torch.from_numpy(values.ravel()).nanmean()) for values in measured]
+    *columns_of, moved, tokens = np.moveaxis(np.array(table), -1, 0)
+    means = [float(torch.from_numpy(values.ravel()).nanmean()) for values in columns_of]
     names = ["reward", *(f"{level} improvement %" for level in LEVELS), *(f"{level} PPL" for level in LEVELS)]
     scores = {
         **dict(zip(names, means, strict=False)),
@@ -139,7 +149,7 @@ def evaluate(
         "words": sum(len(text.split()) for text in texts) / len(texts),
     }
     scores |= {row_name(function): mean for (function, _), mean in zip(others, means[len(names) :], strict=True)}
-    return HeldOut(list(rows["prompt"]), list(completions), measured[0].tolist(), scores)
+    return HeldOut(list(rows["prompt"]), list(completions), columns_of[0].tolist(), scores, list(grouped))
 
 
 def row_name(function) -> str:
@@ -148,7 +158,7 @@ def row_name(function) -> str:
 
 
 def write_heldout(path: Path, sampling: dict, before: HeldOut, after: HeldOut | None = None) -> None:
-    """JSON `{"sampling", "before": {"prompts", "completions", "rewards", "scores"}, "after": the same or null}`.
+    """JSON `{"sampling", "before": {"prompts", "completions", "rewards", "scores", ...}, "after": the same or null}`.
 
     sampling: how `evaluate` sampled. What is nan becomes null.
     """
@@ -167,7 +177,7 @@ def read_before(path: Path, rows, sampling: dict) -> HeldOut | None:
     before = kept["before"]
     rewards = [[math.nan if reward is None else reward for reward in group] for group in before["rewards"]]
     scores = {name: math.nan if score is None else score for name, score in before["scores"].items()}
-    return HeldOut(before["prompts"], before["completions"], rewards, scores)
+    return HeldOut(before["prompts"], before["completions"], rewards, scores, before.get("completion_ids"))
 
 
 def _without_nan(value):
@@ -178,16 +188,23 @@ def _without_nan(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def kl_by_text(model, start, tokenizer, prompts: Sequence[Text], completions: Sequence[str], **chat) -> list[tuple]:
+def kl_by_text(
+    model, start, tokenizer, prompts: Sequence[Text], completions: Sequence[str] | Sequence[Sequence[int]], **chat
+) -> list[tuple]:
     """How far training has moved the model from its start, per completion: (sum over its tokens, their number).
 
     The start's surprisal of a token minus the model's own, in nats. `start`: `model` itself stands for it with its
-    adapters off; None: 0 of 0 tokens. chat: keywords of `ppl.chat.render_prompt`.
+    adapters off; None: 0 of 0 tokens. completions: the ids that were sampled, or texts. chat: keywords of
+    `ppl.chat.render_prompt`.
     """
     if start is None:
         return [(0.0, 0)] * len(completions)
-    contexts = [render_prompt(prompt, tokenizer, **chat) for prompt in prompts]
-    encoded = TextEncoder(tokenizer).encode(contexts, completions)
+    given = prompt_ids(prompts, tokenizer, **chat)
+    pairs = [
+        (render_prompt(prompt, tokenizer, **chat), one) if isinstance(one, str) else Sampled(tuple(ids), tuple(one))
+        for prompt, ids, one in zip(prompts, given, completions, strict=True)
+    ]
+    encoded, _ = TextEncoder(tokenizer).encode_pairs(pairs)
     own = SurprisalScorer(model, adapters=True).score(encoded)
     of_start = SurprisalScorer(start).score(encoded)
     return [((b - a).sum(), len(a)) for a, b in zip(own, of_start, strict=True)]
