@@ -289,12 +289,15 @@ def test_our_own_samples_are_ids_and_their_text_keeps_its_space(kind, model):
     groups = sample(model, tokenizer, prompts, num_generations=2, max_new_tokens=12)
     for prompt, before, group in zip(prompts, prompt_ids(prompts, tokenizer), groups, strict=True):
         for one in group:
-            assert one.prompt_ids == before and not set(one.ids) & set(ends)
-            alone = tokenizer.decode(one.ids, skip_special_tokens=True)
-            whole = tokenizer.decode(before + one.ids, skip_special_tokens=True)
+            assert one.prompt_ids == before and not set(one.written) & set(ends)
+            assert one.ids in (one.written, [*one.written, *one.ids[-1:]]) and set(one.ids[len(one.written) :]) <= set(
+                ends
+            )
+            alone = tokenizer.decode(one.written, skip_special_tokens=True)
+            whole = tokenizer.decode(before + one.written, skip_special_tokens=True)
             assert one.text in (whole.removeprefix(tokenizer.decode(before, skip_special_tokens=True)), alone)
             pairs, _ = reward_fn.written([prompt], [one.text], [one.ids])
-            assert pairs == [Sampled(tuple(before), tuple(one.ids))]
+            assert pairs == [Sampled(tuple(before), tuple(one.written))]
 
 
 def test_a_tokenizer_without_a_pad_token_samples_as_well(model):
@@ -337,14 +340,18 @@ def test_held_out_numbers_and_own_baselines_are_those_of_the_sampling(story, tmp
     options = {"num_generations": 2, "max_new_tokens": 12, "seed": 3}
     groups = sample(model, tokenizer, STORY_PROMPTS, **options)
     levels = MultiLevelPPLCalculator(tokenizer).score_pairs(
-        model, [Sampled(tuple(one.prompt_ids), tuple(one.ids)) for group in groups for one in group]
+        model, [Sampled(tuple(one.prompt_ids), tuple(one.written)) for group in groups for one in group]
     )
-    rewards = [(MultiLevelPPLRewardFunction(model, tokenizer), 1.0)]
-    held_out = evaluate(model, tokenizer, rewards, rows, start=copy.deepcopy(model), state=None, **options)
+    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)
+    run = {"start": copy.deepcopy(model), "state": None, **options}
+    held_out = evaluate(model, tokenizer, [(reward_fn, 1.0)], rows, **run)
     assert held_out.completion_ids == [[one.ids for one in group] for group in groups]
     assert held_out.scores["KL"] == 0
     # Nothing was trained, so nothing is gained, zero-shot baselines or not.
-    assert evaluate(model, tokenizer, rewards, rows, start=copy.deepcopy(model), state=None, **options) == held_out
+    assert (
+        evaluate(model, tokenizer, [(reward_fn, 1.0)], rows, start=copy.deepcopy(model), state=None, **options)
+        == held_out
+    )
     assert held_out.scores["reward"] > 0.1 and held_out.scores["word improvement %"] != 0
     for level, values in zip(LEVELS, levels.T, strict=True):
         assert held_out.scores[f"{level} PPL"] == pytest.approx(np.nanmean(values))

@@ -1,6 +1,6 @@
 """Completions sampled from a model as it stands, adapters and all: for held-out texts and for baselines."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,11 +13,12 @@ from .processes import is_first
 
 
 class Completion(NamedTuple):
-    """ids: what the model wrote, up to its end token, which is left out; text: those behind their prompt, so that no
-    space between them is lost; prompt_ids: what the model was given."""
+    """ids: what the model wrote, up to and with its end token, as GRPOTrainer has them; written: without it; text: that
+    of those behind their prompt, so that no space between them is lost; prompt_ids: what the model was given."""
 
     text: str
     ids: list[int]
+    written: list[int]
     prompt_ids: list[int]
 
 
@@ -68,13 +69,12 @@ def sample(
     seed: int = 0,
     batch_size: int = 32,
     progress: str | None = None,
-    chat_template_kwargs: Mapping | None = None,
-    tools: Sequence | None = None,
+    **chat,
 ) -> list[list[Completion]]:
     """Per prompt `num_generations` completions, as GRPOTrainer would sample them: no top-k, top-p 1.
 
     Seeded on its own: the caller's random state, and the model's train/eval flags, are left as they were.
-    progress: label of a progress bar; None: no bar. chat_template_kwargs, tools: of `ppl.chat.render_prompt`.
+    progress: label of a progress bar; None: no bar. chat: keywords of `ppl.chat.render_prompt`.
     """
     jobs = [prompt for prompt in prompts for _ in range(num_generations)]
     completions: list[Completion] = []
@@ -85,24 +85,20 @@ def sample(
         if getattr(module, "gradient_checkpointing", False)
     ]
     devices = [model.device] if model.device.type == "cuda" else []
-    chat = {"chat_template_kwargs": chat_template_kwargs, "tools": tools}
     with torch.random.fork_rng(devices=devices), frozen(model, adapters=True):
         torch.manual_seed(seed)
         try:
             starts = range(0, len(jobs), batch_size)
             for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None or not is_first()):
-                batch = jobs[start : start + batch_size]
-                completions.extend(_sample(model, tokenizer, batch, max_new_tokens, temperature, chat))
+                given = prompt_ids(jobs[start : start + batch_size], tokenizer, **chat)
+                completions.extend(_sample(model, tokenizer, given, max_new_tokens, temperature))
         finally:
             for module, kind in checkpointing:
                 module.gradient_checkpointing = kind
     return [completions[place : place + num_generations] for place in range(0, len(completions), num_generations)]
 
 
-def _sample(
-    model, tokenizer, prompts: Sequence[Text], max_new_tokens: int, temperature: float, chat: Mapping
-) -> list[Completion]:
-    given = prompt_ids(prompts, tokenizer, **chat)
+def _sample(model, tokenizer, given: list[list[int]], max_new_tokens: int, temperature: float) -> list[Completion]:
     ends = end_tokens(model, tokenizer)
     padding = next(token for token in (tokenizer.pad_token_id, *ends, 0) if token is not None)
     longest = max(map(len, given))
@@ -121,11 +117,14 @@ def _sample(
         pad_token_id=padding,
         eos_token_id=ends or None,
     )
-    written = [up_to_end(one, ends) for one in output[:, longest:].tolist()]
+    rows = output[:, longest:].tolist()
+    written = [up_to_end(row, ends) for row in rows]
     whole = tokenizer.batch_decode(list(map(list.__add__, given, written)), skip_special_tokens=True)
     before = tokenizer.batch_decode(given, skip_special_tokens=True)
     alone = tokenizer.batch_decode(written, skip_special_tokens=True)
-    return [
-        Completion(text.removeprefix(prompt) if text.startswith(prompt) else by_itself, ids, prompt_ids)
-        for text, prompt, by_itself, ids, prompt_ids in zip(whole, before, alone, written, given, strict=True)
+    texts = [
+        text.removeprefix(prompt) if text.startswith(prompt) else by_itself
+        for text, prompt, by_itself in zip(whole, before, alone, strict=True)
     ]
+    with_end = [row[: len(ids) + 1] for row, ids in zip(rows, written, strict=True)]
+    return list(map(Completion, texts, with_end, written, given))

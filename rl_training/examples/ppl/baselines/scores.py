@@ -68,7 +68,7 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
             seed=args.seed + rows[0].place,  # the same wherever an earlier run stopped
             **chat,
         )
-        pairs = [Sampled(tuple(one.prompt_ids), tuple(one.ids)) for group in completions for one in group]
+        pairs = [Sampled(tuple(one.prompt_ids), tuple(one.written)) for group in completions for one in group]
         perplexities, tokens, read, longest = calculator.score(model, pairs)
         perplexities = perplexities.reshape(len(rows), args.generate, -1)
         scored = ~np.isnan(perplexities[..., 0])

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 
 from ..baselines.file import BaselineError, Baselines, check_meta
-from ..chat import Turns, chat_identity
+from ..chat import Turn, Turns, chat_identity
 from ..data import Text, message_text, stable_id
 from ..definitions import (
     BASELINE_COLUMNS,
@@ -32,7 +32,7 @@ from ..reference_context import ReferenceContext
 from ..sampling import end_tokens, prompt_ids
 from ..scoring.calculator import MultiLevelPPLCalculator
 from ..scoring.surprisal import SurprisalScorer
-from ..scoring.tokens import Pair
+from ..scoring.tokens import Sampled
 from .cache import PerplexityCache
 from .first_visits import FirstVisits
 from .sampled import those_of
@@ -177,25 +177,30 @@ class MultiLevelPPLRewardFunction:
         ids: Sequence | None = None,
         return_details: bool = False,
         baselines: Sequence[Mapping | None] | None = None,
+        completions: Sequence[Text] | None = None,
         completion_ids: Sequence[Sequence[int]] | None = None,
         prompt_ids: Sequence[Sequence[int]] | None = None,
-        completions: Sequence[Text] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:
         """float32 [B] rewards, nan for a skipped row; with `return_details` also what they were made from.
 
-        baselines: per row, before those of the constructor; None where a row has none.
+        baselines: per row, before those of the constructor; None where a row has none. completions: the messages that
+        `texts` are of, where there are several in one: only the assistant's are scored, each behind what stood before.
         completion_ids: what the policy sampled. Where their text is that of `texts`, they are what is scored, up to the
         end token, behind `prompt_ids` (None: those that GRPOTrainer makes of `prompts`).
-        completions: the messages that `texts` are of, where there are several in one: only the assistant's are scored,
-        each behind what stood before it.
         details: "ppls" and "baselines", each `{level: float64 [B]}`, nan where there is none; "improvements",
         `{level or "avg": float64 [B]}` in percent, 0 for a completion without a scored token; "rewards", float64 [B],
         before `normalize`.
         """
         n = len(texts)
-        columns = {"prompts": prompts, "references": references, "ids": ids, "baselines": baselines}
-        columns |= {"completion_ids": completion_ids, "prompt_ids": prompt_ids, "completions": completions}
-        for name, column in columns.items():
+        for name, column in {
+            "prompts": prompts,
+            "references": references,
+            "ids": ids,
+            "baselines": baselines,
+            "completions": completions,
+            "completion_ids": completion_ids,
+            "prompt_ids": prompt_ids,
+        }.items():
             if column is not None and len(column) != n:
                 raise InputError(f"{len(column)} {name} for {n} texts: there must be one for each")
         if self.target == "reference" and references is None:
@@ -203,9 +208,10 @@ class MultiLevelPPLRewardFunction:
         self._cache.forget_if_trained(self.model)
         prompts = [None] * n if prompts is None else list(prompts)
         references = [None] * n if references is None else list(references)
-        pairs, texts = self.written(prompts, texts, completion_ids, prompt_ids, completions)
-
         contexts = [self.calculator.render(prompt) for prompt in prompts]
+        completions = texts if completions is None else completions
+        pairs, texts = self.written(prompts, completions, completion_ids, prompt_ids)
+
         baseline = self._given_baselines(prompts, references, ids, baselines)
         absent = np.isnan(baseline).any(axis=1)
         first_visit = np.zeros(n, dtype=bool)
@@ -271,44 +277,37 @@ class MultiLevelPPLRewardFunction:
     def written(
         self,
         prompts: Sequence[Text | None],
-        texts: Sequence[Text],
+        completions: Sequence[Text],
         completion_ids: Sequence[Sequence[int]] | None = None,
         given_ids: Sequence[Sequence[int]] | None = None,
-        completions: Sequence[Text] | None = None,
-    ) -> tuple[list[Pair | Turns], list[str]]:
-        """(what the policy wrote, as it is scored: ids where there are any; the same as text, behind its prompt)
-
-        Of completions in several turns the text is scored: ids of a tool's output stand between theirs.
-        """
-        contexts = [self.calculator.render(prompt) for prompt in prompts]
-        turns = list(map(self.calculator.turns, prompts, texts if completions is None else completions))
-        texts = [message_text(text) for text in texts]
-        several = {index for index, turn in enumerate(turns) if turn != (contexts[index], texts[index])}
+    ) -> tuple[list[Turn | Turns | Sampled], list[str]]:
+        """(what the policy wrote, as it is scored: ids where there are any; the same as text, behind its prompt)"""
+        texts = [message_text(completion) for completion in completions]
+        pairs = list(map(self.calculator.turns, prompts, completions))
+        one_turn = [index for index, one in enumerate(completions) if isinstance(one, str) or len(one) == 1]
         sampled = {}
         if completion_ids is not None:
             if given_ids is None:
                 given_ids = prompt_ids(prompts, self.tokenizer, **self.calculator.chat)
             ends = end_tokens(self.model, self.tokenizer)
-            found = those_of(texts, completion_ids, given_ids, prompts, ends, self.calculator)
-            sampled = {index: ids for index, ids in found.items() if index not in several}
-            if len(sampled) + len(several) < len(texts) and not self._warned_of_ids:
+            sampled = those_of(texts, completion_ids, given_ids, prompts, ends, self.calculator)
+            sampled = {index: sampled[index] for index in one_turn if index in sampled}
+            if len(sampled) < len(one_turn) and not self._warned_of_ids:
                 self._warned_of_ids = True
                 logger.warning(
                     "completion_ids are not those of the completions for this tokenizer, so their text is scored: the "
                     "policy has another tokenizer, or the texts were changed"
                 )
-        rest = [index for index in range(len(texts)) if index not in sampled and index not in several]
-        pairs = [(contexts[index], texts[index]) for index in rest]
-        behind = dict(zip(rest, self.calculator.restore_spaces(self.model, pairs), strict=True))
+        rest = [index for index in one_turn if index not in sampled]
+        behind = dict(zip(rest, self.calculator.restore_spaces(self.model, [pairs[i] for i in rest]), strict=True))
+        for index, text in behind.items():
+            pairs[index] = (pairs[index][0], text)
+        for index, ids in sampled.items():
+            pairs[index] = ids
         behind |= zip(sampled, self.calculator.written(list(sampled.values())), strict=True)
-        texts = [behind.get(index, text) for index, text in enumerate(texts)]
-        pairs = [
-            turns[index] if index in several else sampled.get(index, (contexts[index], text))
-            for index, text in enumerate(texts)
-        ]
-        return pairs, texts
+        return pairs, [behind.get(index, text) for index, text in enumerate(texts)]
 
-    def _perplexities(self, pairs: Sequence[Pair]) -> np.ndarray:
+    def _perplexities(self, pairs: Sequence[Turn | Turns | Sampled]) -> np.ndarray:
         """float64 [B, 3], from the cache where it has them."""
         score = functools.partial(self.calculator.score_pairs, self.model)
         return self._cache.perplexities(pairs, score) if self.use_cache else score(pairs)

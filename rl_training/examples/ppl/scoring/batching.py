@@ -14,7 +14,8 @@ from .tokens import Encoded
 class Row:
     """One sequence for the model, and the scored tokens that are read off it.
 
-    inputs: int64 [L], the ids the model is given; without the last scored token, which predicts nothing here
+    inputs: int64 [L], the ids the model is given; without the last scored token, which predicts nothing here, unless
+            the model must be given the whole text
     read:   int64 [m], ascending places in `inputs` whose hidden states predict the scored tokens
     labels: int64 [m], those tokens
     text, first: the labels are scored tokens first .. first + m of text number `text`
@@ -56,9 +57,10 @@ class Pack:
         return [row for group in self.groups for row in group.rows]
 
 
-def windows(encoded: Encoded, window: int | None, text: int) -> Iterator[Row]:
+def windows(encoded: Encoded, window: int | None, text: int, whole: bool = False) -> Iterator[Row]:
     """The rows that score one text: windows start every window // 2 tokens, each scores what none before it reached.
 
+    whole: give the model also the tokens that predict nothing, for one to which a text's length matters.
     Source: the strided evaluation of the transformers guide "Perplexity of fixed-length models".
     """
     total = len(encoded.ids)
@@ -73,7 +75,7 @@ def windows(encoded: Encoded, window: int | None, text: int) -> Iterator[Row]:
             # hidden   t1 t2 t3 .     place i predicts ids[i + 1]; the last one predicts nothing
             positions = encoded.positions[first:last]
             yield Row(
-                inputs=encoded.ids[start : positions[-1]],
+                inputs=encoded.ids[start : end if whole else positions[-1]],
                 read=positions - 1 - start,
                 labels=encoded.ids[positions],
                 text=text,

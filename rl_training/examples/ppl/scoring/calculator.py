@@ -14,7 +14,7 @@ from .levels import Scores, level_perplexities, unit_sums
 from .nested import Scopes, nested_perplexities, score_scopes
 from .seams import restore_spaces
 from .surprisal import SurprisalScorer
-from .tokens import Encoded, Pair, Sampled, TextEncoder
+from .tokens import Encoded, Sampled, TextEncoder
 from .units import Units, segment
 
 MOST_NATS = 709.0  # a token; exp of more is beyond float64
@@ -119,16 +119,17 @@ class MultiLevelPPLCalculator:
             for place, level in enumerate(LEVELS)
         }
 
-    def score_pairs(self, model, pairs: Sequence[Pair | Turns]) -> np.ndarray:
+    def score_pairs(self, model, pairs: Sequence[Turn | Turns | Sampled]) -> np.ndarray:
         """float64 [B, 3]: the perplexities of `score`."""
         return self.score(model, pairs).perplexities
 
-    def score(self, model, pairs: Sequence[Pair | Turns]) -> Scores:
-        """Of (context, target) strings or `Sampled` ids, equal ones once. Several turns are one text whose units end
-        with each turn."""
+    def score(self, model, pairs: Sequence[Turn | Turns | Sampled]) -> Scores:
+        """Of (context, target) strings, or of what was sampled; equal ones once. Several turns are one text whose units
+        end with each turn."""
         unique = list(dict.fromkeys(pairs))
         texts = [pair if isinstance(pair, Turns) else (pair,) for pair in unique]
-        encoded, targets = self._encoder.encode_pairs([turn for text in texts for turn in text])
+        turns = [turn for text in texts for turn in text]
+        encoded, targets = self._encoder.encode_pairs(turns)
         units = self._units(targets)
         # Also without any: a model that is spread over processes has to be asked in each of them.
         views = self._surprisals(model, encoded, units)
@@ -149,14 +150,6 @@ class MultiLevelPPLCalculator:
         rows = [index[pair] for pair in pairs]
         return Scores(values[rows], tokens[rows], read[rows], max(len(turn.ids) for turn in encoded))
 
-    def written(self, sampled: Sequence[Sampled]) -> list[str]:
-        """The text of each completion behind its prompt."""
-        return [text for _, text in self._encoder.encode_sampled(sampled)]
-
-    def restore_spaces(self, model, pairs: Sequence[tuple[str, str]]) -> list[str]:
-        """The targets, each with the space that it may have lost when it was decoded alone: see `ppl.scoring.seams`."""
-        return restore_spaces(self._encoder, lambda encoded: self._scorer_of(model).score(encoded), pairs)
-
     def explain(self, model, text: Text, context: Text | None = "") -> Explained:
         """Per level the units of one text in order, each a dict: text, start, end (characters), n_tokens, surprisal
         (nats), perplexity. Units in which no token starts are left out. Its `perplexities` are the levels'.
@@ -166,7 +159,7 @@ class MultiLevelPPLCalculator:
         """
         return self.explain_pair(model, (self.render(context), message_text(text)))
 
-    def explain_pair(self, model, pair: Pair) -> Explained:
+    def explain_pair(self, model, pair: Turn | Sampled) -> Explained:
         """As `explain`, of a (context, target) or of what was sampled."""
         encoded, [target] = self._encoder.encode_pairs([pair])
         units = self._units([target])
@@ -198,6 +191,14 @@ class MultiLevelPPLCalculator:
                 if counts[unit]
             ]
         return explained
+
+    def written(self, sampled: Sequence[Sampled]) -> list[str]:
+        """The text of each completion behind its prompt."""
+        return [text for _, text in self._encoder.encode_sampled(sampled)]
+
+    def restore_spaces(self, model, pairs: Sequence[Turn]) -> list[str]:
+        """The targets, each with the space that it may have lost when it was decoded alone: see `ppl.scoring.seams`."""
+        return restore_spaces(self._encoder, lambda encoded: self._scorer_of(model).score(encoded), pairs)
 
     def _units(self, targets: Sequence[str]) -> Units:
         return segment(targets, self.language, self.max_phrase_words)

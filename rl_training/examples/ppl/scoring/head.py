@@ -21,9 +21,9 @@ class Head:
         self.vocabulary = config.vocab_size
         self.rows = max(1, slice_bytes // (4 * self.vocabulary))  # logits of so many tokens fill a slice
         self._slice_bytes = slice_bytes
-        self._multiplier = getattr(config, "logit_scale", None)  # Cohere
-        self._divisor = getattr(config, "logits_scaling", None)  # Granite
-        self._cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        self._multiplier = _first(config, "logit_scale", "lm_head_multiplier", "output_multiplier")
+        self._divisor = _first(config, "logits_scaling")
+        self._cap = _first(config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [N, V] from hidden states [N, H]."""
@@ -69,6 +69,11 @@ class Head:
         if self._cap:
             logits = torch.tanh(logits / self._cap) * self._cap
         return logits.float()
+
+
+def _first(config, *names: str) -> float | None:
+    """Cohere, Granite, Gemma, Falcon-H1 and others say in their configurations how they scale and cap logits."""
+    return next((value for name in names if (value := getattr(config, name, None))), None)
 
 
 def surprisal(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

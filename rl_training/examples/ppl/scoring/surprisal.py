@@ -67,14 +67,20 @@ class SurprisalScorer:
         Of a model whose weights are spread over processes, all of them must ask at the same time, be it for no text.
         """
         surprisals = [np.zeros(len(text.positions)) for text in texts]
-        window = self.window  # asked once: under PEFT and accelerate it takes as long as a short text
-        rows = [row for number, text in enumerate(texts) for row in windows(text, window, number)]
+        window, switch = self.window, self._switch  # asked once: under PEFT and accelerate it takes as long as a text
+        whole = switch is not None
+        rows = [row for number, text in enumerate(texts) for row in windows(text, window, number, whole)]
+        sides = [rows]
+        if switch is not None:
+            sides = [[row for row in rows if (len(row.inputs) > switch) == beyond] for beyond in (False, True)]
         if is_sharded(self.model):
             with frozen(self.model, self.adapters):
-                self._score_in_step(rows, surprisals)
+                self._score_in_step(sides, surprisals)
         elif rows:
             with frozen(self.model, self.adapters), fast_products(self.model):
-                self._score_rows(rows, surprisals)
+                for beyond, side in enumerate(sides):
+                    # A prefix that runs before its rows may be on the other side than they are.
+                    self._score_rows(side, surprisals, prefixes=not beyond)
         for number, found in enumerate(surprisals):
             if np.isnan(found).any():
                 raise FloatingPointError(f"the model's logits are NaN for text {number} of this call")
@@ -89,6 +95,17 @@ class SurprisalScorer:
             getattr(base, "max_seq_length", None),  # Unsloth cuts there without a word
         ]
         return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)
+
+    @property
+    def _switch(self) -> int | None:
+        """Of a model with longrope (Phi-3-mini-128k): a pass with more positions takes its other factors, for all rows.
+
+        So the rows of texts up to so many tokens never share a pass with those of longer ones.
+        """
+        rope = getattr(self._base.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+        layers = rope.values() if all(isinstance(one, dict) for one in rope.values()) else [rope]
+        sizes = [one["original_max_position_embeddings"] for one in layers if one.get("rope_type") == "longrope"]
+        return min(sizes, default=None)
 
     # --- the model's parts -------------------------------------------------------------------------------------------
 
@@ -165,14 +182,14 @@ class SurprisalScorer:
 
     # --- which way ---------------------------------------------------------------------------------------------------
 
-    def _score_rows(self, rows: list[Row], surprisals: list[np.ndarray]) -> None:
+    def _score_rows(self, rows: list[Row], surprisals: list[np.ndarray], prefixes: bool = True) -> None:
         if self._head_agrees is None:
             self._head_agrees = self._compare_head()
             self._packs_agree = self._compare_packs()
         if self._packs_agree:
             self._score_packs(share_prefixes(rows, _SPAN_TOKENS), surprisals)
             return
-        groups = share_prefixes(rows, 2 * self._sizes.overhead)
+        groups = share_prefixes(rows, 2 * self._sizes.overhead) if prefixes else [Group(0, rows)]
         if any(group.prefix for group in groups):
             if self._cache_agrees is None:
                 self._cache_agrees = self._compare_cache()
@@ -256,10 +273,13 @@ class SurprisalScorer:
 
     # --- in step with other processes --------------------------------------------------------------------------------
 
-    def _score_in_step(self, rows: list[Row], surprisals: list[np.ndarray]) -> None:
+    def _score_in_step(self, sides: list[list[Row]], surprisals: list[np.ndarray]) -> None:
         """By the model's own forward pass, which gathers its weights, and as often as the process with most to do."""
         budget = min(self.max_batch_tokens, self._head.rows)
-        for batch in in_step(list(batches(Group(0, rows), budget, self._sizes.overhead, self.batch_size))):
+        every = [
+            batch for side in sides for batch in batches(Group(0, side), budget, self._sizes.overhead, self.batch_size)
+        ]
+        for batch in in_step(every):
             if batch is None:
                 self.model(input_ids=self._probe_ids()[:, :1], use_cache=False)
                 continue

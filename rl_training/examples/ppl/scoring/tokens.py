@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from ..chat import Turn
 from ..errors import InputError
 from .decoding import Decoding
 from .units import code_points
@@ -26,7 +27,7 @@ class Sampled(NamedTuple):
     completion: tuple[int, ...]
 
 
-Pair = tuple[str, str] | Sampled  # (context, target), the target is what is scored
+Pair = Turn | Sampled  # of (context, target), the target is what is scored
 
 
 @dataclass(frozen=True)

@@ -101,10 +101,11 @@ def evaluate(
     places = share(len(rows), padded=is_sharded(model))
     columns = {name: [rows[name][place] for place in places] for name in rows.column_names}
     chat = reward_fn.calculator.chat
-    groups = sample(model, tokenizer, columns["prompt"], num_generations=num_generations, **sampling, **chat)
-    completions = [[completion.text for completion in group] for group in groups]
-    texts = [text for group in completions for text in group]
-    ids = [completion.ids for group in groups for completion in group]
+    sampled = sample(model, tokenizer, columns["prompt"], num_generations=num_generations, **sampling, **chat)
+    groups = [[(one.text, one.ids) for one in group] for group in sampled]
+    texts = [one.text for group in sampled for one in group]
+    ids = [one.ids for group in sampled for one in group]
+    written = [one.written for group in sampled for one in group]
 
     def repeated(column):
         return None if column is None else [value for value in column for _ in range(num_generations)]
@@ -125,7 +126,7 @@ def evaluate(
     details = measured()
     if reward_fn.target == "completion" and reward_fn.baselines is None:
         details = measured()
-    moved = kl_by_text(model, start, tokenizer, repeated(columns["prompt"]), ids, **chat)
+    moved = kl_by_text(model, start, tokenizer, repeated(columns["prompt"]), written, **chat)
     as_columns = {name: repeated(column) for name, column in columns.items()}
     earned = [
         weight * call_as_trl(function, repeated(columns["prompt"]), texts, ids, as_columns, state)
@@ -134,12 +135,12 @@ def evaluate(
     levels = [details[name][level] for name in ("improvements", "ppls") for level in LEVELS]
     table = np.stack([np.asarray(column) for column in (weight * details["rewards"], *levels, *earned)], axis=1)
     table = np.concatenate([table, np.reshape(moved, (-1, 2))], axis=1).reshape(len(places), num_generations, -1)
-    grouped = [[completion.ids for completion in group] for group in groups]
-    found = dict(zip(from_all(places), from_all(zip(completions, grouped, table.tolist(), strict=True)), strict=True))
-    completions, grouped, table = zip(*(found[place] for place in range(len(rows))), strict=True)
+    found = dict(zip(from_all(places), from_all(zip(groups, table.tolist(), strict=True)), strict=True))
+    groups, table = zip(*(found[place] for place in range(len(rows))), strict=True)
+    completions = [[text for text, _ in group] for group in groups]
     texts = [text for group in completions for text in group]
-    *columns_of, moved, tokens = np.moveaxis(np.array(table), -1, 0)
-    means = [float(torch.from_numpy(values.ravel()).nanmean()) for values in columns_of]
+    *columns, moved, tokens = np.moveaxis(np.array(table), -1, 0)
+    means = [float(torch.from_numpy(values.ravel()).nanmean()) for values in columns]
     names = ["reward", *(f"{level} improvement %" for level in LEVELS), *(f"{level} PPL" for level in LEVELS)]
     scores = {
         **dict(zip(names, means, strict=False)),
@@ -149,7 +150,8 @@ def evaluate(
         "words": sum(len(text.split()) for text in texts) / len(texts),
     }
     scores |= {row_name(function): mean for (function, _), mean in zip(others, means[len(names) :], strict=True)}
-    return HeldOut(list(rows["prompt"]), list(completions), columns_of[0].tolist(), scores, list(grouped))
+    completion_ids = [[ids for _, ids in group] for group in groups]
+    return HeldOut(list(rows["prompt"]), completions, columns[0].tolist(), scores, completion_ids)
 
 
 def row_name(function) -> str:
@@ -189,20 +191,24 @@ def _without_nan(value):
 
 
 def kl_by_text(
-    model, start, tokenizer, prompts: Sequence[Text], completions: Sequence[str] | Sequence[Sequence[int]], **chat
+    model,
+    start,
+    tokenizer,
+    prompts: Sequence[Text],
+    completions: Sequence[str] | Sequence[Sequence[int]],
+    **chat,
 ) -> list[tuple]:
     """How far training has moved the model from its start, per completion: (sum over its tokens, their number).
 
     The start's surprisal of a token minus the model's own, in nats. `start`: `model` itself stands for it with its
-    adapters off; None: 0 of 0 tokens. completions: the ids that were sampled, or texts. chat: keywords of
-    `ppl.chat.render_prompt`.
+    adapters off; None: 0 of 0 tokens. completions: the ids that were written, without an end token, or texts. chat:
+    keywords of `ppl.chat.render_prompt`.
     """
     if start is None:
         return [(0.0, 0)] * len(completions)
-    given = prompt_ids(prompts, tokenizer, **chat)
     pairs = [
-        (render_prompt(prompt, tokenizer, **chat), one) if isinstance(one, str) else Sampled(tuple(ids), tuple(one))
-        for prompt, ids, one in zip(prompts, given, completions, strict=True)
+        (render_prompt(prompt, tokenizer, **chat), one) if isinstance(one, str) else Sampled(tuple(given), tuple(one))
+        for prompt, given, one in zip(prompts, prompt_ids(prompts, tokenizer, **chat), completions, strict=True)
     ]
     encoded, _ = TextEncoder(tokenizer).encode_pairs(pairs)
     own = SurprisalScorer(model, adapters=True).score(encoded)

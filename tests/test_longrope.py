@@ -1,0 +1,90 @@
+"""Phi-3-mini-128k and its like: transformers chooses a pass's factors by its longest row, so rows must not mix."""
+
+import numpy as np
+import pytest
+import torch
+import toys
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ppl.scoring import surprisal
+from ppl.scoring.surprisal import SurprisalScorer
+from ppl.scoring.tokens import Encoded
+
+ORIGINAL, LONGEST = 16, 64
+ROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0 + place for place in range(8)],
+    "original_max_position_embeddings": ORIGINAL,
+}
+
+
+@pytest.fixture(scope="module")
+def phi3():
+    config = transformers.Phi3Config(
+        **toys.SIZES, num_key_value_heads=2, max_position_embeddings=LONGEST, rope_parameters=ROPE, pad_token_id=0,
+        original_max_position_embeddings=ORIGINAL, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return toys.build(transformers.Phi3ForCausalLM, config)
+
+
+def text(ids, context=1):
+    scored = np.arange(context, len(ids))
+    return Encoded(np.array(ids), scored, scored)
+
+
+def alone(model, one):
+    """nats, of each scored token: one pass over the whole text, its last token too."""
+    with torch.no_grad():
+        logits = model(torch.tensor(one.ids[None])).logits[0].log_softmax(-1)
+    return -logits[one.positions - 1, one.ids[one.positions]].double().numpy()
+
+
+@pytest.fixture(scope="module", params=["packed", "padded"])
+def scorer(request, phi3):
+    made = SurprisalScorer(phi3)
+    made.score([text([1, 2, 3])])
+    assert made._packs_agree
+    made._packs_agree = request.param == "packed"
+    return made
+
+
+@settings(max_examples=30)
+@given(
+    sizes=st.lists(st.integers(2, LONGEST) | st.sampled_from([15, 16, 17, 18]), min_size=1, max_size=12),
+    seed=st.integers(0, 99),
+)
+def test_a_texts_numbers_are_those_of_the_text_alone_on_both_sides(phi3, scorer, sizes, seed):
+    rng = np.random.default_rng(seed)
+    prefix = rng.integers(3, toys.VOCABULARY, 13)
+    texts = [text(rng.integers(3, toys.VOCABULARY, size)) for size in sizes]
+    # Completions of one prompt, to share it, on both sides.
+    texts += [text([*prefix, *rng.integers(3, toys.VOCABULARY, more)], context=13) for more in (2, 3, 3, 4, 4, 9, 30)]
+    for found, one in zip(scorer.score(texts), texts, strict=True):
+        np.testing.assert_allclose(found, alone(phi3, one), atol=1e-4)
+
+
+def test_a_prefix_is_shared_only_where_it_is_on_its_rows_side(phi3, monkeypatch):
+    monkeypatch.setitem(surprisal._SIZES, "cpu", surprisal._SIZES["cpu"]._replace(overhead=1))
+    scorer = SurprisalScorer(phi3)
+    scorer.score([text([1, 2, 3])])
+    scorer._packs_agree = False
+    prefixes = []
+    run_prefix = SurprisalScorer._run_prefix
+    monkeypatch.setattr(
+        SurprisalScorer, "_run_prefix", lambda self, group: prefixes.append(len(group.rows)) or run_prefix(self, group)
+    )
+    prefix = list(range(5, 17))
+    texts = [text([*prefix, *range(30, 30 + more)], context=12) for more in (2, 3, 4, 5, 6, 7)]
+    for found, one in zip(scorer.score(texts), texts, strict=True):
+        np.testing.assert_allclose(found, alone(phi3, one), atol=1e-4)
+    assert prefixes == [3]  # of 14, 15 and 16 tokens
+
+
+def test_the_factors_matter_in_these_tests(phi3):
+    """One more token of the text, and every other one has another number."""
+    ids = list(range(20, 20 + ORIGINAL + 1))
+    shorter, longer = (alone(phi3, text(one)) for one in (ids[:-1], ids))
+    assert np.abs(shorter - longer[:-1]).max() > 0.05
