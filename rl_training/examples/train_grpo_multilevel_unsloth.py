@@ -169,15 +169,18 @@ def make_rewards(job, scorer):
 
 
 def make_trainer(job, policy, rewards):
-    """The trainer, any of TRL's that takes reward functions.
+    """The trainer: TRL's GRPOTrainer, which goes on where it was stopped and reads prompts as the scorer does.
 
-    Edit this function to swap it. RLOO takes the same fields:
+    Edit this function to swap it for another one of TRL's that takes reward functions:
 
+        import dataclasses
         from trl import RLOOConfig, RLOOTrainer
 
         fields = {field.name for field in dataclasses.fields(RLOOConfig) if field.init}
-        config = RLOOConfig(**{name: value for name, value in vars(job.config).items() if name in fields})
-        return RLOOTrainer(model=..., args=config, ...)  # the rest as below, without `chat`
+        asked = {name: value for name, value in job.asked.items() if name in fields}
+        config = RLOOConfig(**{**asked, "reward_weights": job.config.reward_weights})
+        functions = [function for function, _ in rewards]
+        return RLOOTrainer(policy.model, functions, config, job.train_rows, job.eval_rows, policy.tokenizer)
 
     job: `ppl.training.job.Job`. policy: the model that is trained and its tokenizer. rewards: of `make_rewards`.
     """
@@ -215,7 +218,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     perplexity = rewards[0][0]
     watch(trainer, job, perplexity)
     job.write_config()
-    held_out = HeldOutPrompts(job, policy, scorer, rewards, trainer.state)
+    held_out = HeldOutPrompts(job, policy, scorer, rewards, trainer)
     page = start_report(job, perplexity, held_out.before())
     trainer.add_callback(page)
     trainer.train(resume_from_checkpoint=job.checkpoint)
