@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import brute_force
@@ -20,6 +19,7 @@ import stub_baselines
 import torch
 import toys
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from waiting import wait_for
 
 import compute_baselines_trl
 from ppl.baselines import parts
@@ -473,13 +473,6 @@ def test_damaged_and_foreign_parts_are_refused(small_windows, monkeypatch, capsy
 def popen(*flags, pause=0.2, **options):
     command = [sys.executable, str(STUB), str(pause), *map(str, flags)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def shards_of(output):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 import multi_level_ppl_trl
 from multi_level_ppl_trl import MultiLevelPPLRewardFunction
@@ -115,7 +116,7 @@ def test_trl_trains_with_it_from_its_own_command_line(tmp_path):
             "--per_device_train_batch_size", "4", "--num_generations", "4", "--report_to", "none", "--use_cpu",
         ],
         cwd=EXAMPLES, env={**os.environ, "PPL_REWARD_CONFIG": str(tmp_path / "reward.yaml")},
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     history = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]

@@ -100,7 +100,7 @@ def read_settings(path: str | Path | None = None) -> dict:
 
 def _defaults() -> dict:
     """Every name that a file may hold, and what it is without."""
-    made = {}
+    made: dict[str, inspect.Parameter] = {}
     for function in (load_model, MultiLevelPPLRewardFunction, MultiLevelPPLCalculator):
         made |= inspect.signature(function).parameters
     hidden = ("name", "unsloth", "baseline_model", "tokenizer", "calculator_options")

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -123,7 +123,7 @@ class MultiLevelPPLRewardFunction:
         # a subclass may override `compute_rewards` with one that returns a tensor of rewards. Then this stays None.
         self._last: _LastCall | None = None
         self._warned_of_ids = False
-        self.observer = None  # `ppl.training.diagnostics.Diagnostics`: is shown every call of a trainer
+        self.observer: Any = None  # `ppl.training.diagnostics.Diagnostics`: is shown every call of a trainer
 
     @property
     def device(self) -> torch.device:

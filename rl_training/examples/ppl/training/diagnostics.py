@@ -93,7 +93,7 @@ class Diagnostics(TrainerCallback):
         # A process may hold part of a group: together they are whole, and stand side by side.
         samples = local
         if torch.distributed.is_initialized():
-            parts = [None] * torch.distributed.get_world_size()
+            parts: list = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(parts, local)
             samples = [sample for part in parts for sample in part]
         found = _summary(samples, self._steps)
@@ -171,7 +171,8 @@ class Diagnostics(TrainerCallback):
         """(distinct-2, length) of the calls relative to the start; 1 before there is one."""
         now = np.mean([[call.distinct_2, call.length] for call in calls], axis=0)
         start = np.mean(self.start, axis=0) if self.start else now
-        return tuple(float(a / b) if b > 0 else 1.0 for a, b in zip(now, start, strict=True))
+        distinct_2, length = (float(a / b) if b > 0 else 1.0 for a, b in zip(now, start, strict=True))
+        return distinct_2, length
 
     def state_dict(self) -> dict:
         """What a resumed run needs to be compared with the same start, and not to repeat itself."""
