@@ -9,10 +9,11 @@ import toys
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ppl.definitions import NATS_CLIP as CLIP
 from ppl.errors import InputError
 from ppl.reward.function import MultiLevelPPLRewardFunction
 from ppl.reward.loop_guard import WEIGHT, loop_guard
-from ppl.reward.nats import CLIP, clipped, nats
+from ppl.reward.nats import clipped, nats
 from ppl.training.config import reward_settings
 from train_grpo_multilevel_unsloth import parse_args
 

@@ -24,7 +24,6 @@ from ppl.definitions import (
 from ppl.reward.loop_guard import WEIGHT
 from ppl.training import flags as train_flags
 from ppl.training.config import REPORTERS
-from ppl.training.job import prepare
 from ppl.training.resume import LATEST
 
 
@@ -204,6 +203,8 @@ def main(argv=None) -> int:
 
 
 def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
+    from ppl.training.job import prepare
+
     job = prepare(args, rest, command, prepare_dataset)  # imports Unsloth: what imports TRL has to come after it
 
     from ppl.pages.run import finish_report, start_report

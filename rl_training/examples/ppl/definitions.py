@@ -24,6 +24,8 @@ DEFAULT_WEIGHTS = (0.2, 0.3, 0.5)  # of word, phrase and sentence
 # https://arxiv.org/abs/2503.22828
 DEFAULT_THRESHOLDS = ((0.05, 0.2), (0.5, 0.5), (1.0, 0.7), (2.0, 0.9), (3.0, 1.0))
 
+NATS_CLIP = 0.5  # how far form="nats" goes from 0: a perplexity that is 39 % lower or 65 % higher
+
 # Of sampling, for baselines as in training
 DEFAULT_MAX_NEW_TOKENS = 128
 DEFAULT_TEMPERATURE = 1.0

@@ -24,6 +24,7 @@ from ..definitions import (
     FORMS,
     LEVELS,
     MISSING,
+    NATS_CLIP,
     TARGETS,
 )
 from ..errors import InputError, one_of
@@ -36,7 +37,7 @@ from ..scoring.surprisal import SurprisalScorer
 from ..scoring.tokens import Sampled
 from .cache import PerplexityCache
 from .first_visits import FirstVisits
-from .nats import CLIP, clipped, nats
+from .nats import clipped, nats
 from .sampled import those_of
 from .thresholds import Thresholds, checked_weights, normalized
 
@@ -63,7 +64,7 @@ class MultiLevelPPLRewardFunction:
     weights: of word, phrase and sentence. reward_thresholds: (improvement in %, reward), in any order.
     normalize: shift and scale each call's rewards to mean 0 and (sample) standard deviation 1.
     device: moves the model there; None: it stays. use_cache: keep perplexities already computed, by content.
-    form: "nats" takes the log-likelihood ratio instead of thresholds, within `ppl.reward.nats.CLIP` of 0.
+    form: "nats" takes the log-likelihood ratio instead of thresholds, within `NATS_CLIP` of 0.
     target, interpolate (linear between the thresholds instead of steps), missing ("error" or "skip" a row that
         `baselines` lacks), allow_baseline_mismatch (use a file made by another model or with other definitions).
     extract, template: for references, the part of a completion that counts and how the three texts are put together:
@@ -132,7 +133,7 @@ class MultiLevelPPLRewardFunction:
     @property
     def highest(self) -> float:
         """The most that a completion can earn, before `normalize`."""
-        return CLIP if self.form == "nats" else self.thresholds.highest
+        return NATS_CLIP if self.form == "nats" else self.thresholds.highest
 
     @property
     def identity(self) -> dict:
@@ -261,7 +262,7 @@ class MultiLevelPPLRewardFunction:
         if self.form == "nats":
             ratio = nats(baseline, current, self.weights)
             rewards = clipped(ratio)
-            rewards[unscorable] = -CLIP  # no honest text earns less than a blank one
+            rewards[unscorable] = -NATS_CLIP  # no honest text earns less than a blank one
         else:
             ratio = None
             rewards = self.thresholds.rewards(average)
@@ -279,7 +280,7 @@ class MultiLevelPPLRewardFunction:
             every, mine = of_this(rewards[~skipped].tolist())
             rewards[~skipped] = normalized(np.array(every))[mine]
         extracted = np.array(has_part, dtype=bool) if self.target == "reference" else np.ones(n, dtype=bool)
-        beyond = None if ratio is None else np.abs(ratio) > CLIP
+        beyond = None if ratio is None else np.abs(ratio) > NATS_CLIP
         self._last = _LastCall(details, skipped, ~(skipped | unscorable), first_visit, extracted, beyond)
         result = torch.from_numpy(rewards).float().to(self.device)
         return (result, details) if return_details else result
@@ -394,7 +395,7 @@ class _LastCall(NamedTuple):
     scored: np.ndarray  # bool [B]: rows with a perplexity and a baseline
     first_visit: np.ndarray  # bool [B]: rows that make their prompt's baseline
     extracted: np.ndarray  # bool [B]: completions that `extract` matches
-    clipped: np.ndarray | None  # bool [B]: with form="nats", those whose ratio is beyond CLIP
+    clipped: np.ndarray | None  # bool [B]: with form="nats", those whose ratio is beyond NATS_CLIP
 
 
 def _key(ids, prompts, references, place: int):

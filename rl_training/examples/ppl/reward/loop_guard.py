@@ -3,9 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 
-from ..definitions import DEFAULT_THRESHOLDS
+from ..definitions import DEFAULT_THRESHOLDS, NATS_CLIP
 from ..errors import InputError
-from .nats import CLIP
 
 NGRAM = 8  # tokens; human stories repeat 0.08 % of theirs, a sentence said over and over nearly all
 WEIGHT = 20.0  # times what the perplexity reward can differ by
@@ -43,7 +42,7 @@ def loop_guard(
 
     check_weight(weight)
     values = [0.0, *(reward for _, reward in reward_thresholds)]
-    widest = 2 * CLIP if form == "nats" else max(values) - min(values)
+    widest = 2 * NATS_CLIP if form == "nats" else max(values) - min(values)
     if normalized_over:
         widest = math.sqrt(2 * (normalized_over - 1))
     penalty = get_repetition_penalty_reward(NGRAM, max_penalty=-1.0)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-CLIP = 0.5  # nats: a perplexity that is 39 % lower or 65 % higher
+from ..definitions import NATS_CLIP
 
 
 def nats(baseline: np.ndarray, current: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -20,9 +20,9 @@ def nats(baseline: np.ndarray, current: np.ndarray, weights: np.ndarray) -> np.n
 
 
 def clipped(ratio: np.ndarray) -> np.ndarray:
-    """The reward: the ratio within `CLIP` of 0, so that two rewards differ by 2 * CLIP at most, whatever the model.
+    """The reward: the ratio within `NATS_CLIP` of 0, so that two rewards differ by twice that at most.
 
     >>> clipped(np.array([0.1, -3.0, 0.7]))
     array([ 0.1, -0.5,  0.5])
     """
-    return np.clip(ratio, -CLIP, CLIP)
+    return np.clip(ratio, -NATS_CLIP, NATS_CLIP)

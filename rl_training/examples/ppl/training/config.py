@@ -13,7 +13,6 @@ from ..errors import InputError
 from ..models import model_path
 from ..reference_context import ReferenceContext
 from ..reward.loop_guard import check_weight
-from ..reward.thresholds import Thresholds, checked_weights
 from .flags import NAMESAKES
 
 REPORTERS = ("none", "wandb", "tensorboard", "trackio")
@@ -21,6 +20,8 @@ REPORTERS = ("none", "wandb", "tensorboard", "trackio")
 
 def reward_settings(args: argparse.Namespace) -> dict:
     """The keywords of `MultiLevelPPLRewardFunction` that the flags set, checked."""
+    from ..reward.thresholds import Thresholds, checked_weights
+
     thresholds = args.reward_thresholds or DEFAULT_THRESHOLDS
     Thresholds(thresholds)
     if args.reward_form == "nats" and (args.reward_thresholds or args.interpolate):
