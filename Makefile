@@ -1,12 +1,12 @@
 # Every target but `clean` sets up what it needs in .venv: once, and again when the requirements file changes.
 #
 #   make demo     the four scripts, from a text's perplexity to a trained adapter and its plots
-#   make test     the tests
-#   make lint     ruff
+#   make test     the tests, and the examples in docstrings; brings Chromium if it can (root, apt)
+#   make lint     ruff's checks and format, mypy
 #   make clean    remove .venv and the caches; the next target then sets up anew
 #
 # Variables, for instance `make test PYTHON=python3.12`:
-#   PYTHON        what .venv is made with: Python 3.10, 3.11 or 3.12
+#   PYTHON        what .venv is made with: Python 3.10 to 3.14
 #   KIND          cpu or gpu; by default what .venv was made for, else gpu if nvidia-smi works
 #   TORCH_ARGS    for pip when it installs torch for the CPU. On Linux pip's default build brings several GB of CUDA
 #                 libraries; `--index-url` with PyTorch's CPU wheel index (see pytorch.org/get-started) avoids them.
@@ -37,14 +37,14 @@ STAMP := .venv/.installed-$(KIND)
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 PYTHON_VERSION = $(shell $(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null)
-SUPPORTED = $(filter 3.10.% 3.11.% 3.12.%,$(PYTHON_VERSION))
+SUPPORTED = $(filter 3.10.% 3.11.% 3.12.% 3.13.% 3.14.%,$(PYTHON_VERSION))
 SAME_MINOR = $(PY) -c 'import sys; sys.exit("$(PYTHON_VERSION)".split(".")[:2] != sys.version.split(".")[:2])' \
     2>/dev/null
 
 # The embedded model's matrices are too small to be shared out between threads: one thread is faster than two.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint clean setup
+.PHONY: demo test lint clean setup browser
 
 # The four scripts on the embedded model and data set; OUT is where everything goes.
 OUT ?= $(CURDIR)/demo_output
@@ -68,14 +68,29 @@ demo: setup
 	    "  python compute_baselines_trl.py --model_name MODEL --dataset_name DATASET --generate 4 --output_path baselines.pkl" \
 	    "  python train_grpo_multilevel_unsloth.py --model_name MODEL --dataset_name DATASET --baselines_path baselines.pkl"
 
-test: setup
-	$(PY) -m pytest -q
+test: setup browser
+	$(PY) -m pytest -q --durations=10
+
+# Without one, the tests that open a page are skipped; with CI=true they fail.
+browser:
+	@if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; then \
+	    if [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then \
+	        echo "Installing Chromium, for the tests that open a page."; \
+	        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	            apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+	            echo "It could not be installed: the tests that open a page are skipped."; \
+	    else \
+	        echo "No Chromium: the tests that open a page are skipped. As root, 'apt-get install chromium' brings it."; \
+	    fi; \
+	fi
 
 lint: setup
 	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis rl_training/examples/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup: $(STAMP)
@@ -84,7 +99,8 @@ setup: $(STAMP)
 # A .venv that somebody made by hand is kept, and the packages go into it.
 $(STAMP): $(REQUIREMENTS)
 	$(if $(SUPPORTED),,$(error $(PYTHON) is $(or $(PYTHON_VERSION),not there): \
-	    make .venv with Python 3.10, 3.11 or 3.12, for instance with 'make PYTHON=python3.11'))
+	    make .venv with Python 3.10 to 3.14, for instance 'make PYTHON=python3.13'. Where the system has none of them, \
+	    'uv python install 3.13' or pyenv brings one))
 	@if [ -e .venv/.installing ] && kill -0 "$$(cat .venv/.installing)" 2>/dev/null; then \
 	    echo "Another make is installing into .venv (process $$(cat .venv/.installing)): wait for it," \
 	        "or 'make clean' if it is stuck." >&2; \
@@ -104,7 +120,11 @@ INSTALL_cpu = \
 	echo "1/2  $(TORCH), 180 MB to several GB to download (see TORCH_ARGS in the Makefile): 1 to 10 minutes" && \
 	$(PIP) install $(TORCH_ARGS) '$(TORCH)' && \
 	echo "2/2  $(REQUIREMENTS), about 100 packages, 280 MB to download: 1 to 5 minutes" && \
-	$(PIP) install --no-deps -r $(REQUIREMENTS)
+	$(PIP) install --no-deps -r $(REQUIREMENTS) && $(INSTALL_ppl)
+
+# So that studies and benchmarks find ppl/; the scripts have it beside them.
+INSTALL_ppl = $(PIP) install --no-deps --no-build-isolation -e .
 
 INSTALL_gpu = \
-	echo "1/1  $(REQUIREMENTS), several GB to download: 5 to 30 minutes" && $(PIP) install -r $(REQUIREMENTS)
+	echo "1/1  $(REQUIREMENTS), several GB to download: 5 to 30 minutes" && $(PIP) install -r $(REQUIREMENTS) && \
+	$(INSTALL_ppl)

@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -15,7 +14,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "rl_training" / "examples"
-sys.path.insert(0, str(EXAMPLES))
 
 
 def machine() -> str:

@@ -1,12 +1,10 @@
 """What the studies share: where the scripts are, tables that are Markdown in a pipe, files that are whole."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "rl_training" / "examples"
-sys.path.insert(0, str(EXAMPLES))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

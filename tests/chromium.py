@@ -1,4 +1,8 @@
-"""A page in headless Chromium, driven through the DevTools protocol over a pipe: nothing to install but the browser."""
+"""A page in headless Chromium, driven through the DevTools protocol over a pipe: nothing to install but the browser.
+
+Playwright's Python package does the same with `executable_path`. It takes twice the CPU time (1.8 s to 0.8 s to start,
+6.4 s to 3.2 s for 40 pages and 500 expressions), and brings 50 MB, with Node.js in it.
+"""
 
 import base64
 import fcntl
@@ -11,11 +15,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
+from waiting import PATIENCE
+
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
     *("--hide-scrollbars", "--remote-debugging-pipe"),
 ]
+MISSING = "it opens a page in Chromium, and there is none: as root, apt-get install chromium"
 
 
 class Chromium:
@@ -26,7 +34,8 @@ class Chromium:
 
     def __init__(self) -> None:
         binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-        assert binary, "this test opens a page in Chromium and finds none: apt-get install chromium"
+        if not binary:
+            (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(MISSING)
         self.console: list[str] = []
         self.requests: list[str] = []
         self._profile = tempfile.TemporaryDirectory(prefix="chromium-")
@@ -56,7 +65,7 @@ class Chromium:
 
     def __exit__(self, *_):
         self._process.terminate()
-        self._process.wait(20)
+        self._process.wait(PATIENCE)
         os.close(self._to)
         os.close(self._from)
         shutil.rmtree(self._profile.name, ignore_errors=True)  # its children may still be writing there
@@ -117,7 +126,7 @@ class Chromium:
         elif kind == "Network.requestWillBeSent":
             self.requests.append(parameters["request"]["url"])
 
-    def _read(self, seconds: float = 30) -> dict:
+    def _read(self, seconds: float = PATIENCE) -> dict:
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._from], [], [], seconds)
             assert ready, f"Chromium did not answer within {seconds} s"

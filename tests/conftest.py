@@ -1,12 +1,9 @@
-"""What every test shares: the scripts' folder on the path, tiny seeded models, tokenizers trained on the spot."""
+"""What every test shares: tiny seeded models, tokenizers trained on the spot."""
 
 import os
-import sys
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).parent.parent / "rl_training" / "examples"))
 
 import pytest
 import story_model

@@ -6,11 +6,8 @@ A row's numbers depend on its text alone, as a model's do.
 import hashlib
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "rl_training" / "examples"))
 
 import compute_baselines_trl
 from ppl import cli

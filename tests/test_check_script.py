@@ -10,6 +10,7 @@ import brute_force
 import pytest
 import toys
 from torch.nn.functional import dropout
+from waiting import PATIENCE
 
 import test_multilevel_ppl_trl as script
 from ppl import checks
@@ -70,7 +71,7 @@ def check(capsys, monkeypatch):
 def test_it_prints_the_documented_report_and_the_numbers_of_brute_force():
     done = subprocess.run(
         [sys.executable, "test_multilevel_ppl_trl.py", "--model_name", "tiny-stories", "--device", "cpu"],
-        cwd=EXAMPLES, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=120,
+        cwd=EXAMPLES, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     report = re.fullmatch(REPORT, done.stdout)
@@ -116,7 +117,7 @@ def test_pytest_collects_nothing_from_it():
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "--noconftest"]
     done = subprocess.run(
         [*command, "rl_training/examples/test_multilevel_ppl_trl.py"],
-        cwd=EXAMPLES.parent.parent, capture_output=True, text=True, timeout=60,
+        cwd=EXAMPLES.parent.parent, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert "no tests collected" in done.stdout and done.returncode == 5
 

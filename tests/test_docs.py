@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from waiting import PATIENCE
 
 from ppl.scoring.levels import level_perplexities
 from ppl.scoring.units import segment
@@ -55,12 +57,9 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def run(command: list[str], cwd: Path) -> str:
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    folders = [str(Path(python).parent) for python in (warm.python(), sys.executable)]
+    environment = {**os.environ, "PATH": os.pathsep.join([*folders, os.environ["PATH"]]), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
@@ -74,7 +73,7 @@ def test_every_command_and_snippet_runs(playground, name):
             folder = playground.parent.parent if "cd rl_training" in text else playground
             run(["bash", "-euo", "pipefail", "-c", text], folder)
         else:
-            run([sys.executable, "-c", text], playground)
+            run([warm.python(), "-c", text], playground)
 
 
 def test_the_example_by_hand_is_what_the_code_computes():

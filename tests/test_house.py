@@ -1,7 +1,9 @@
-"""The rules of the house: which wing imports which, and that each wing's map names what is there."""
+"""The rules of the house: which wing imports which, that a wing's map names what is there, that --help is instant."""
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,3 +128,18 @@ def test_files_are_written_in_one_place():
                     calls.add(function.attr)
         if path != PPL / "files.py":
             assert calls == writers.get(path, set()), path
+
+
+SCRIPTS = ["test_multilevel_ppl_trl", "multi_level_ppl_trl", "compute_baselines_trl", "train_grpo_multilevel_unsloth"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_instant(script):
+    """It imports no library that takes time; how long that is depends on the machine."""
+    command = [sys.executable, "-X", "importtime", PPL.parent / f"{script}.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "--model_name" in done.stdout
+    names = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert {"ppl", "argparse"} <= names
+    slow = {"numpy", "torch", "transformers", "datasets", "trl", "peft", "unsloth", "pandas", "matplotlib", "sentencex"}
+    assert not names & slow

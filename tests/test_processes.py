@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import reward_in_processes
 import toys
 import yaml
 from training_runs import EXAMPLES, SHORT, log_history
+from waiting import PATIENCE, wait_for
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "accelerate_configs"
@@ -29,7 +29,7 @@ def launch(*words) -> subprocess.Popen:
 
 
 def finished(process: subprocess.Popen) -> str:
-    output, error = process.communicate(timeout=300)
+    output, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, f"{output[-3000:]}\n{error[-3000:]}"
     return output
 
@@ -96,12 +96,9 @@ def test_a_signal_stops_both_processes_at_the_same_step(tmp_path):
         "train_grpo_multilevel_unsloth.py", *SHORT, "--no_unsloth", "--no-load_in_4bit", "--max_steps", "5000",
         "--num_train_epochs", "1000", "--save_steps", "1", "--save_total_limit", "2", "--output_dir", out,
     )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while not any(out.glob("checkpoint-*/reward_state.json")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_for(lambda: any(out.glob("checkpoint-*/reward_state.json")), process)
     process.send_signal(signal.SIGTERM)
-    output, error = process.communicate(timeout=120)
+    output, error = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0, error[-2000:]
     [step] = re.findall(r"Stopped at step (\d+)", output)
     command = output[output.index("Go on with") :].splitlines()[1]

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from training_runs import EXAMPLES, log_history, refusal, train
+from waiting import PATIENCE
 
 from ppl.errors import InputError
 from ppl.training.resume import LATEST, STATE_FILE, find_checkpoint, resume_command
@@ -48,12 +50,12 @@ def stop_at(command: list[str], step: int, number: int) -> tuple[int, str]:
         if number and (logged := re.search(r"step (\d+):", line)) and int(logged.group(1)) >= step:
             process.send_signal(number)
             number = 0
-    return process.wait(timeout=300), output
+    return process.wait(timeout=PATIENCE), output
 
 
 def printed_command(output: str) -> list[str]:
     [line] = re.findall(r"Go on with\n +python (.*)", output)
-    return [sys.executable, *shlex.split(line)]
+    return [warm.python(), *shlex.split(line)]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 import multi_level_ppl_trl
 from multi_level_ppl_trl import MultiLevelPPLRewardFunction
@@ -53,6 +54,7 @@ def config(tmp_path, monkeypatch):
         ("model_name: tiny-stories\nreward_thresholds: [[1, 0.5], [1, 0.7]]", ["1 % twice"]),
         ("model_name: tiny-stories\nreward_thresholds: 3", ["reward.yaml"]),
         ("model_name: tiny-stories\nbaselines: none.pkl", ["none.pkl", "compute_baselines_trl.py"]),
+        ("model_name: tiny-stories\nchat_template_path: none.jinja", ["none.jinja", "a chat template in Jinja"]),
         ("model_name: ./nowhere", ["nowhere", "does not exist"]),
     ],
 )
@@ -114,7 +116,7 @@ def test_trl_trains_with_it_from_its_own_command_line(tmp_path):
             "--per_device_train_batch_size", "4", "--num_generations", "4", "--report_to", "none", "--use_cpu",
         ],
         cwd=EXAMPLES, env={**os.environ, "PPL_REWARD_CONFIG": str(tmp_path / "reward.yaml")},
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     history = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import brute_force
@@ -12,6 +11,7 @@ import pytest
 import torch
 import toys
 from transformers.utils import logging as transformers_logging
+from waiting import PATIENCE
 
 import multi_level_ppl_trl
 from multi_level_ppl_trl import main
@@ -23,10 +23,10 @@ TEXT = 'Mr. Brown said: "Come in!" The fox, who was [very] hungry, ran home.\nTh
 
 
 def run(*flags: str) -> subprocess.CompletedProcess:
-    """The script as a user runs it."""
+    """The script as a user runs it, in a fresh interpreter."""
     return subprocess.run(
         [sys.executable, "multi_level_ppl_trl.py", *flags],
-        cwd=EXAMPLES, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=120,
+        cwd=EXAMPLES, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
 
 
@@ -81,15 +81,6 @@ def test_with_nothing_but_a_text_the_embedded_model_scores_it(tmp_path):
     assert {level: found[level]["perplexity"] for level in expected} == pytest.approx(expected, rel=1e-4)
     assert found["text"] == TEXT and found["model"] == "tiny-stories"
     assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
-
-
-def test_help_is_instant():
-    def seconds() -> float:
-        start = time.perf_counter()
-        assert run("--help").returncode == 0
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(3)) < 0.5
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------

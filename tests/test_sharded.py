@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import toys
+from waiting import PATIENCE
 
 from ppl.processes import is_sharded
 from ppl.scoring.surprisal import SurprisalScorer
@@ -24,7 +25,7 @@ def test_each_process_gets_its_numbers_in_as_many_passes_as_the_other(tmp_path, 
     done = subprocess.run(
         [*command, str(HERE / "score_sharded.py"), json.dumps(texts), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "rl_training" / "examples")])},
-        capture_output=True, text=True, timeout=180,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]

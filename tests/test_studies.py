@@ -4,12 +4,13 @@ import json
 import os
 import random
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import warm
 from folders import importable
+from waiting import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 TEST = ROOT / "rl_training" / "examples" / "tiny_stories" / "test.json"
@@ -19,8 +20,9 @@ LEVELS = ("word", "phrase", "sentence")
 
 def run(script: str, *flags: str) -> str:
     done = subprocess.run(
-        [sys.executable, ROOT / "studies" / script, *map(str, flags)],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        [warm.python(), ROOT / "studies" / script, *map(str, flags)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout

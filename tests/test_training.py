@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from chromium import Chromium
 from training_runs import EXAMPLES, SHORT, log_history, refusal, train
 
@@ -32,7 +33,7 @@ def trained(tmp_path_factory, baselines):
         "--max_steps", STEPS, "--save_steps", STEPS,
         "--learning_rate", "1e-3", "--warmup_steps", "1", "--lr_scheduler_type", "cosine", "--wandb_project", "ppl",
         "--eval_split", "train[8:10]", "--eval_steps", STEPS, "--interpolate", "--reward_thresholds", "0:0", "100:1",
-        WANDB_MODE="offline", WANDB_DIR=str(output), WANDB_SILENT="true",
+        python=sys.executable, WANDB_MODE="offline", WANDB_DIR=str(output), WANDB_SILENT="true",
     )  # fmt: skip
     return output, done.stdout
 
@@ -216,13 +217,13 @@ def test_bad_input_is_refused_in_one_line(tmp_path, flags, words):
 
 
 def test_a_misspelt_flag_is_refused_with_the_nearest_name(tmp_path):
-    line = refusal("--warmup_step", "3", "--output_dir", tmp_path / "out")
+    line = refusal("--warmup_step", "3", "--output_dir", tmp_path / "out", python=sys.executable)
     assert "unknown flag --warmup_step, did you mean --warmup_steps?" in line
     assert not (tmp_path / "out").exists()
 
 
 def test_a_data_set_without_baselines_for_its_rows_is_refused_before_loading(tmp_path, baselines):
-    line = refusal("--baselines_path", baselines, "--output_dir", tmp_path / "out")
+    line = refusal("--baselines_path", baselines, "--output_dir", tmp_path / "out", python=sys.executable)
     assert "no baseline for 180 of 200 rows" in line and "compute_baselines_trl.py" in line
 
 
@@ -230,7 +231,7 @@ def test_a_configuration_file_fills_in_and_the_command_line_wins(tmp_path):
     (tmp_path / "run.yaml").write_text("max_steps: 1\nlearning_rate: 0.5\nlora_r: 4\nbeta: 0.04\nno_unsloth: true\n")
     train(
         *SHORT, "--config", tmp_path / "run.yaml", "--no-load_in_4bit", "--learning_rate", "0.001", "--lora_r", "2",
-        "--output_dir", tmp_path / "out", "--save_steps", "1",
+        "--output_dir", tmp_path / "out", "--save_steps", "1", python=sys.executable,
     )  # fmt: skip
     [entry] = [entry for entry in log_history(tmp_path / "out", 1) if "reward" in entry]
     assert entry["learning_rate"] == 0.001 and "kl" in entry
@@ -240,7 +241,7 @@ def test_a_configuration_file_fills_in_and_the_command_line_wins(tmp_path):
 def test_baselines_as_columns_need_no_key_and_are_compared_with_the_scorer(tmp_path):
     subprocess.run(
         [
-            sys.executable, "compute_baselines_trl.py", "--num_samples", "12", "--output_path", tmp_path / "b.pkl",
+            warm.python(), "compute_baselines_trl.py", "--num_samples", "12", "--output_path", tmp_path / "b.pkl",
             "--output_dataset", tmp_path / "data",
         ],
         cwd=EXAMPLES, check=True, capture_output=True,

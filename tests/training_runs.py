@@ -3,29 +3,32 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
+
+import warm
+from waiting import PATIENCE
 
 EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
 SHORT = ["--max_samples", "20", "--heldout_samples", "2", "--max_new_tokens", "12", "--logging_steps", "1"]
 
 
-def train(*flags: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess:
+def train(*flags: str, code: int = 0, python: str | None = None, **environment: str) -> subprocess.CompletedProcess:
+    """python: `sys.executable` for a fresh interpreter."""
     done = subprocess.run(
-        [sys.executable, "train_grpo_multilevel_unsloth.py", *map(str, flags)],
+        [python or warm.python(), "train_grpo_multilevel_unsloth.py", *map(str, flags)],
         cwd=EXAMPLES,
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == code, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
 
 
-def refusal(*flags: str) -> str:
+def refusal(*flags: str, python: str | None = None) -> str:
     """The one line on stderr of a run that is refused with exit code 2."""
-    lines = train(*flags, code=2).stderr.strip().splitlines()
+    lines = train(*flags, code=2, python=python).stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
 

@@ -46,7 +46,7 @@ def batch_equals_one_by_one(model, tokenizer) -> str:
     pairs = [*SAMPLES, *((PROMPT, completion) for completion in COMPLETIONS)]
     contexts, texts = zip(*pairs, strict=True)
     calculator = MultiLevelPPLCalculator(tokenizer)
-    batch = calculator.compute_all_levels(model=model, texts=list(texts), contexts=list(contexts))
+    batch: dict = calculator.compute_all_levels(model=model, texts=list(texts), contexts=list(contexts))
     single = [calculator.compute_all_levels(model=model, texts=text, contexts=context) for context, text in pairs]
     together = [{level: float(batch[level][place]) for level in LEVELS} for place in range(len(pairs))]
     return _largest_difference(texts, together, single, tolerance(model))
@@ -98,8 +98,8 @@ def rewards_on_known_baselines(model, tokenizer) -> str:
     _, details = reward_fn.compute_rewards([text], baselines=[measured], return_details=True)
     ppl = {level: float(details["ppls"][level][0]) for level in LEVELS}
     rows = [{level: ppl[level] / (1 - percent / 100) for level in LEVELS} for percent in expected]
-    rewards = reward_fn.compute_rewards([text] * len(rows), baselines=rows).tolist()
-    for (improvement, reward), found in zip(expected.items(), rewards, strict=True):
+    rewards, _ = reward_fn.compute_rewards([text] * len(rows), baselines=rows, return_details=True)
+    for (improvement, reward), found in zip(expected.items(), rewards.tolist(), strict=True):
         if not abs(found - reward) <= 1e-6:
             raise CheckFailed(f"an improvement of {improvement:g} % got the reward {found:g}, expected {reward:g}")
     _largest_difference([text], [ppl], [measured], tolerance(model))
@@ -112,12 +112,12 @@ def trl_calling_convention(model, tokenizer) -> str:
     reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, baselines={"a": easy}, missing="skip")
     if not isinstance(getattr(reward_fn, "__name__", None), str) or isinstance(reward_fn, torch.nn.Module):
         raise CheckFailed("the reward function has no __name__ or is an nn.Module, which TRL takes for a reward model")
-    calls = [("text", ["The fox"] * 4, [" ran home.", " slept.", " \n", " ran."])]
+    calls: list[tuple[str, list, list]] = [("text", ["The fox"] * 4, [" ran home.", " slept.", " \n", " ran."])]
     if getattr(tokenizer, "chat_template", None):
         chat = [[{"role": "assistant", "content": completion}] for completion in calls[0][2]]
         calls.append(("chat messages", [[{"role": "user", "content": "Tell me of the fox."}]] * 4, chat))
     for kind, prompts, completions in calls:
-        metrics = {}
+        metrics: dict[str, float] = {}
         rewards = reward_fn(
             prompts=prompts,
             completions=completions,

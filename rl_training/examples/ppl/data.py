@@ -77,7 +77,7 @@ class PromptForm(NamedTuple):
     prompt_template: holds `{prompt}` once. chat: the prompt becomes a user's message, after system_prompt if there is
     one. prompt_sentences: the prompt is the first so many sentences of its column, the reference is the rest.
 
-    >>> PromptForm("Continue:\n{prompt}", chat=True).prompt_and_reference("The fox", " ran.")
+    >>> PromptForm("Continue: {prompt}", chat=True).prompt_and_reference("The fox", " ran.")
     ([{'role': 'user', 'content': 'Continue: The fox'}], ' ran.')
     >>> PromptForm(prompt_sentences=1).prompt_and_reference("A fox ran. It fell. It slept.", "")
     ('A fox ran.', ' It fell. It slept.')

@@ -1,15 +1,15 @@
 """The only place that writes a file: what stands under a name is whole. And whether a file can be written somewhere."""
 
-import io
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 from .errors import InputError
 
 
-def write_atomically(path: Path, fill: Callable[[io.BufferedIOBase], object]) -> None:
+def write_atomically(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
     """Let `fill` write a file beside `path`, bring it to the disk, then rename it to `path`.
 
     Until then `path` stays as it was, also if `fill` raises.

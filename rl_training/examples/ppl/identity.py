@@ -43,7 +43,8 @@ def differences(made: Mapping, expected: Mapping) -> dict[str, tuple]:
     differing = {key: (theirs[key], mine[key]) for key in mine if key in theirs and theirs[key] != mine[key]}
     windows = [side["window"] for side in (made, expected) if "window" in side]
     if len(set(windows)) == 2 and made.get("longest", math.inf) > min(window for window in windows if window):
-        differing["window"] = tuple(f"{window} tokens" if window else "without limit" for window in windows)
+        made_with, now = (f"{window} tokens" if window else "without limit" for window in windows)
+        differing["window"] = made_with, now
     return differing
 
 

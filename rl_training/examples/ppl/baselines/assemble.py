@@ -4,7 +4,7 @@ import os
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -92,7 +92,7 @@ def assemble(job: Job, count: int, identity: dict, read: int, seconds: float) ->
         print(f"Plot: {args.plot}")
 
 
-def print_statistics(levels: dict[str, Sequence[float]], counts: dict) -> None:
+def print_statistics(levels: Mapping[str, array], counts: dict) -> None:
     table = Table("Perplexity", box=box.SIMPLE_HEAD)
     for name in ("mean", "median", "min", "max"):
         table.add_column(name, justify="right")

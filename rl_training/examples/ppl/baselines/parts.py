@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 from ..files import write_text
@@ -118,7 +119,8 @@ class Processes:
 
     def __init__(self, device: str | None = None) -> None:
         self.index, self.count = 0, 1
-        self._state = self._lock = None
+        self._state: Any = None  # accelerate.PartialState, of several processes
+        self._lock: Any = None  # the open file that is locked
         self._folder: Path | None = None
         sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
         if any(int(os.environ.get(name, 1)) > 1 for name in sizes):

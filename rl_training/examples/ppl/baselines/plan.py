@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .. import cli
 from ..data import Columns, PromptForm, find_columns, has_reference, load_split
@@ -25,7 +25,7 @@ class Job(NamedTuple):
     args: argparse.Namespace
     output: Path
     parts: Parts
-    dataset: object
+    dataset: Any  # datasets.Dataset, with --streaming datasets.IterableDataset
     columns: Columns
     form: PromptForm
     texts: int | None  # rows to score, where that is known

@@ -167,7 +167,7 @@ def run_page(
     """The page. progress: steps done, of how many. after: held-out prompts after the last step; None: not yet."""
     drawn, others, merged = charts(log_history)
     scores = [
-        (name, NOTES.get(name, ""), *_before_after(value, after and after.scores.get(name, math.nan)))
+        (name, NOTES.get(name, ""), *_before_after(value, after.scores.get(name, math.nan) if after else None))
         for name, value in before.scores.items()
     ]
     pairs = [

@@ -41,6 +41,8 @@ class MultiLevelPPLCalculator:
     splits sentences by. batch_size, max_batch_tokens: limits of one forward pass (None: chosen for the device).
     chat_template_kwargs, tools: what the chat template is given beside the messages, as the policy's prompts are.
 
+    >>> from ppl.models import load_model
+    >>> model, tokenizer, _ = load_model("tiny-stories")
     >>> calculator = MultiLevelPPLCalculator(tokenizer)
     >>> sorted(calculator.compute_all_levels(model=model, texts="Once there was a small fox."))
     ['phrase', 'sentence', 'word']

@@ -23,7 +23,8 @@ def fast_products(model) -> AbstractContextManager:
 def _pays() -> bool:
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # some torch that requirements.txt allows has none
+    # Some torch that requirements.txt allows has no get_capabilities.
+    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
     return "AMD" in capabilities.get("cpu_name", "")
 
 

@@ -127,7 +127,7 @@ def _words(text: str, properties: np.ndarray, sentences: np.ndarray) -> tuple[np
     ends = np.append(sentences[1:], len(text))
     numbers = np.flatnonzero(_flags(len(sentences), np.searchsorted(sentences, special, side="right") - 1))
     for start, end in zip(sentences[numbers].tolist(), ends[numbers].tolist(), strict=True):
-        boundaries = [match.start() for match in _BOUNDARY.finditer(text[start:end])]
+        boundaries = np.array([match.start() for match in _BOUNDARY.finditer(text[start:end])])
         starts_segment[start:end] = _flags(end - start + 1, boundaries)[:-1]
 
     segment_of = np.maximum.accumulate(np.where(starts_segment, np.arange(len(text)), 0))

@@ -26,9 +26,9 @@ REMEDY = {
     "(--num_train_epochs 3), or give --baselines_path.",
     "blank": "The completions are empty or blank: check the prompts' format, and that --max_new_tokens is not tiny.",
     "out of reach": "The baselines are texts that the model cannot match yet: measure against its own writing "
-    "(compute_baselines_trl.py --generate 4), or set lower --reward_thresholds, with --interpolate.",
-    "no spread": "Draw lines between the thresholds (--interpolate), set finer --reward_thresholds, or sample more "
-    "freely (--temperature 1, a larger --num_generations).",
+    "(compute_baselines_trl.py --generate 4), or reward the log-likelihood ratio (--reward_form nats).",
+    "no spread": "Reward the log-likelihood ratio (--reward_form nats), draw lines between the thresholds "
+    "(--interpolate), or sample more freely (--temperature 1, a larger --num_generations).",
     "gamed": "Hold the policy near its start (--beta 0.04), lower --learning_rate, keep --loop_penalty on, or "
     "measure what the model does not write (--target reference). A checkpoint from before is the one to keep.",
 }
@@ -77,11 +77,11 @@ class Diagnostics(TrainerCallback):
         self._steps = 0
         self._in_step = False  # else it is an evaluation that asks for rewards
 
-    def observe(self, call, thresholds, prompts: Sequence, texts: Sequence[str], rewards, log_metric=None) -> None:
-        """call: the reward function's record of its call. rewards: what it returned, None for a skipped row."""
+    def observe(self, call, top: float, prompts: Sequence, texts: Sequence[str], rewards, log_metric=None) -> None:
+        """call: the reward function's record of its call. top: the most a completion can earn. rewards: what it
+        returned, None for a skipped row."""
         raw = call.details["rewards"].tolist()
         average = call.details["improvements"]["avg"].tolist()
-        top = float(thresholds.values.max())
         local = [
             _Sample(
                 repr(prompts[place]), reward, raw[place] <= 0, raw[place] >= top, bool(call.scored[place]),
@@ -93,7 +93,7 @@ class Diagnostics(TrainerCallback):
         # A process may hold part of a group: together they are whole, and stand side by side.
         samples = local
         if torch.distributed.is_initialized():
-            parts = [None] * torch.distributed.get_world_size()
+            parts: list = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(parts, local)
             samples = [sample for part in parts for sample in part]
         found = _summary(samples, self._steps)
@@ -171,7 +171,8 @@ class Diagnostics(TrainerCallback):
         """(distinct-2, length) of the calls relative to the start; 1 before there is one."""
         now = np.mean([[call.distinct_2, call.length] for call in calls], axis=0)
         start = np.mean(self.start, axis=0) if self.start else now
-        return tuple(float(a / b) if b > 0 else 1.0 for a, b in zip(now, start, strict=True))
+        distinct_2, length = (float(a / b) if b > 0 else 1.0 for a, b in zip(now, start, strict=True))
+        return distinct_2, length
 
     def state_dict(self) -> dict:
         """What a resumed run needs to be compared with the same start, and not to repeat itself."""

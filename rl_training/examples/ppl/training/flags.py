@@ -97,7 +97,7 @@ def grpo_fields() -> set[str]:
         folder = importlib.util.find_spec(package).submodule_search_locations[0]
         tree = ast.parse(Path(folder, *parts).read_text(encoding="utf-8"))
         for node in (node for node in tree.body if isinstance(node, ast.ClassDef)):
-            names |= {line.target.id for line in node.body if isinstance(line, ast.AnnAssign)}
+            names |= {ast.unparse(line.target) for line in node.body if isinstance(line, ast.AnnAssign)}
     return names
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from .. import cli
 from ..baselines.file import BaselineError, Baselines, check_meta, read_meta
@@ -28,11 +29,11 @@ class Job:
     column_meta: Baselines  # no rows: how the data set's columns `baseline_...` were made, if it says so
     policy_load: dict  # keywords of `load_model`
     scorer_load: dict
-    train_rows: object  # data sets of `prepare_dataset`
-    heldout_rows: object
-    eval_rows: object | None
+    train_rows: Any  # data sets of `prepare_dataset`
+    heldout_rows: Any
+    eval_rows: Any | None
     without_unsloth: str | None  # why, if it is not used
-    config: object  # TRL's GRPOConfig
+    config: Any  # TRL's GRPOConfig
     asked: dict  # its fields as they were asked for
     defaults: dict  # and as they are otherwise
 

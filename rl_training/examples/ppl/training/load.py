@@ -1,6 +1,6 @@
 """Policy and scorer, the same model with its adapter on and off or two: loaded, and what was trained saved."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..chat import render_prompt
 from ..models import add_lora, load_model
@@ -10,8 +10,8 @@ from .merge import save_merged
 
 
 class Loaded(NamedTuple):
-    model: object
-    tokenizer: object
+    model: Any
+    tokenizer: Any
 
 
 def load_policy_and_scorer(job: Job) -> tuple[Loaded, Loaded]:

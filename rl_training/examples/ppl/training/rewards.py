@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from .diagnostics import Diagnostics
 from .job import Job
 
 _NO_COLUMNS = ("prompt", "completion", "completion_ids")  # TRL gives them under names of its own
-Reward = tuple[Callable, float]  # a function in TRL's calling convention, and its weight
+Reward = tuple[Any, float]  # a function in TRL's calling convention, and its weight
 
 
 def weighted(job: Job, rewards: Sequence[Reward]) -> list[Reward]:
