@@ -20,13 +20,17 @@ from hypothesis import strategies as st
 import compute_baselines_trl
 from ppl.baselines import safe_pickle
 from ppl.baselines.file import SUFFIXES, BaselineError, Baselines, check_meta, meta_path
-from ppl.data import stable_id
+from ppl.data import PromptForm, stable_id
 from ppl.definitions import LEVELS
 
 RECORD = {"word": 45.25, "phrase": 47.5, "sentence": 51.125, "n_tokens": 12, "prompt_id": stable_id("Once")}
 META = {
     "target": "completion",
     "definitions": {"max_phrase_words": 4, "language": "en", "aggregation": "geometric"},
+    "prompt": {
+        **PromptForm().identity,
+        **{"chat_template": "4567", "chat_template_kwargs": {"enable_thinking": True}, "tools": None},
+    },
     "tokenizer": "0123",
     "model": {"dtype": "float32", "quantization": "none", "weights": "abcd", "name": "gpt2"},
     "window": 512,
@@ -39,7 +43,7 @@ META = {
         "num_samples": None,
     },
 }
-IDENTITY = {key: META[key] for key in ("target", "definitions", "tokenizer", "model", "window")}
+IDENTITY = {key: META[key] for key in ("target", "definitions", "prompt", "tokenizer", "model", "window")}
 
 # --- written and read ------------------------------------------------------------------------------------------------
 
@@ -96,6 +100,32 @@ def test_find():
     assert baselines.find("unknown", "Once")[0] == 45.25  # by the hash of the prompt
     assert baselines.find("unknown", "Twin") is None  # two rows have it
     assert baselines.find(None, [{"role": "user", "content": "?"}]) is None
+
+
+def test_a_baseline_is_of_one_prompt_and_no_other():
+    baselines = Baselines({"0": {**RECORD, "prompt_start": "Once"}}, META, "b.pkl")
+    assert baselines.find("0", "Once")[0] == baselines.find(0, "Once")[0] == baselines.find("0", None)[0] == 45.25
+    with pytest.raises(BaselineError) as caught:
+        baselines.find(0, "Quantum fox\nzz", index=4)
+    for part in ("row 4 with the id 0", "'Quantum fox zz'", "b.pkl", "'Once'", "compute_baselines_trl.py"):
+        assert part in str(caught.value)
+    with pytest.raises(BaselineError, match=r"another prompt under this id"):  # a file from before beginnings were kept
+        Baselines({"0": RECORD}).find("0", [{"role": "user", "content": "Once"}])
+    with pytest.raises(BaselineError, match=r"row 1 with the id 0"):  # ids that start anew in each split
+        Baselines({0: RECORD, 1: RECORD}).check_coverage([0, 0], ["Once", "Twice"])
+    with pytest.raises(BaselineError, match=r"row 0 with the id 0"):  # also where rows may lack one
+        Baselines({0: RECORD}).check_coverage([0], ["Twice"], needed=False)
+    Baselines({0: RECORD}).check_coverage([7], ["Twice"], needed=False)
+
+
+def test_a_reference_that_is_measured_has_no_other_ones_baseline():
+    record = {**RECORD, "reference_id": stable_id(" upon a time")}
+    baselines = Baselines({"a": record, "Once": RECORD}, META, "b.pkl")
+    assert baselines.find("a", "Once", " upon a time")[0] == 45.25
+    assert baselines.find("b", "Once", " upon a hill") is None  # neither by the prompt nor by its hash
+    with pytest.raises(BaselineError, match=r"has a reference that begins 'upon a hill'.*another reference under this"):
+        baselines.find("a", "Once", " upon a hill")
+    assert baselines.find("a", "Once")[0] == 45.25  # a completion's baseline is its prompt's
 
 
 def test_coverage_names_the_rows_that_lack_a_baseline():
@@ -427,6 +457,15 @@ def test_the_same_is_accepted():
         ("model.dtype", "bfloat16", {"dtype": "bfloat16"}),
         ("model.quantization", "4bit", {"load_in_4bit": True}),
         ("window", 256, {"max_seq_length": 256}),
+        ("prompt.prompt_template", "Go on: {prompt}", {"prompt_template": "Go on: {prompt}"}),
+        ("prompt.chat", True, {"chat": True}),
+        ("prompt.prompt_sentences", 2, {"prompt_sentences": 2}),
+        (
+            "prompt.chat_template_kwargs",
+            {"enable_thinking": False},
+            {"chat_template_kwargs": {"enable_thinking": False}},
+        ),
+        ("prompt.chat_template", "89ab", {}),
     ],
 )
 def test_what_differs_is_refused_with_both_values_and_a_command(path, value, flags):

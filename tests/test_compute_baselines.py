@@ -26,7 +26,7 @@ from ppl.baselines import parts
 from ppl.baselines import run as baseline_run
 from ppl.baselines.file import SUFFIXES, BaselineError, Baselines, check_meta, read_meta
 from ppl.baselines.plot import plot_levels
-from ppl.data import load_split, stable_id
+from ppl.data import Columns, PromptForm, load_split, prepare_rows, stable_id
 from ppl.definitions import LEVELS
 from ppl.errors import InputError
 
@@ -162,6 +162,46 @@ def test_chat_messages_and_a_text_without_reference(toy):
     expected = brute_force.all_levels(model, tokenizer, "The fox was small.", window=200)
     found = Baselines.load("text.pkl").find(None, "The fox was small.")
     assert found == pytest.approx(list(expected.values()), rel=1e-4)
+
+
+def test_prompts_are_made_as_in_training(toy):
+    """Sentences, a template and the chat template: text, ids and what the meta file says of them."""
+    texts = ["The fox was small. It ran home. The end.", "Once upon a time. There was a fox.", "One sentence only."]
+    write_rows("rows.jsonl", [{"text": text} for text in texts])
+    flags = ["--prompt_sentences", 1, "--prompt_template", "Go on: {prompt}", "--chat", "--system_prompt", "You write."]
+    assert run("--model_name", toy, "--dataset_name", "rows.jsonl", *flags, "--output_path", "b.pkl") == 0
+    form = PromptForm("Go on: {prompt}", True, "You write.", 1)
+    rows = prepare_rows(load_split("rows.jsonl"), Columns("text", None, None), form)
+    found = Baselines.load("b.pkl")
+    assert list(found) == list(rows["id"]) and len(rows) == 2
+    found.check_coverage(rows["id"], rows["prompt"], rows["reference"])
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(toy).eval(), AutoTokenizer.from_pretrained(toy)
+    messages = [{"role": "system", "content": "You write."}, {"role": "user", "content": "Go on: The fox was small."}]
+    context = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    expected = brute_force.all_levels(model, tokenizer, " It ran home. The end.", context, window=200)
+    assert found[rows["id"][0]] == pytest.approx(list(expected.values()), rel=1e-4)
+    assert {**form.identity, "chat_template_kwargs": {}}.items() <= found.meta["prompt"].items()
+
+    # The prompts of strings go through no template.
+    assert run("--model_name", toy, "--dataset_name", "rows.jsonl", "--output_path", "text.pkl") == 0
+    assert Baselines.load("text.pkl").meta["prompt"] == PromptForm().identity
+
+
+def test_several_messages_as_reference(toy):
+    chat = [{"role": "user", "content": "Tell me of the fox."}]
+    asked = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "look"}}]}
+    said = [asked, {"role": "tool", "content": "It is red."}, {"role": "assistant", "content": "The fox was red."}]
+    Path("template.jinja").write_text(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content or 'CALLS' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{{ mark }}{% endif %}"
+    )
+    write_rows("chat.jsonl", [{"prompt": chat, "completion": said, "id": 7}])
+    flags = ["--chat_template_path", "template.jinja", "--chat_template_kwargs", '{"mark": "!"}']
+    assert run("--model_name", toy, "--dataset_name", "chat.jsonl", "--output_path", "chat.pkl", *flags) == 0
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(toy).eval(), AutoTokenizer.from_pretrained(toy)
+    context = "<|user|>Tell me of the fox.<|assistant|>CALLS<|tool|>It is red.<|assistant|>!"
+    expected = brute_force.all_levels(model, tokenizer, "The fox was red.", context, window=200)
+    assert Baselines.load("chat.pkl")[7] == pytest.approx(list(expected.values()), rel=1e-4)
 
 
 def test_the_commands_of_the_guide(toy, capsys):

@@ -10,7 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from multi_level_ppl_trl import MultiLevelPPLCalculator
+from ppl.errors import InputError
 from ppl.frozen import base_parameters, frozen
+from ppl.scoring.surprisal import SurprisalScorer
+from ppl.scoring.tokens import TextEncoder
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -168,3 +171,32 @@ def test_a_merged_adapter_is_refused_and_the_model_left_alone():
 def test_base_parameters_are_those_of_the_model_without_adapters(make):
     found = [parameter.double().sum().item() for parameter in base_parameters(make())]
     assert found == [parameter.double().sum().item() for parameter in plain().parameters()]
+
+
+# --- adapters that are more, or less, than layers --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_an_adapter_that_trains_the_models_own_biases_is_refused(bias, in_place):
+    """Off, it would leave them trained: the frozen reference would move with the policy."""
+    config = peft.LoraConfig(target_modules=["q_proj"], bias=bias)
+    base = toys.llama(attention_bias=True)
+    model = peft.inject_adapter_in_model(config, base) if in_place else peft.get_peft_model(base, config)
+    with pytest.raises(InputError, match=f"bias='{bias}'"), frozen(model):
+        pass
+    with frozen(model, adapters=True):  # as it stands there is nothing to turn off
+        pass
+
+
+@pytest.mark.parametrize(
+    "config", [peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+               peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")],
+)  # fmt: skip
+def test_prompt_tuning_is_off_for_the_reference_and_refused_where_it_is_to_count(config, tokenizer):
+    model = peft.get_peft_model(toys.llama(), config)
+    encoded = TextEncoder(tokenizer).encode(["The fox"], [" said nothing."])
+    [off], [base] = SurprisalScorer(model).score(encoded), SurprisalScorer(toys.llama()).score(encoded)
+    assert off.tolist() == pytest.approx(base.tolist(), rel=1e-5)
+    with pytest.raises(InputError, match=f"the adapter is {type(config).__name__.removesuffix('Config')}"):
+        SurprisalScorer(model, adapters=True)

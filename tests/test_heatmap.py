@@ -75,12 +75,36 @@ def test_contrast_is_measured_as_wcag_does():
     assert contrast("#777777", "rgb(255, 255, 255)") == pytest.approx(4.48, abs=0.005)
 
 
-@pytest.mark.parametrize("palette, direction", [(heatmap.LIGHT, -1), (heatmap.DARK, 1)])
-def test_text_is_legible_on_each_colour_and_lightness_orders_them(palette, direction):
-    assert len(palette) == 21
+@pytest.mark.parametrize(
+    "palette, direction, size",
+    [(heatmap.LIGHT, -1, 21), (heatmap.DARK, 1, 21), (heatmap.LIGHT_HELPED, -1, 11), (heatmap.DARK_HELPED, 1, 11)],
+)
+def test_text_is_legible_on_each_colour_and_lightness_orders_them(palette, direction, size):
+    assert len(palette) == size
     assert min(contrast(background, text) for background, text in palette) >= 4.5
     ordered = [direction * luminance(background) for background, _ in palette]
-    assert ordered == sorted(ordered) and len(set(ordered)) == 21
+    assert ordered == sorted(ordered) and len(set(ordered)) == size
+
+
+@pytest.mark.parametrize(
+    "ratio, shade",
+    [(1.0, "c0"), (0.9999999, "c0"), (2.0, "c2"), (0.99, "d0"), (0.71, "d0"), (0.7, "d1"), (0.5, "d2"), (1e-9, "d10"),
+     (0.0, "d10")],
+)  # fmt: skip
+def test_below_one_a_second_hue_has_a_colour_for_half_a_halving(ratio, shade):
+    assert heatmap.shade(ratio) == shade
+
+
+def test_nested_units_have_the_hue_of_their_sign_and_show_their_three_surprisals():
+    units = {
+        level: [unit(0, 8, ratio, 3) | {"a": 9.5, "b": 8.25, "c": 7.0}]
+        for level, ratio in (("word", 77.46), ("phrase", 0.5), ("sentence", 1.5))
+    }
+    found = heatmap.heatmap(units, "The fox ran. ", {"word": 77.46, "phrase": 0.5, "sentence": 1.5})
+    assert re.findall(r'<span class="([cd]\d+)" title="([^"]*)"', found) == [
+        (name, f"perplexity {shown} · 3 tokens · surprisal in its phrase 9.50, sentence 8.25, text 7.00 nats")
+        for name, shown in (("c12", "77.5"), ("d2", "0.50"), ("c1", "1.50"))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -217,7 +241,7 @@ def test_every_unit_has_its_colour_its_numbers_and_legible_text(browser, page, e
 @pytest.mark.browser
 def test_the_legend_has_the_numbers_at_which_its_colours_start(browser, page):
     browser.open(page)
-    numbers = browser.value("[...document.querySelectorAll('.scale li')].map(li => li.textContent)")
+    numbers = browser.value("[...document.querySelectorAll('.scale > ol > li')].map(li => li.textContent)")
     assert len(numbers) == 21
     assert {place: shown for place, shown in enumerate(numbers) if shown} == {
         0: "1", 4: "4", 8: "16", 12: "64", 16: "256", 20: "1024+",

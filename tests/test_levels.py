@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator
 from ppl.definitions import AGGREGATIONS
 from ppl.scoring.levels import level_perplexities, unit_sums
+from ppl.scoring.surprisal import SurprisalScorer
 from ppl.scoring.tokens import TextEncoder
 from ppl.scoring.units import segment
 
@@ -306,6 +307,28 @@ def test_explain_lists_the_units_with_their_numbers(model, calculator):
         for unit in explained[level]:
             assert unit["text"] == TEXT[unit["start"] : unit["end"]]
             assert unit["perplexity"] == pytest.approx(math.exp(unit["surprisal"] / unit["n_tokens"]))
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_explain_has_the_levels_perplexities_from_the_same_pass(model, tokenizer, aggregation, monkeypatch):
+    calculator = MultiLevelPPLCalculator(tokenizer, aggregation=aggregation)
+    expected = calculator.compute_all_levels(model, TEXT, "Well. ")
+    passes = []
+    score = SurprisalScorer.score
+    monkeypatch.setattr(SurprisalScorer, "score", lambda self, encoded: passes.append(1) or score(self, encoded))
+    explained = calculator.explain(model, TEXT, "Well. ")
+    assert explained.perplexities == pytest.approx(expected, rel=1e-9)
+    assert len(passes) == 1
+
+
+def test_scores_count_the_tokens_that_were_read(model, tokenizer):
+    calculator = MultiLevelPPLCalculator(tokenizer)
+    pairs = [("Well. ", TEXT), ("", "Once."), ("Well. ", TEXT), ("", "")]
+    encoded = TextEncoder(tokenizer).encode(*zip(*pairs, strict=True))
+    scores = calculator.score(model, pairs)
+    assert scores.tokens.tolist() == [len(one.positions) for one in encoded]
+    assert scores.read.tolist() == [len(one.ids) for one in encoded]
+    assert scores.longest == max(len(one.ids) for one in encoded)
 
 
 def test_explain_and_compute_all_levels_agree(model, calculator):

@@ -1,5 +1,7 @@
 """With a reference as target: the part of a completion that counts, the template, and what both do to the numbers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import toys
@@ -12,6 +14,7 @@ from ppl.reference_context import ReferenceContext
 from ppl.reward.function import MultiLevelPPLRewardFunction
 from ppl.scoring.calculator import MultiLevelPPLCalculator
 
+DOCUMENTED = r".*In summary[:,]\s*(.*?)\s*$"
 PLAN = "Let me think.\nIn summary: the fox runs\nhome."
 
 
@@ -20,6 +23,7 @@ PLAN = "Let me think.\nIn summary: the fox runs\nhome."
     [
         (None, PLAN, True),
         ("In summary:(.*)", " the fox runs\nhome.", True),
+        (DOCUMENTED, "the fox runs\nhome.", True),
         ("summary: the fox", "summary: the fox", True),
         ("(?:plan|summary): (?<it>the)", "the", True),
         ("<answer>(.*)</answer>", PLAN, False),
@@ -28,6 +32,21 @@ PLAN = "Let me think.\nIn summary: the fox runs\nhome."
 )
 def test_the_first_group_counts_or_the_match_or_all(pattern, part, matched):
     assert ReferenceContext(pattern).extracted(PLAN) == (part, matched)
+
+
+@pytest.mark.parametrize(
+    ("completion", "part"),
+    [
+        ("In summary: no.\nBut wait. In summary, the fox\nruns home. \n", "the fox\nruns home."),
+        ("In summary: yes. In summary:", ""),
+        ("in summary: said nobody", "in summary: said nobody"),
+    ],
+)
+def test_the_documented_expression_takes_what_vr_cli_takes(completion, part):
+    """What follows the last of them, stripped; without one the whole."""
+    assert ReferenceContext(DOCUMENTED).extracted(completion)[0] == part
+    guide = (Path(__file__).parent.parent / "MULTILEVEL_PPL_GUIDE.md").read_text(encoding="utf-8")
+    assert f'--extract "{DOCUMENTED}"' in guide
 
 
 def test_a_pattern_that_tries_too_many_ways_is_named():

@@ -56,6 +56,24 @@ def test_a_record_is_found_by_its_prompts_hash_if_that_names_one_row():
         baseline_of(reward({"text": 5}, baselines=twice))
 
 
+def test_a_baseline_of_another_prompt_under_the_same_id_is_refused():
+    function = reward({"text": 5}, baselines={"a": {**levels(70), "prompt_id": stable_id("p")}}, missing="skip")
+    assert baseline_of(function, id=["a"]) == 70
+    with pytest.raises(BaselineError, match=r"row 1 with the id 'a' has a prompt that begins 'q'"):
+        function(["p", "q"], ["text"] * 2, id=["a", "a"])
+
+
+def test_a_changed_reference_is_scored_anew_and_not_measured_against_the_old_one():
+    """Its baseline is PPL(reference | prompt): 200, not the 100 that another reference had behind this prompt."""
+    old = {**levels(100), "prompt_id": stable_id("p"), "reference_id": stable_id("old")}
+    perplexities = {("p", "new"): 200, ("p plan", "new"): 199}
+    for baselines in ({stable_id("p", "old"): old}, {"p": levels(100)}):
+        function = reward(perplexities, target="reference", baselines=baselines)
+        assert function(["p"], [" plan"], reference=["new"]) == pytest.approx([0.5])  # 0.5 %
+    with pytest.raises(BaselineError, match="another reference under this id"):
+        reward(perplexities, target="reference", baselines={"a": old})(["p"], [" plan"], reference=["new"], id=["a"])
+
+
 def test_a_chat_prompt_is_found_by_its_hash():
     prompt = [{"role": "user", "content": "p"}]
     function = reward({"text": 5}, baselines={stable_id(prompt): levels(50)})

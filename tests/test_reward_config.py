@@ -54,6 +54,7 @@ def config(tmp_path, monkeypatch):
         ("model_name: tiny-stories\nreward_thresholds: [[1, 0.5], [1, 0.7]]", ["1 % twice"]),
         ("model_name: tiny-stories\nreward_thresholds: 3", ["reward.yaml"]),
         ("model_name: tiny-stories\nbaselines: none.pkl", ["none.pkl", "compute_baselines_trl.py"]),
+        ("model_name: tiny-stories\nchat_template_path: none.jinja", ["none.jinja", "a chat template in Jinja"]),
         ("model_name: ./nowhere", ["nowhere", "does not exist"]),
     ],
 )

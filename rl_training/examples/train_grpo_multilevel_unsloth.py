@@ -17,13 +17,13 @@ from ppl.definitions import (
     DEFAULT_TARGET,
     DEFAULT_TEMPERATURE,
     DEFAULT_WEIGHTS,
+    FORMS,
     MISSING,
     TARGETS,
 )
 from ppl.reward.loop_guard import WEIGHT
 from ppl.training import flags as train_flags
 from ppl.training.config import REPORTERS
-from ppl.training.job import prepare
 from ppl.training.resume import LATEST
 
 
@@ -60,7 +60,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     reward.add_argument(
         "--extract", metavar="REGEX",
         help="with --target reference, the part of a completion that counts: the first group or the match, such as "
-        "'In summary:(.*)' (default, and without a match: all of it)",
+        "'.*In summary[:,]\\s*(.*?)\\s*$' (default, and without a match: all of it)",
     )  # fmt: skip
     cli.add_template_flag(reward)
     reward.add_argument(
@@ -72,6 +72,10 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
         help="from improvement to reward (default: 0.05:0.2 0.5:0.5 1:0.7 2:0.9 3:1)",
     )  # fmt: skip
     reward.add_argument("--interpolate", action="store_true", help="linear between the thresholds instead of steps")
+    reward.add_argument(
+        "--reward_form", choices=FORMS, default=FORMS[0],
+        help="nats: the log-likelihood ratio to the baseline, dense, instead of thresholds",
+    )  # fmt: skip
     reward.add_argument("--normalize_rewards", action="store_true", help="mean 0, standard deviation 1 in each call")
     reward.add_argument(
         "--loop_penalty", type=float, default=WEIGHT, metavar="W",
@@ -158,20 +162,24 @@ def make_rewards(job, scorer):
 
     rewards = [(MultiLevelPPLRewardFunction(*scorer, job.baselines, **job.settings), 1.0)]
     if job.args.loop_penalty:
-        rewards.append(loop_guard(job.args.loop_penalty, job.settings["reward_thresholds"], job.normalized_over))
+        thresholds, form = job.settings["reward_thresholds"], job.settings["form"]
+        rewards.append(loop_guard(job.args.loop_penalty, thresholds, job.normalized_over, form))
     return rewards
 
 
 def make_trainer(job, policy, rewards):
-    """The trainer, any of TRL's that takes reward functions.
+    """The trainer: TRL's GRPOTrainer, which goes on where it was stopped and reads prompts as the scorer does.
 
-    Edit this function to swap it. RLOO takes the same fields:
+    Edit this function to swap it for another one of TRL's that takes reward functions:
 
+        import dataclasses
         from trl import RLOOConfig, RLOOTrainer
 
         fields = {field.name for field in dataclasses.fields(RLOOConfig) if field.init}
-        config = RLOOConfig(**{name: value for name, value in vars(job.config).items() if name in fields})
-        return RLOOTrainer(model=..., args=config, ...)  # the rest as below, without `chat`
+        asked = {name: value for name, value in job.asked.items() if name in fields}
+        config = RLOOConfig(**{**asked, "reward_weights": job.config.reward_weights})
+        functions = [function for function, _ in rewards]
+        return RLOOTrainer(policy.model, functions, config, job.train_rows, job.eval_rows, policy.tokenizer)
 
     job: `ppl.training.job.Job`. policy: the model that is trained and its tokenizer. rewards: of `make_rewards`.
     """
@@ -195,6 +203,8 @@ def main(argv=None) -> int:
 
 
 def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
+    from ppl.training.job import prepare
+
     job = prepare(args, rest, command, prepare_dataset)  # imports Unsloth: what imports TRL has to come after it
 
     from ppl.pages.run import finish_report, start_report
@@ -209,7 +219,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     perplexity = rewards[0][0]
     watch(trainer, job, perplexity)
     job.write_config()
-    held_out = HeldOutPrompts(job, policy, scorer, rewards, trainer.state)
+    held_out = HeldOutPrompts(job, policy, scorer, rewards, trainer)
     page = start_report(job, perplexity, held_out.before())
     trainer.add_callback(page)
     trainer.train(resume_from_checkpoint=job.checkpoint)

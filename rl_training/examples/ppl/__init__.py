@@ -10,6 +10,7 @@ Each wing's __init__.py is its map. A wing imports those above it; training and 
 pages shows what training has measured. What several wings share stands in this folder:
 
 definitions.py        tables of choices and defaults; imports nothing
+languages.py          codes of languages, and what is none
 errors.py             the exception that is the user's to mend
 files.py              the only place that writes a file
 cli.py                the flags that scripts share, and how a script ends

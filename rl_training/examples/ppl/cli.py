@@ -18,6 +18,7 @@ from .definitions import (
     DTYPES,
 )
 from .errors import InputError
+from .languages import checked_language
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -99,7 +100,9 @@ def add_definition_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max_phrase_words", type=positive_int, default=DEFAULT_PHRASE_WORDS, help="most words of a phrase"
     )
-    group.add_argument("--language", default=DEFAULT_LANGUAGE, help="ISO 639 code for splitting sentences")
+    group.add_argument(
+        "--language", type=_language, default=DEFAULT_LANGUAGE, help="ISO 639 code for splitting sentences"
+    )
     group.add_argument(
         "--aggregation", choices=AGGREGATIONS, default=DEFAULT_AGGREGATION,
         help="mean over a level's units; selective: of the most surprising fifth of the words, the median phrase, and "
@@ -146,6 +149,13 @@ def _json_object(text: str) -> dict:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'{text!r}, expected a JSON object such as {{"enable_thinking": false}}')
     return value
+
+
+def _language(text: str) -> str:
+    try:
+        return checked_language(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def positive_int(text: str) -> int:

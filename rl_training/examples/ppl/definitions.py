@@ -6,6 +6,7 @@ BASELINE_COLUMNS = tuple(f"baseline_{level}" for level in LEVELS)  # of a data s
 # Choices
 AGGREGATIONS = ("geometric", "arithmetic", "selective", "nested")
 TARGETS = ("completion", "reference")
+FORMS = ("thresholds", "nats")  # of the reward
 MISSING = ("error", "skip")  # what to do with a row without a baseline
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -19,9 +20,11 @@ DEFAULT_PROMPT_TEMPLATE = "{prompt}"
 
 # From improvement to reward
 DEFAULT_WEIGHTS = (0.2, 0.3, 0.5)  # of word, phrase and sentence
-# (improvement in %, reward): Gurung & Lapata, "Learning to Reason for Long-Form Story Generation",
-# https://arxiv.org/abs/2503.22828
+# (improvement in %, reward), as the guide that this project began with has them. Those of VR-CLI (Gurung & Lapata,
+# https://arxiv.org/abs/2503.22828) are (0.05, 0.5), (1, 0.9), (2, 1).
 DEFAULT_THRESHOLDS = ((0.05, 0.2), (0.5, 0.5), (1.0, 0.7), (2.0, 0.9), (3.0, 1.0))
+
+NATS_CLIP = 0.5  # how far form="nats" goes from 0: a perplexity that is 39 % lower or 65 % higher
 
 # Of sampling, for baselines as in training
 DEFAULT_MAX_NEW_TOKENS = 128

@@ -20,8 +20,10 @@ def frozen(model: torch.nn.Module, adapters: bool = False) -> Iterator[None]:
     adapters: leave them as they are instead: the model as it stands, without dropout or gradients.
 
     Restores, also after an exception: train/eval of every module, which adapters are on, `requires_grad`, the
-    environment. Raises `InputError` if an adapter is merged into the weights, where it cannot be turned off.
+    environment. Raises `InputError` for an adapter that cannot be turned off: one that is merged into the weights, or
+    that trains the model's own biases.
     """
+    _check_adapters(model, adapters)
     with ExitStack() as stack:
         stack.enter_context(patch_environment(**_UNSLOTH))
         training = [module for module in model.modules() if module.training]
@@ -36,6 +38,28 @@ def frozen(model: torch.nn.Module, adapters: bool = False) -> Iterator[None]:
         for device_type in {parameter.device.type for parameter in model.parameters()}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
+
+
+def _check_adapters(model: torch.nn.Module, adapters: bool) -> None:
+    # A PeftModel has the settings of its adapters; so has a model into which they were injected.
+    wrapped = [model, *(getattr(one, "model", None) for one in (model, getattr(model, "base_model", None)))]
+    settings = [one for module in wrapped for one in (getattr(module, "peft_config", None) or {}).values()]
+    for one in settings:
+        if not adapters and getattr(one, "bias", "none") != "none":
+            raise InputError(
+                f"the adapter has bias={one.bias!r}: it trains biases of the model itself, which cannot be turned off "
+                "to score with the model as it was: use bias='none', or another model as scorer"
+            )
+
+
+def check_weights_only(model: torch.nn.Module) -> None:
+    """Raises `InputError` for prompt and prefix tuning, which change a model's input and none of its weights."""
+    for one in (getattr(model, "peft_config", None) or {}).values():
+        if getattr(one, "is_prompt_learning", False):
+            raise InputError(
+                f"the adapter is {type(one).__name__.removesuffix('Config')}, which stands before the text and is no "
+                "part of the weights: how far it moves the model is not measured; use LoRA, or another adapter of layers"
+            )
 
 
 def base_parameters(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:

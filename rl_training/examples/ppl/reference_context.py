@@ -15,16 +15,17 @@ class ReferenceContext:
 
     extract: a regular expression (`.` also matches line breaks); of a completion only the first match's first group
         counts, or the match if it has none. A completion without a match counts whole, as in VR-CLI
-        (https://arxiv.org/abs/2503.22828), where it is what follows "In summary:".
+        (https://arxiv.org/abs/2503.22828), where it is what follows the last "In summary:" or "In summary,", stripped:
+        that is the expression of the example.
     template: a format string with {prompt}, {completion} and {reference} once each and in this order, {reference} last;
         what stands between is context. For models that need turns marked.
     target: what the reward measures; both belong to "reference" alone.
 
     Raises `InputError` for an expression or a template that is none, or with another target.
 
-    >>> template = "{prompt}\\nPlan:{completion}\\nChapter: {reference}"
-    >>> joined = ReferenceContext(extract="In summary:(.*)", template=template)
-    >>> joined.context("A fox.", joined.extracted("Let me think. In summary: it runs.")[0])
+    >>> template = "{prompt}\\nPlan: {completion}\\nChapter: {reference}"
+    >>> joined = ReferenceContext(extract=r".*In summary[:,]\\s*(.*?)\\s*$", template=template)
+    >>> joined.context("A fox.", joined.extracted("In summary: what? Let me think. In summary, it runs.")[0])
     'A fox.\\nPlan: it runs.\\nChapter: '
     """
 

@@ -3,7 +3,6 @@
 import itertools
 
 import regex
-import sentencex
 
 LINE_BREAKS = "\n\v\f\r\x85\u2028\u2029"
 # sentencex 1.0.32 panics on "Z\xa0.": a capital, a space outside ASCII, a full stop.
@@ -12,6 +11,8 @@ _SPACE_BEFORE_STOP = regex.compile(r"[^\S\x00-\x7f](?=\.)")
 
 def sentence_starts(text: str, language: str) -> list[int]:
     """Offsets of the text's sentences, in order. language: ISO 639 code."""
+    import sentencex  # here, since --help imports this file
+
     readable = _SPACE_BEFORE_STOP.sub(" ", text)
     starts, end = [], 0
     for sentence in sentencex.segment(language, readable):

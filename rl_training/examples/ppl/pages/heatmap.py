@@ -28,6 +28,17 @@ DARK = (
     ("#e67d1d", "#0f0c0a"), ("#ed9223", "#0f0c0a"), ("#f3a732", "#0f0c0a"), ("#f8bd48", "#0f0c0a"),
     ("#fbd35f", "#0f0c0a"),
 )  # fmt: skip
+# The same downwards from 1, for what nested levels measure at phrases and sentences: how much what stands before helps.
+LIGHT_HELPED = (
+    ("#f0f6fc", "#15120f"), ("#d5e5f4", "#15120f"), ("#bbd5eb", "#15120f"), ("#a1c4e3", "#15120f"),
+    ("#86b3da", "#15120f"), ("#6ba3d2", "#15120f"), ("#4f92c9", "#15120f"), ("#3584c1", "#15120f"),
+    ("#1671af", "#ffffff"), ("#00619d", "#ffffff"), ("#00518c", "#ffffff"),
+)  # fmt: skip
+DARK_HELPED = (
+    ("#172028", "#ffffff"), ("#1e2f3d", "#ffffff"), ("#253e52", "#ffffff"), ("#2c4d68", "#ffffff"),
+    ("#335d7f", "#ffffff"), ("#3a6e97", "#ffffff"), ("#417fb0", "#0f0c0a"), ("#4890c9", "#0f0c0a"),
+    ("#58a2dd", "#0f0c0a"), ("#6ab3f0", "#0f0c0a"), ("#7bc5ff", "#0f0c0a"),
+)  # fmt: skip
 
 
 def heatmap(
@@ -81,6 +92,18 @@ def colour(perplexity: float) -> int:
     return min(max(math.floor(STEPS_PER_DOUBLING * math.log2(perplexity)), 0), len(LIGHT) - 1)
 
 
+def shade(perplexity: float) -> str:
+    """The CSS class of a unit: c and its place in `LIGHT` and `DARK`; below 1, d and that in `LIGHT_HELPED`.
+
+    >>> shade(4.0), shade(0.9), shade(0.25)
+    ('c4', 'd0', 'd4')
+    """
+    if perplexity >= 1 - 1e-6:  # up to rounding
+        return f"c{colour(perplexity)}"
+    doublings = -math.log2(perplexity) if perplexity > 0 else math.inf
+    return f"d{min(math.floor(min(STEPS_PER_DOUBLING * doublings, 1e9)), len(LIGHT_HELPED) - 1)}"
+
+
 def number(value: float) -> str:
     """Three digits or more: 1.04, 12.3, 45,678, 1.2e+07."""
     if value >= 1e6:
@@ -112,5 +135,8 @@ def _template():
     return ENVIRONMENT.get_template("heatmap.html.j2").module
 
 
-ENVIRONMENT.globals.update(LEVELS=LEVELS, LIGHT=LIGHT, DARK=DARK, STEPS_PER_DOUBLING=STEPS_PER_DOUBLING)
-ENVIRONMENT.filters.update(colour=colour, number=number, one_line=one_line)
+ENVIRONMENT.globals.update(
+    LEVELS=LEVELS, LIGHT=LIGHT, DARK=DARK, LIGHT_HELPED=LIGHT_HELPED, DARK_HELPED=DARK_HELPED,
+    STEPS_PER_DOUBLING=STEPS_PER_DOUBLING,
+)  # fmt: skip
+ENVIRONMENT.filters.update(shade=shade, number=number, one_line=one_line)

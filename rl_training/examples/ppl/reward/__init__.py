@@ -5,6 +5,7 @@ sampled.py       which completions are scored as the ids that were sampled
 cache.py         perplexities already computed, for as long as the scorer's weights stay as they are
 first_visits.py  without baselines: a prompt's first completions make its own
 thresholds.py    improvement in percent -> reward
+nats.py          log-likelihood ratio -> reward
 loop_guard.py    a second reward function: what a loop costs
 config.py        the reward as a YAML file describes it, for programs that take a function by its name
 """

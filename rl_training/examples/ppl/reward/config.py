@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from ..chat import read_template
 from ..definitions import DTYPES
 from ..errors import InputError, one_of
 from ..models import load_model, model_path
@@ -81,6 +82,9 @@ def read_settings(path: str | Path | None = None) -> dict:
         settings["baselines"] = str(path.parent / settings["baselines"])
         if not os.path.exists(settings["baselines"]):
             raise InputError(f"{path}: baselines {settings['baselines']} do not exist: see compute_baselines_trl.py")
+    if isinstance(settings.get("chat_template_path"), str):
+        settings["chat_template_path"] = str(path.parent / settings["chat_template_path"])
+        read_template(settings["chat_template_path"])
     if str(settings["model_name"]).startswith("."):
         settings["model_name"] = str(path.parent / settings["model_name"])
     try:

@@ -21,8 +21,10 @@ from ..definitions import (
     DEFAULT_TEMPLATE,
     DEFAULT_THRESHOLDS,
     DEFAULT_WEIGHTS,
+    FORMS,
     LEVELS,
     MISSING,
+    NATS_CLIP,
     TARGETS,
 )
 from ..errors import InputError, one_of
@@ -35,6 +37,7 @@ from ..scoring.surprisal import SurprisalScorer
 from ..scoring.tokens import Sampled
 from .cache import PerplexityCache
 from .first_visits import FirstVisits
+from .nats import clipped, nats
 from .sampled import those_of
 from .thresholds import Thresholds, checked_weights, normalized
 
@@ -49,7 +52,7 @@ class MultiLevelPPLRewardFunction:
     Per level, improvement = 100 * (baseline - current) / baseline, in percent; the three are averaged by `weights`, and
     the reward is that of the highest of `reward_thresholds` reached. "current" is the perplexity of the completion
     given its prompt (`target="completion"`), or of the row's reference given prompt and completion
-    (`target="reference"`: VR-CLI, https://arxiv.org/abs/2503.22828, where the thresholds come from).
+    (`target="reference"`: VR-CLI, https://arxiv.org/abs/2503.22828, whose thresholds are 0.05:0.5 1:0.9 2:1).
 
     Under several processes each calls for its share of the completions, all of them equally often, and gets what one
     process would: first visits and `normalize` are over the completions of all.
@@ -61,6 +64,7 @@ class MultiLevelPPLRewardFunction:
     weights: of word, phrase and sentence. reward_thresholds: (improvement in %, reward), in any order.
     normalize: shift and scale each call's rewards to mean 0 and (sample) standard deviation 1.
     device: moves the model there; None: it stays. use_cache: keep perplexities already computed, by content.
+    form: "nats" takes the log-likelihood ratio instead of thresholds, within `NATS_CLIP` of 0.
     target, interpolate (linear between the thresholds instead of steps), missing ("error" or "skip" a row that
         `baselines` lacks), allow_baseline_mismatch (use a file made by another model or with other definitions).
     extract, template: for references, the part of a completion that counts and how the three texts are put together:
@@ -83,6 +87,7 @@ class MultiLevelPPLRewardFunction:
         *,
         target: str = DEFAULT_TARGET,
         interpolate: bool = False,
+        form: str = "thresholds",
         missing: str = "error",
         allow_baseline_mismatch: bool = False,
         extract: str | None = None,
@@ -98,6 +103,9 @@ class MultiLevelPPLRewardFunction:
         self.calculator = MultiLevelPPLCalculator(tokenizer, **calculator_options)
         self.weights = checked_weights(weights)
         self.thresholds = Thresholds(reward_thresholds, interpolate)
+        self.form = one_of("form", form, FORMS)
+        if form == "nats" and (interpolate or tuple(reward_thresholds) != DEFAULT_THRESHOLDS):
+            raise InputError("form='nats' has no thresholds: leave out reward_thresholds and interpolate")
         self.normalize = normalize
         self.use_cache = use_cache
         self.target = one_of("target", target, TARGETS)
@@ -121,6 +129,11 @@ class MultiLevelPPLRewardFunction:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def highest(self) -> float:
+        """The most that a completion can earn, before `normalize`."""
+        return NATS_CLIP if self.form == "nats" else self.thresholds.highest
 
     @property
     def identity(self) -> dict:
@@ -166,7 +179,7 @@ class MultiLevelPPLRewardFunction:
             log_metric("reward_time", seconds)  # as TRL's step_time
         rewards = [None if skip else reward for reward, skip in zip(rewards, skipped, strict=True)]
         if self._last and self.observer is not None:
-            self.observer.observe(self._last, self.thresholds, prompts, texts, rewards, columns.get("log_metric"))
+            self.observer.observe(self._last, self.highest, prompts, texts, rewards, columns.get("log_metric"))
         return rewards
 
     def compute_rewards(
@@ -246,8 +259,15 @@ class MultiLevelPPLRewardFunction:
         improvement = np.maximum(improvement, -1e9)
         improvement[(first_visit | unscorable) & ~skipped] = 0.0
         average = improvement @ self.weights / self.weights.sum()
-        rewards = self.thresholds.rewards(average)
-        rewards[first_visit | unscorable] = 0.0
+        if self.form == "nats":
+            ratio = nats(baseline, current, self.weights)
+            rewards = clipped(ratio)
+            rewards[unscorable] = -NATS_CLIP  # no honest text earns less than a blank one
+        else:
+            ratio = None
+            rewards = self.thresholds.rewards(average)
+            rewards[unscorable] = 0.0
+        rewards[first_visit] = 0.0
         rewards[skipped] = np.nan
 
         details = {
@@ -260,7 +280,8 @@ class MultiLevelPPLRewardFunction:
             every, mine = of_this(rewards[~skipped].tolist())
             rewards[~skipped] = normalized(np.array(every))[mine]
         extracted = np.array(has_part, dtype=bool) if self.target == "reference" else np.ones(n, dtype=bool)
-        self._last = _LastCall(details, skipped, ~(skipped | unscorable), first_visit, extracted)
+        beyond = None if ratio is None else np.abs(ratio) > NATS_CLIP
+        self._last = _LastCall(details, skipped, ~(skipped | unscorable), first_visit, extracted, beyond)
         result = torch.from_numpy(rewards).float().to(self.device)
         return (result, details) if return_details else result
 
@@ -343,6 +364,9 @@ class MultiLevelPPLRewardFunction:
         if self.reference_context.extracts:
             every = from_all(call.extracted.tolist())
             log_metric("diagnostics/not_extracted", 1 - sum(every) / len(every) if every else 0.0)
+        if call.clipped is not None:
+            every = from_all(call.clipped[call.scored].tolist())
+            log_metric("diagnostics/clipped", sum(every) / len(every) if every else 0.0)
         columns = {f"reward_{level}": call.details["improvements"][level] for level in LEVELS}
         columns |= {f"ppl/{level}": call.details["ppls"][level] for level in LEVELS}
         rows = np.stack([column.numpy()[call.scored] for column in columns.values()], axis=1)
@@ -371,6 +395,7 @@ class _LastCall(NamedTuple):
     scored: np.ndarray  # bool [B]: rows with a perplexity and a baseline
     first_visit: np.ndarray  # bool [B]: rows that make their prompt's baseline
     extracted: np.ndarray  # bool [B]: completions that `extract` matches
+    clipped: np.ndarray | None  # bool [B]: with form="nats", those whose ratio is beyond NATS_CLIP
 
 
 def _key(ids, prompts, references, place: int):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from ..definitions import DEFAULT_THRESHOLDS
+from ..definitions import DEFAULT_THRESHOLDS, NATS_CLIP
 from ..errors import InputError
 
 NGRAM = 8  # tokens; human stories repeat 0.08 % of theirs, a sentence said over and over nearly all
@@ -14,13 +14,15 @@ def loop_guard(
     weight: float = WEIGHT,
     reward_thresholds: Sequence[tuple[float, float]] = DEFAULT_THRESHOLDS,
     normalized_over: int | None = None,
+    form: str = "thresholds",
 ) -> tuple[Callable, float]:
     """(TRL's repetition penalty, its weight for GRPOConfig's `reward_weights`), to stand beside the perplexity reward.
 
     The penalty is minus a completion's share of repeated token n-grams, 1 - distinct / all (`NGRAM` tokens;
     `trl.rewards.get_repetition_penalty_reward`, after https://arxiv.org/abs/2502.03373). The weight is `weight` * R, R
     being what two perplexity rewards can differ by at most: from the lowest of `reward_thresholds`, or 0, to the
-    highest, or with `normalize` over B completions the widest that standard deviation 1 allows, sqrt(2 (B - 1)).
+    highest, with `form="nats"` twice its clip, or with `normalize` over B completions the widest that standard
+    deviation 1 allows, sqrt(2 (B - 1)).
 
     What that guarantees, whatever the model makes of the texts: of two completions, the one whose share of repeated
     n-grams is larger by more than 1 / weight earns less in sum, as its penalty outweighs R. A run of m tokens said
@@ -40,7 +42,9 @@ def loop_guard(
 
     check_weight(weight)
     values = [0.0, *(reward for _, reward in reward_thresholds)]
-    widest = math.sqrt(2 * (normalized_over - 1)) if normalized_over else max(values) - min(values)
+    widest = 2 * NATS_CLIP if form == "nats" else max(values) - min(values)
+    if normalized_over:
+        widest = math.sqrt(2 * (normalized_over - 1))
     penalty = get_repetition_penalty_reward(NGRAM, max_penalty=-1.0)
     penalty.__name__ = "loop_penalty"
     return penalty, weight * widest

@@ -25,6 +25,10 @@ class Thresholds:
             raise InputError(f"reward_thresholds holds {twice[0]:g} % twice, expected each improvement once")
         self.interpolate = interpolate
 
+    @property
+    def highest(self) -> float:
+        return float(self.values.max())
+
     def rewards(self, improvement: np.ndarray) -> np.ndarray:
         """float64 [B] from float64 [B], in percent; nan gives nan."""
         # Rounded, so that the last bit of a float does not decide whether 3 % is 3 %.

@@ -10,6 +10,7 @@ from ..chat import Turn, Turns, completion_turns, render_prompt
 from ..data import Text, message_text
 from ..definitions import AGGREGATIONS, DEFAULT_AGGREGATION, DEFAULT_LANGUAGE, DEFAULT_PHRASE_WORDS, LEVELS
 from ..errors import InputError, one_of
+from ..languages import checked_language
 from .levels import Scores, level_perplexities, unit_sums
 from .nested import Scopes, nested_perplexities, score_scopes
 from .seams import restore_spaces
@@ -68,7 +69,7 @@ class MultiLevelPPLCalculator:
                 raise InputError(f"{name} is {value}, expected at least 1")
         self.tokenizer = tokenizer
         self.max_phrase_words = max_phrase_words
-        self.language = language
+        self.language = checked_language(language)
         self.aggregation = aggregation
         self.batch_size = batch_size
         self.max_batch_tokens = max_batch_tokens

@@ -48,6 +48,17 @@ def can_pack(decoder) -> bool:
     return usable and plain_cache(config)
 
 
+def would_pack(decoder) -> str | None:
+    """The attention implementation that stands in the way of packs, and only it; None if there is none."""
+    config = decoder.config
+    attention = getattr(config, "_attn_implementation", None)
+    known = "position_ids" in inspect.signature(decoder.forward).parameters and getattr(
+        decoder, "_supports_sdpa", False
+    )
+    of_its_own = config.sub_configs or _of_unsloth(decoder) or attention in (None, _OWN)
+    return attention if known and not of_its_own and plain_cache(config) else None
+
+
 def plain_cache(config) -> bool:
     """Every layer keeps the keys and values of all tokens: none slides, none holds a recurrent state."""
     layers = DynamicCache(config=config).layers

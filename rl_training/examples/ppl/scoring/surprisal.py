@@ -7,6 +7,7 @@ length share a padded batch, and rows with a common prefix its keys and values.
 
 import functools
 import logging
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +15,13 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from ..frozen import frozen
+from ..errors import InputError
+from ..frozen import check_weights_only, frozen
 from ..processes import in_step, is_sharded
 from .batching import Group, Pack, Row, batches, lay_out, packs, share_prefixes, windows
 from .head import Head, surprisal
 from .onednn import fast_products
-from .packed import CannotPackError, can_pack, run_packed
+from .packed import can_pack, run_packed, would_pack
 from .padded import can_continue, run_padded, run_prefix
 from .tokens import Encoded
 
@@ -44,18 +46,22 @@ class SurprisalScorer:
 
     `model`: plain, PEFT-wrapped, bitsandbytes or Unsloth. `batch_size`: most texts in one forward pass (None: as many
     as fit). `max_batch_tokens`: most tokens in one, padding included; halved for good when memory runs out.
-    `adapters`: leave them on.
+    `adapters`: leave them on; raises `InputError` for those that are no part of the weights.
     """
 
     def __init__(
         self, model, batch_size: int | None = None, max_batch_tokens: int | None = None, adapters: bool = False
     ) -> None:
+        if adapters:
+            check_weights_only(model)
         self.model = model
         self.adapters = adapters
         self.batch_size = batch_size
         self._sizes = _SIZES.get(model.device.type, _SIZES["cuda"])
         self.max_batch_tokens = max_batch_tokens or self._sizes.most
         # None: not compared yet
+        self._noise: float | None = None
+        self._by_length = False
         self._head_agrees: bool | None = None
         self._packs_agree: bool | None = None
         self._cache_agrees: bool | None = None
@@ -67,20 +73,15 @@ class SurprisalScorer:
         Of a model whose weights are spread over processes, all of them must ask at the same time, be it for no text.
         """
         surprisals = [np.zeros(len(text.positions)) for text in texts]
-        window, switch = self.window, self._switch  # asked once: under PEFT and accelerate it takes as long as a text
-        whole = switch is not None
-        rows = [row for number, text in enumerate(texts) for row in windows(text, window, number, whole)]
-        sides = [rows]
-        if switch is not None:
-            sides = [[row for row in rows if (len(row.inputs) > switch) == beyond] for beyond in (False, True)]
         if is_sharded(self.model):
             with frozen(self.model, self.adapters):
-                self._score_in_step(sides, surprisals)
-        elif rows:
+                self._score_in_step(self._sides(texts), surprisals)
+        elif any(len(text.positions) for text in texts):
             with frozen(self.model, self.adapters), fast_products(self.model):
-                for beyond, side in enumerate(sides):
+                self._compare()
+                for beyond, rows in enumerate(self._sides(texts)):
                     # A prefix that runs before its rows may be on the other side than they are.
-                    self._score_rows(side, surprisals, prefixes=not beyond)
+                    self._score_rows(rows, surprisals, prefixes=not beyond)
         for number, found in enumerate(surprisals):
             if np.isnan(found).any():
                 raise FloatingPointError(f"the model's logits are NaN for text {number} of this call")
@@ -90,11 +91,25 @@ class SurprisalScorer:
     def window(self) -> int | None:
         """Most tokens the model takes at once, BOS included; None if its architecture sets no limit."""
         base = self._base
+        config = base.config.get_text_config(decoder=True)
         sizes = [
-            getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None),
+            *(
+                getattr(config, name, None)
+                for name in ("max_position_embeddings", "max_seq_len", "max_target_positions")
+            ),
             getattr(base, "max_seq_length", None),  # Unsloth cuts there without a word
+            *_positions_behind_padding(base),
         ]
         return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)
+
+    def _sides(self, texts: list[Encoded]) -> list[list[Row]]:
+        """Rows that never share a pass: of texts up to `_switch` tokens, and of longer ones."""
+        window, switch = self.window, self._switch  # asked once: under PEFT and accelerate it takes as long as a text
+        whole = switch is not None or self._by_length
+        rows = [row for number, text in enumerate(texts) for row in windows(text, window, number, whole)]
+        if switch is None:
+            return [rows]
+        return [[row for row in rows if (len(row.inputs) > switch) == beyond] for beyond in (False, True)]
 
     @property
     def _switch(self) -> int | None:
@@ -141,35 +156,75 @@ class SurprisalScorer:
         vocabulary = self._base.get_input_embeddings().weight.shape[0]
         return torch.linspace(0, vocabulary - 1, 12, device=self.model.device).long()[None]
 
-    def _compare_head(self) -> bool:
-        """Whether decoder, LM head and the scalings known here give the model's own log-probabilities."""
-        if self._decoder is None or self._base.get_output_embeddings() is None:
-            return False
+    def _holds(self, answer: str, compare: Callable[[], bool]) -> bool:
+        """The attribute `answer`, or if that is None what `compare` gives: made once. What raises does not hold; what
+        runs out of memory is asked again another time."""
+        if getattr(self, answer) is None:
+            try:
+                setattr(self, answer, compare())
+            except InputError:
+                raise
+            except Exception as error:  # an architecture may raise anything when it is asked in a way of our own
+                if should_reduce_batch_size(error):
+                    clear_device_cache(garbage_collection=True)
+                    return False
+                logger.info("%s: %s: %s", type(self._base).__name__, answer, error)
+                setattr(self, answer, False)
+        return getattr(self, answer)
+
+    @property
+    def _rounding(self) -> float:
+        """Relative error of one operation in the model's precision."""
+        if getattr(self._base.config, "quantization_config", None) is not None:
+            return torch.finfo(torch.bfloat16).eps
+        return max(1e-5, torch.finfo(self.model.dtype).eps)
+
+    def _compare_lengths(self) -> None:
+        """How much the same logits differ if they are computed in a sequence of another length: by rounding, or because
+        the architecture asks for the length (ProphetNet). Raises `InputError` if they depend on what follows."""
         ids = self._probe_ids()
-        ours = self._head.logits(self._hidden(ids)[0])
-        own = self._own_logits(self._base, ids)[0]
-        agrees = ours.shape == own.shape and _agree(ours, own, self.model.dtype)
-        if not agrees:
-            logger.warning(
-                "%s does not compute its logits as decoder + LM head: its own logits are used, which takes more memory",
-                type(self._base).__name__,
+        others = torch.cat([ids[:, :6], ids[:, 6:].flip(1)], dim=1)
+        whole, half, other = (self._own_logits(self._base, one)[0, :6] for one in (ids, ids[:, :6], others))
+        allowed = max(1e-3, 12 * self._rounding)
+        if _difference(other, whole) > allowed:
+            raise InputError(
+                f"{type(self._base).__name__} is not causal: its logits depend on later tokens, so a text has no "
+                "perplexity under it: expected a causal language model (of BERT's kind, one with is_decoder: true)"
             )
-        return agrees
+        self._noise = _difference(half, whole)
+        self._by_length = self._noise > allowed
+
+    def _same(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        return _difference(a, b) <= 4 * max(self._noise, self._rounding)
+
+    def _compare_head(self) -> bool:
+        """Whether decoder, LM head and the scalings known here give the model's own logits."""
+        decoder, ids, inside = self._decoder, self._probe_ids(), []
+        if decoder is None or self._base.get_output_embeddings() is None:
+            return False
+        handle = decoder.register_forward_hook(lambda module, args, output: inside.append(output[0]))
+        try:
+            own = self._own_logits(self._base, ids)[0]
+        finally:
+            handle.remove()
+        hidden = self._hidden(ids)[0]
+        # Of the same hidden states, so that the two differ by no more than one operation rounds.
+        ours = self._head.logits(inside[-1][0] if inside else hidden)
+        if ours.shape != own.shape or _difference(ours, own) > self._rounding:
+            return False
+        return self._same(self._head.logits(hidden), own)
 
     def _compare_packs(self) -> bool:
         """Whether rows of a pack are blind to their neighbours, and go on from their prefix as from their own start."""
-        if not (self._head_agrees and can_pack(self._decoder)):
+        if not can_pack(self._decoder):
             return False
         ids = self._probe_ids()[0].cpu().numpy()
         rows = [np.concatenate([ids[:3], ids[3:7]]), np.concatenate([ids[:3], ids[7:9]]), ids[6:]]
         one, two, three = (Row(row, np.array([len(row) - 1]), row[-1:], 0, 0) for row in rows)
         pack = lay_out([Group(3, [one, two]), Group(0, [three])])
-        try:
-            found = run_packed(self._decoder, pack)[torch.from_numpy(pack.read).to(self.model.device)]
-        except CannotPackError:
-            return False
+        packed = run_packed(self._decoder, pack)[torch.from_numpy(pack.read).to(self.model.device)]
         alone = [self._hidden(torch.from_numpy(row[None]).to(self.model.device))[0, -1] for row in rows]
-        return _agree(self._head.logits(found), self._head.logits(torch.stack(alone)), self.model.dtype)
+        return self._same(self._head.logits(packed), self._head.logits(torch.stack(alone)))
 
     def _compare_cache(self) -> bool:
         """Whether the model continues from the keys and values of a prefix as from the prefix itself."""
@@ -178,26 +233,43 @@ class SurprisalScorer:
             return False
         ids = self._probe_ids()
         hidden = self._hidden(ids[:, 4:].expand(2, -1), run_prefix(decoder, ids[:, :4]))
-        return _agree(self._head.logits(hidden[1]), self._head.logits(self._hidden(ids)[0, 4:]), self.model.dtype)
+        return self._same(self._head.logits(hidden[1]), self._head.logits(self._hidden(ids)[0, 4:]))
+
+    def _compare(self) -> None:
+        """Once, before the first text is scored."""
+        if self._noise is None:
+            self._compare_lengths()
+        if self._by_length:  # a row runs alone and whole
+            self._head_agrees = False
+        if self._head_agrees is None and not self._holds("_head_agrees", self._compare_head):
+            logger.warning(
+                "%s does not compute its logits as decoder + LM head: its own logits are used, which takes more memory",
+                type(self._base).__name__,
+            )
+        if self._head_agrees and self._packs_agree is None:
+            self._holds("_packs_agree", self._compare_packs)
+            if not self._packs_agree and (attention := would_pack(self._decoder)):
+                logger.warning(
+                    "%s runs with attention %r, so its rows are padded, which takes longer: load it with "
+                    "attn_implementation='sdpa'",
+                    type(self._base).__name__,
+                    attention,
+                )
 
     # --- which way ---------------------------------------------------------------------------------------------------
 
     def _score_rows(self, rows: list[Row], surprisals: list[np.ndarray], prefixes: bool = True) -> None:
-        if self._head_agrees is None:
-            self._head_agrees = self._compare_head()
-            self._packs_agree = self._compare_packs()
         if self._packs_agree:
             self._score_packs(share_prefixes(rows, _SPAN_TOKENS), surprisals)
             return
+        prefixes &= not self._by_length
         groups = share_prefixes(rows, 2 * self._sizes.overhead) if prefixes else [Group(0, rows)]
-        if any(group.prefix for group in groups):
-            if self._cache_agrees is None:
-                self._cache_agrees = self._compare_cache()
-            if not self._cache_agrees:
-                groups = [Group(0, rows)]
+        if any(group.prefix for group in groups) and not self._holds("_cache_agrees", self._compare_cache):
+            groups = [Group(0, rows)]
         for group in groups:
             prefix = self._run_prefix(group) if group.prefix else None
-            for batch in batches(group, self._budget, self._sizes.overhead, self.batch_size):
+            most = 1 if self._by_length else self.batch_size
+            for batch in batches(group, self._budget, self._sizes.overhead, most):
                 self._score_batch(batch, group.prefix, prefix, surprisals)
 
     @property
@@ -293,11 +365,20 @@ class SurprisalScorer:
             surprisals[row.text][row.first : row.first + len(piece)] = piece
 
 
+def _positions_behind_padding(model) -> Iterator[int]:
+    """RoBERTa counts positions from behind the one that padding has, so that it has 512 of 514."""
+    ahead = 1 if getattr(model.config, "ngram", None) else 0  # ProphetNet also asks for the one after a token's own
+    for name, module in model.named_modules():
+        if "position" in name and isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            yield module.num_embeddings - module.padding_idx - 1 - ahead
+
+
 def _labels(rows: list[Row], device) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([row.labels for row in rows])).to(device)
 
 
-def _agree(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Equal log-probabilities, up to what the model's own dtype loses."""
-    difference = (a.log_softmax(-1) - b.log_softmax(-1)).abs()
-    return bool(difference.mean() < (1e-4 if dtype == torch.float32 else 0.1))
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """How far logits [..., V] are from others, as a share of how much those vary over the vocabulary."""
+    a, b = (x.float() - x.float().mean(-1, keepdim=True) for x in (a, b))
+    difference, size = float((a - b).norm()), float(b.norm())
+    return difference / size if size else difference

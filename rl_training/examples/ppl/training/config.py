@@ -13,7 +13,6 @@ from ..errors import InputError
 from ..models import model_path
 from ..reference_context import ReferenceContext
 from ..reward.loop_guard import check_weight
-from ..reward.thresholds import Thresholds, checked_weights
 from .flags import NAMESAKES
 
 REPORTERS = ("none", "wandb", "tensorboard", "trackio")
@@ -21,8 +20,12 @@ REPORTERS = ("none", "wandb", "tensorboard", "trackio")
 
 def reward_settings(args: argparse.Namespace) -> dict:
     """The keywords of `MultiLevelPPLRewardFunction` that the flags set, checked."""
+    from ..reward.thresholds import Thresholds, checked_weights
+
     thresholds = args.reward_thresholds or DEFAULT_THRESHOLDS
     Thresholds(thresholds)
+    if args.reward_form == "nats" and (args.reward_thresholds or args.interpolate):
+        raise InputError("--reward_form nats has no thresholds: leave out --reward_thresholds and --interpolate")
     checked_weights(args.ppl_weights)
     check_weight(args.loop_penalty)
     ReferenceContext(args.extract, args.template, args.target)
@@ -34,6 +37,7 @@ def reward_settings(args: argparse.Namespace) -> dict:
         "extract": args.extract,
         "template": args.template,
         "interpolate": args.interpolate,
+        "form": args.reward_form,
         "missing": args.missing,
         "allow_baseline_mismatch": args.allow_baseline_mismatch,
         **cli.definitions(args),

@@ -26,9 +26,9 @@ REMEDY = {
     "(--num_train_epochs 3), or give --baselines_path.",
     "blank": "The completions are empty or blank: check the prompts' format, and that --max_new_tokens is not tiny.",
     "out of reach": "The baselines are texts that the model cannot match yet: measure against its own writing "
-    "(compute_baselines_trl.py --generate 4), or set lower --reward_thresholds, with --interpolate.",
-    "no spread": "Draw lines between the thresholds (--interpolate), set finer --reward_thresholds, or sample more "
-    "freely (--temperature 1, a larger --num_generations).",
+    "(compute_baselines_trl.py --generate 4), or reward the log-likelihood ratio (--reward_form nats).",
+    "no spread": "Reward the log-likelihood ratio (--reward_form nats), draw lines between the thresholds "
+    "(--interpolate), or sample more freely (--temperature 1, a larger --num_generations).",
     "gamed": "Hold the policy near its start (--beta 0.04), lower --learning_rate, keep --loop_penalty on, or "
     "measure what the model does not write (--target reference). A checkpoint from before is the one to keep.",
 }
@@ -77,11 +77,11 @@ class Diagnostics(TrainerCallback):
         self._steps = 0
         self._in_step = False  # else it is an evaluation that asks for rewards
 
-    def observe(self, call, thresholds, prompts: Sequence, texts: Sequence[str], rewards, log_metric=None) -> None:
-        """call: the reward function's record of its call. rewards: what it returned, None for a skipped row."""
+    def observe(self, call, top: float, prompts: Sequence, texts: Sequence[str], rewards, log_metric=None) -> None:
+        """call: the reward function's record of its call. top: the most a completion can earn. rewards: what it
+        returned, None for a skipped row."""
         raw = call.details["rewards"].tolist()
         average = call.details["improvements"]["avg"].tolist()
-        top = float(thresholds.values.max())
         local = [
             _Sample(
                 repr(prompts[place]), reward, raw[place] <= 0, raw[place] >= top, bool(call.scored[place]),

@@ -39,8 +39,8 @@ class HeldOut:
 class HeldOutPrompts:
     """The held-out prompts of a run: `before()` its first step and `after()` its last one, kept in heldout.json."""
 
-    def __init__(self, job: Job, policy: Loaded, scorer: Loaded, rewards: Sequence[Reward], state) -> None:
-        self.job, self.policy, self.rewards, self.state = job, policy, rewards, state
+    def __init__(self, job: Job, policy: Loaded, scorer: Loaded, rewards: Sequence[Reward], trainer) -> None:
+        self.job, self.policy, self.rewards, self.trainer = job, policy, rewards, trainer
         self.path = job.output / "heldout.json"
         self.sampling = {
             "num_generations": 4,
@@ -71,7 +71,7 @@ class HeldOutPrompts:
 
     def _evaluate(self, progress: str) -> HeldOut:
         return evaluate(
-            *self.policy, self.rewards, self.job.heldout_rows, start=self.start, state=self.state,
+            *self.policy, self.rewards, self.job.heldout_rows, start=self.start, state=self.trainer.state,
             progress=progress, **self.sampling,
         )  # fmt: skip
 

@@ -6,7 +6,7 @@ import torch
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from ..chat import render_prompt
+from ..sampling import prompt_ids
 
 
 class ResumableGRPOTrainer(GRPOTrainer):
@@ -33,8 +33,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         # An environment brings tools of its own for each prompt.
         if isinstance(prompts[0], str) or self.environment_factories is not None:
             return super()._tokenize_prompts(prompts)
-        rendered = [render_prompt(prompt, self.processing_class, **self.chat) for prompt in prompts]
-        return self.processing_class(text=rendered, add_special_tokens=False)["input_ids"], None, {}
+        return prompt_ids(prompts, self.processing_class, **self.chat), None, {}
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
