@@ -58,7 +58,7 @@ def check_weights_only(model: torch.nn.Module) -> None:
         if getattr(one, "is_prompt_learning", False):
             raise InputError(
                 f"the adapter is {type(one).__name__.removesuffix('Config')}, which stands before the text and is no "
-                "part of the weights: how far it moves the model is not measured; use LoRA, or another adapter of layers"
+                "part of the weights: how far it moves the model is not measured; use LoRA or another adapter of layers"
             )
 
 

@@ -83,6 +83,8 @@ class Baselines(Mapping[str, np.ndarray]):
         except OSError as error:
             raise BaselineError(f"{path}: {error.strerror}: make it with compute_baselines_trl.py") from error
         records = {".pkl": _parse_pickle, ".json": _parse_json, ".parquet": _parse_parquet}[path.suffix](content, path)
+        if isinstance(records, Mapping) and not records:
+            raise BaselineError(f"{path} holds no row: make it with compute_baselines_trl.py")
         return cls(records, read_meta(path), source=str(path))
 
     def find(
