@@ -210,7 +210,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     from ppl.pages.run import finish_report, start_report
     from ppl.training.callbacks import stopped_by, watch
     from ppl.training.heldout import HeldOutPrompts
-    from ppl.training.load import load_policy_and_scorer, save
+    from ppl.training.load import load_policy_and_scorer, merge, save
     from ppl.training.rewards import weighted
 
     policy, scorer = load_policy_and_scorer(job)
@@ -225,8 +225,9 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     trainer.train(resume_from_checkpoint=job.checkpoint)
     stopped = stopped_by(trainer, job)
     if stopped is None:
-        save(trainer, job, policy)
+        save(trainer, job)
         finish_report(job, page, perplexity, held_out.after(), trainer.state)
+        merge(job, policy)
     trainer.accelerator.end_training()  # an interpreter that ends with gloo's threads at work may be aborted
     return 0 if stopped is None else 128 + stopped
 

@@ -16,6 +16,11 @@ class Turns(tuple):
     """Several (context, target), scored as one text."""
 
 
+def of_text(tokenizer):
+    """A tokenizer as it is; of a processor, which reads images too (Gemma 3, Qwen-VL), the one for its text."""
+    return getattr(tokenizer, "tokenizer", tokenizer)
+
+
 def render_prompt(
     prompt: Text | None, tokenizer, chat_template_kwargs: Mapping | None = None, tools: Sequence | None = None
 ) -> str:

@@ -87,7 +87,7 @@ def units_partition_the_tokens(model, tokenizer) -> str:
 def rewards_on_known_baselines(model, tokenizer) -> str:
     """Baselines that the text is x % better than: x on each threshold, just below it, 0, and worse."""
     _, text = SAMPLES[0]
-    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, baselines={})
+    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, baselines=None)
     measured = MultiLevelPPLCalculator(tokenizer).compute_all_levels(model=model, texts=text)
     expected = {0.0: 0.0, -10.0: 0.0}
     below = 0.0

@@ -48,6 +48,19 @@ def _content(message: dict) -> str:
     return "".join(part["text"] for part in content if part.get("type") == "text")
 
 
+def check_text(value, name: str) -> None:
+    """Raises `InputError` for what is neither a string nor chat messages, or has no UTF-8."""
+    try:
+        message_text(value).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name} holds half of a pair of surrogates, {error.object[error.start]!r}, which no tokenizer reads: read "
+            "the text as UTF-8, or replace it (errors='replace')"
+        ) from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{name} is {value!r:.40}, expected a string or chat messages") from error
+
+
 def checked_text(value, column: str, index: int) -> Text:
     """A cell of a data set as a `Text`, "" if it is empty. Raises `InputError`, naming the row, if it is none."""
     if value is None or isinstance(value, str):

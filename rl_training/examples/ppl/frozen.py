@@ -57,8 +57,8 @@ def check_weights_only(model: torch.nn.Module) -> None:
     for one in (getattr(model, "peft_config", None) or {}).values():
         if getattr(one, "is_prompt_learning", False):
             raise InputError(
-                f"the adapter is {type(one).__name__.removesuffix('Config')}, which stands before the text and is "
-                "no part of the weights: how far it moves the model is not measured; use LoRA, or another adapter of layers"
+                f"the adapter is {type(one).__name__.removesuffix('Config')}, which stands before the text and is no "
+                "part of the weights: how far it moves the model is not measured; use LoRA or another adapter of layers"
             )
 
 

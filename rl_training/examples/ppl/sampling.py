@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from .chat import render_prompt
+from .chat import of_text, render_prompt
 from .data import Text
 from .frozen import frozen
 from .processes import is_first
@@ -29,6 +29,7 @@ def prompt_ids(prompts: Sequence[Text], tokenizer, **chat) -> list[list[int]]:
     """
     if not prompts:
         return []
+    tokenizer = of_text(tokenizer)
     rendered = [render_prompt(prompt, tokenizer, **chat) for prompt in prompts]
     # A chat template writes the special tokens itself.
     plain = [isinstance(prompt, str) for prompt in prompts]
@@ -76,6 +77,7 @@ def sample(
     Seeded on its own: the caller's random state, and the model's train/eval flags, are left as they were.
     progress: label of a progress bar; None: no bar. chat: keywords of `ppl.chat.render_prompt`.
     """
+    tokenizer = of_text(tokenizer)
     jobs = [prompt for prompt in prompts for _ in range(num_generations)]
     completions: list[Completion] = []
     # Unsloth's generate switches it off and, for a model in eval mode, leaves it so.

@@ -32,7 +32,9 @@ class Job(NamedTuple):
     settings: dict  # which parts must have been made with
 
     def rows(self) -> Iterator[Row | None]:
-        return read_rows(self.dataset, self.columns, self.form, self.args.num_samples)
+        # What the model writes itself needs no reference.
+        scored = "reference" if has_reference(self.columns, self.form) and not self.args.generate else "prompt"
+        return read_rows(self.dataset, self.columns, self.form, self.args.num_samples, scored)
 
     def is_conversational(self) -> bool:
         """Whether prompts are chat messages: those of the first row with text tell."""

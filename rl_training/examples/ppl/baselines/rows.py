@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data import Columns, PromptForm, Text, has_reference, make_row, message_text
+from ..data import Columns, PromptForm, Text, make_row, message_text
 from ..errors import InputError
 
 
@@ -46,12 +46,12 @@ class Seen:
         return before.tolist()
 
 
-def read_rows(dataset, columns: Columns, form: PromptForm, limit: int | None) -> Iterator[Row | None]:
+def read_rows(dataset, columns: Columns, form: PromptForm, limit: int | None, scored: str) -> Iterator[Row | None]:
     """The rows in the order of the data set, None for one without text, up to `limit` with text.
 
+    scored: "prompt" or "reference", which of the two must have some.
     Raises `InputError` for what is no text or no id, and for an id that an `id` column has twice.
     """
-    scored = "reference" if has_reference(columns, form) else "prompt"
     seen = Seen()
     place = kept = 0
     for batch in _batches(dataset, columns):

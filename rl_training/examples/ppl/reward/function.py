@@ -14,7 +14,7 @@ from accelerate.utils import extract_model_from_parallel
 
 from ..baselines.file import BaselineError, Baselines, check_meta
 from ..chat import Turn, Turns, chat_identity
-from ..data import Text, message_text, stable_id
+from ..data import Text, check_text, message_text, stable_id
 from ..definitions import (
     BASELINE_COLUMNS,
     DEFAULT_TARGET,
@@ -99,8 +99,8 @@ class MultiLevelPPLRewardFunction:
         if device is not None and torch.device(device) != baseline_model.device:
             baseline_model = baseline_model.to(device)
         self.model = baseline_model
-        self.tokenizer = tokenizer
         self.calculator = MultiLevelPPLCalculator(tokenizer, **calculator_options)
+        self.tokenizer = self.calculator.tokenizer
         self.weights = checked_weights(weights)
         self.thresholds = Thresholds(reward_thresholds, interpolate)
         self.form = one_of("form", form, FORMS)
@@ -114,6 +114,8 @@ class MultiLevelPPLRewardFunction:
         if isinstance(baselines, str | Path):
             baselines = Baselines.load(baselines)
         elif baselines is not None and not isinstance(baselines, Baselines):
+            if not baselines:
+                raise BaselineError("baselines holds no row: expected one for each row, or None for the first visits")
             baselines = Baselines(baselines)
         self.baselines = baselines
         if self.baselines is not None and self.baselines.meta and not allow_baseline_mismatch:
@@ -303,6 +305,8 @@ class MultiLevelPPLRewardFunction:
         given_ids: Sequence[Sequence[int]] | None = None,
     ) -> tuple[list[Turn | Turns | Sampled], list[str]]:
         """(what the policy wrote, as it is scored: ids where there are any; the same as text, behind its prompt)"""
+        for index, completion in enumerate(completions):
+            check_text(completion, f"completion {index}")
         texts = [message_text(completion) for completion in completions]
         pairs = list(map(self.calculator.turns, prompts, completions))
         one_turn = [index for index, one in enumerate(completions) if isinstance(one, str) or len(one) == 1]

@@ -6,8 +6,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from ..chat import Turn, Turns, completion_turns, render_prompt
-from ..data import Text, message_text
+from ..chat import Turn, Turns, completion_turns, of_text, render_prompt
+from ..data import Text, check_text, message_text
 from ..definitions import AGGREGATIONS, DEFAULT_AGGREGATION, DEFAULT_LANGUAGE, DEFAULT_PHRASE_WORDS, LEVELS
 from ..errors import InputError, one_of
 from ..languages import checked_language
@@ -67,7 +67,7 @@ class MultiLevelPPLCalculator:
         }.items():
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}, expected at least 1")
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer = of_text(tokenizer)
         self.max_phrase_words = max_phrase_words
         self.language = checked_language(language)
         self.aggregation = aggregation
@@ -115,6 +115,9 @@ class MultiLevelPPLCalculator:
             contexts = [None] * len(texts)
         if isinstance(contexts, str) or len(contexts) != len(texts):
             raise InputError(f"{len(texts)} texts need a list of {len(texts)} contexts, found {contexts!r:.80}")
+        for index, (context, text) in enumerate(zip(contexts, texts, strict=True)):
+            check_text(text, f"text {index}")
+            check_text("" if context is None else context, f"context {index}")
         pairs = [self.turns(context, text) for context, text in zip(contexts, texts, strict=True)]
         values = self.score_pairs(model, pairs)
         return {
@@ -160,6 +163,8 @@ class MultiLevelPPLCalculator:
         With nested levels also a, b and c, the unit's sums in nats (`ppl.scoring.nested`); c is its surprisal, and its
         perplexity is that of what its level measures: exp of the mean of a, of b - a, of c - b.
         """
+        check_text(text, "text")
+        check_text("" if context is None else context, "context")
         return self.explain_pair(model, (self.render(context), message_text(text)))
 
     def explain_pair(self, model, pair: Turn | Sampled) -> Explained:

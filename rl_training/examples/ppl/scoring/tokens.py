@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..chat import Turn
+from ..chat import Turn, of_text
 from ..errors import InputError
 from .decoding import Decoding
 from .units import code_points
@@ -55,6 +55,7 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer, eos_for_bos: bool = False) -> None:
+        tokenizer = of_text(tokenizer)
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(
                 f"{type(tokenizer).__name__} is a slow tokenizer and has no character offsets: load it with "
@@ -65,6 +66,7 @@ class TextEncoder:
         self._backend.post_processor = None
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
         self.decoding = Decoding(self._backend)
         self._bos = tokenizer.bos_token_id
         self.start = tokenizer.eos_token_id if self._bos is None and eos_for_bos else self._bos

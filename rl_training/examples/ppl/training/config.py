@@ -121,4 +121,8 @@ def grpo_config(args: argparse.Namespace, rest: list[str], plan):
     # What GRPOConfig finds when it is made: values that do not go together, a file of DeepSpeed that is not there.
     except (ValueError, TypeError, OSError) as error:
         raise InputError(str(error)) from error
+    if config.remove_unused_columns:
+        raise InputError(
+            "--remove_unused_columns true takes id and reference from the rows, which the reward needs: leave it out"
+        )
     return config, asked, defaults

@@ -12,6 +12,7 @@ from .. import cli
 from ..baselines.file import BaselineError, Baselines, check_meta, read_meta
 from ..data import PromptForm, check_references, find_columns, load_split, prepare_rows, split_heldout
 from ..definitions import BASELINE_COLUMNS
+from ..errors import InputError
 from ..models import import_unsloth, model_path
 from .config import check_reporters, grpo_config, loading, reward_settings
 from .flags import CONFIG_FILE, write_config
@@ -99,10 +100,21 @@ def prepare(args: argparse.Namespace, rest: list[str], command: list[str], prepa
     without_unsloth = "--no_unsloth" if args.no_unsloth else import_unsloth()
     config, asked, defaults = grpo_config(args, rest, batches)
     config.eval_on_start = config.eval_on_start and checkpoint is None
+    check_batch(len(train_rows), config)
     return Job(
         args, command, checkpoint, settings, baselines, column_meta, policy_load, scorer_load, train_rows, heldout_rows,
         eval_rows, without_unsloth, config, asked, defaults,
     )  # fmt: skip
+
+
+def check_batch(rows: int, config) -> None:
+    """Raises `InputError` if the rows are too few for one batch: TRL would train no step and report success."""
+    prompts = config.generation_batch_size // config.num_generations
+    if rows < prompts:
+        raise InputError(
+            f"{rows} rows are left to train on, and one batch samples completions for {prompts} prompts: lower "
+            "--per_device_train_batch_size, --gradient_accumulation_steps or --heldout_samples, or bring more rows"
+        )
 
 
 def load_rows(

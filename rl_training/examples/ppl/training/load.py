@@ -1,10 +1,15 @@
 """Policy and scorer, the same model with its adapter on and off or two: loaded, and what was trained saved."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..chat import render_prompt
+from ..data import Text, message_text
+from ..errors import InputError
 from ..models import add_lora, load_model
 from ..processes import is_first
+from ..sampling import prompt_ids
+from ..scoring.surprisal import SurprisalScorer
 from .job import Job
 from .merge import save_merged
 
@@ -40,14 +45,31 @@ def load_policy_and_scorer(job: Job) -> tuple[Loaded, Loaded]:
         scorer = Loaded(*load_model(name, unsloth=reason is None, **common, **job.scorer_load)[:2])
         scorer.model.requires_grad_(False)
     for rows in filter(None, (job.train_rows, job.heldout_rows, job.eval_rows)):
-        for prompt in rows["prompt"]:
-            for tokenizer in {id(one.tokenizer): one.tokenizer for one in (policy, scorer)}.values():
-                render_prompt(prompt, tokenizer, **job.chat)
+        check_prompts(rows["prompt"], policy, scorer, job)
     return policy, scorer
 
 
-def save(trainer, job: Job, policy: Loaded) -> None:
-    """What was trained and its tokenizer, as job.args ask for it. Several processes must all call."""
+def check_prompts(prompts: Sequence[Text], policy: Loaded, scorer: Loaded, job: Job) -> None:
+    """Raises `InputError` for a prompt that a chat template refuses, or that leaves no room for a completion."""
+    if scorer.tokenizer is not policy.tokenizer:
+        for prompt in prompts:
+            render_prompt(prompt, scorer.tokenizer, **job.chat)
+    window, longest = SurprisalScorer(policy.model).window, job.config.max_completion_length
+    for index, ids in enumerate(prompt_ids(list(prompts), policy.tokenizer, **job.chat)):
+        if window is not None and len(ids) + longest > window:
+            raise InputError(
+                f"a prompt of {len(ids)} tokens, {message_text(prompts[index])!r:.60}, and a completion of up to "
+                f"{longest} are more than the model's {window} positions: shorten or drop it, lower --max_new_tokens, "
+                "or raise --max_seq_length if the model has more"
+            )
+
+
+def save(trainer, job: Job) -> None:
+    """What was trained and its tokenizer. Several processes must all call."""
     trainer.save_model(str(job.output))
+
+
+def merge(job: Job, policy: Loaded) -> None:
+    """The merged model that --save_merged asks for; last of all, so that nothing else is lost if it cannot be had."""
     if job.args.save_merged and is_first():
         save_merged(policy.model, policy.tokenizer, job.output, job.output / "merged")

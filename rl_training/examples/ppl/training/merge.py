@@ -7,6 +7,11 @@ from pathlib import Path
 
 import torch
 
+from ..errors import InputError
+from ..frozen import frozen
+
+MOST_NATS = 0.1  # that a probe's log-probabilities may be off by, on average
+
 
 def save_merged(model, tokenizer, adapter: str | Path, folder: str | Path) -> None:
     """Save the model with its adapter merged into its weights, and the tokenizer.
@@ -32,8 +37,18 @@ def save_merged(model, tokenizer, adapter: str | Path, folder: str | Path) -> No
     plain.tie_weights()
     plain.generation_config = base.generation_config
     if unfilled := [name for name, parameter in plain.named_parameters() if parameter.is_meta]:
-        raise RuntimeError(f"no weights for {unfilled[0]} and {len(unfilled) - 1} more in {type(base).__name__}")
-    merged = PeftModel.from_pretrained(plain, adapter).merge_and_unload()
+        raise InputError(
+            f"--save_merged: no weights for {unfilled[0]} and {len(unfilled) - 1} more in {type(base).__name__} with "
+            f"this adapter: it is saved unmerged in {adapter}"
+        )
+    try:
+        merged = PeftModel.from_pretrained(plain, adapter).merge_and_unload()
+    except Exception as error:  # PEFT has kinds of adapters that it cannot merge, and says so in many ways
+        raise InputError(
+            f"--save_merged: PEFT cannot merge this adapter ({type(error).__name__}: {error}): it is saved unmerged in "
+            f"{adapter}"
+        ) from error
+    _check_same(model, merged, adapter)
 
     partial = Path(f"{folder}.part")
     shutil.rmtree(partial, ignore_errors=True)
@@ -41,6 +56,29 @@ def save_merged(model, tokenizer, adapter: str | Path, folder: str | Path) -> No
     tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
+
+
+def _check_same(model, merged, adapter) -> None:
+    """Raises `InputError` unless both give the same log-probabilities, up to what 16 bit loses.
+
+    They do not where an adapter is on an embedding that the LM head shares: merged, it would change the head, too.
+    """
+    ids = torch.linspace(0, merged.get_input_embeddings().weight.shape[0] - 1, 12).long()[None]
+    with frozen(model, adapters=True):
+        trained = model(input_ids=ids.to(model.device)).logits.float().cpu().log_softmax(-1)
+    with frozen(merged):
+        found = merged(input_ids=ids).logits.float().log_softmax(-1)
+    if not (difference := float((found - trained).abs().mean())) <= MOST_NATS:
+        raise InputError(
+            f"--save_merged: the merged model's log-probabilities are {difference:.2f} nats off the trained one's, "
+            f"more than 16 bit loses (an adapter on tied embeddings?): the adapter is saved unmerged in {adapter}"
+        )
+
+
+def _without_wrappers(name: str) -> str:
+    for wrapper in (".base_layer.", ".original_module.", ".token_adapter."):
+        name = name.replace(wrapper, ".")
+    return name
 
 
 def _plain_weights(base, plain, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -51,9 +89,9 @@ def _plain_weights(base, plain, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     base.state_dict()  # bitsandbytes repacks 4-bit weights for the CPU; this puts them back
     weights = {}
     for name, value in [*base.named_parameters(), *base.named_buffers()]:
-        if any(part in name for part in (".lora_", ".modules_to_save.")):
+        if any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_")):
             continue
-        owner, _, last = name.replace(".base_layer.", ".").replace(".original_module.", ".").rpartition(".")
+        owner, _, last = _without_wrappers(name).rpartition(".")
         if isinstance(value, torch.nn.Parameter):
             quantized = not value.is_floating_point()
             value = dequantize_bnb_weight(value)

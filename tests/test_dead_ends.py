@@ -1,0 +1,228 @@
+"""What a user may bring that once crashed, or was passed over without a word: it works, or is said in one line."""
+
+import argparse
+import json
+from types import SimpleNamespace
+
+import datasets
+import peft
+import pytest
+import toys
+from training_runs import SHORT, refusal, train
+from transformers import AutoModelForCausalLM
+
+import compute_baselines_trl
+from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
+from ppl.baselines.file import BaselineError
+from ppl.data import Columns, PromptForm, prepare_rows
+from ppl.errors import InputError
+from ppl.models import load_model, model_path
+from ppl.sampling import prompt_ids, sample
+from ppl.scoring.tokens import TextEncoder
+from ppl.training.config import grpo_config
+from ppl.training.job import check_batch
+from ppl.training.load import Loaded, check_prompts
+from ppl.training.merge import save_merged
+from ppl.training.plan import plan_batches
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def test_special_tokens_that_the_tokenizer_splits_are_split_here_too():
+    tokenizer = toys.byte_level()
+    text = "The <s> fox</s>"
+    whole = TextEncoder(tokenizer).encode([""], [text])[0].ids.tolist()
+    tokenizer.split_special_tokens = True
+    split = TextEncoder(tokenizer).encode([""], [text])[0]
+    assert split.ids.tolist() == [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert len(split.positions) == len(split.ids) - 1 > len(whole)
+
+
+class Processor:
+    """As those of Gemma 3 and Qwen-VL: it reads images, too, and has a tokenizer for the text."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, images=None, text=None):
+        raise AssertionError("asked for more than text")
+
+
+def test_a_processor_stands_for_its_tokenizer(model, tokenizer):
+    processor = Processor(tokenizer)
+    texts = {"texts": " said nothing.", "contexts": "The fox"}
+    expected = MultiLevelPPLCalculator(tokenizer).compute_all_levels(model, **texts)
+    assert MultiLevelPPLCalculator(processor).compute_all_levels(model, **texts) == expected
+    call = {"prompts": ["The fox"], "completions": [" said"], "completion_ids": [tokenizer(" said")["input_ids"]]}
+    reward = MultiLevelPPLRewardFunction(model, processor)
+    assert reward(**call) == [0] and reward(**call) == [0]
+    assert prompt_ids(["The fox"], processor) == prompt_ids(["The fox"], tokenizer)
+    assert sample(model, processor, ["The fox"], max_new_tokens=4) == sample(
+        model, tokenizer, ["The fox"], max_new_tokens=4
+    )
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("a \ud83d b", "half of a pair of surrogates, '\\ud83d'"), (None, "None, expected a string"),
+     (3, "3, expected a string"), (b"a fox", "b'a fox', expected a string"), ([3], "[3], expected a string")],
+)  # fmt: skip
+def test_what_is_no_text_is_named(model, tokenizer, text, words):
+    calculator = MultiLevelPPLCalculator(tokenizer)
+    reward = MultiLevelPPLRewardFunction(model, tokenizer)
+    for what, call in {
+        "text 1": lambda: calculator.compute_all_levels(model, ["A fox.", text]),
+        "text": lambda: calculator.explain(model, text),
+        "completion 1": lambda: reward.compute_rewards(["A fox.", text]),
+    }.items():
+        with pytest.raises(InputError) as error:
+            call()
+        assert str(error.value).startswith(what) and words in str(error.value)
+
+
+CELLS = {"null": None, "empty": "", "number": 7, "boolean": True}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("column", ["prompt", "reference"])
+def test_a_cell_that_is_no_text_is_named_or_empty(column, cell):
+    """The same rows for training and baselines: null is empty, a number has no place among texts."""
+    rows = [{"prompt": "The fox", "reference": " ran."}, {"prompt": "A crow", "reference": " flew."}]
+    if not isinstance(CELLS[cell], str | None):
+        rows = [{**row, column: CELLS[cell]} for row in rows]
+    else:
+        rows[1][column] = CELLS[cell]
+    dataset = datasets.Dataset.from_list(rows)
+    if isinstance(CELLS[cell], str | None):
+        prepared = prepare_rows(dataset, Columns("prompt", "reference", None), PromptForm())
+        assert prepared["prompt"] == (["The fox"] if column == "prompt" else ["The fox", "A crow"])
+        assert prepared["reference"] == ([" ran."] if column == "prompt" else [" ran.", ""])
+    else:
+        with pytest.raises(InputError, match=f"row 0: column {column} holds {CELLS[cell]}, expected a string"):
+            prepare_rows(dataset, Columns("prompt", "reference", None), PromptForm())
+
+
+def test_what_the_model_writes_itself_needs_no_reference(tmp_path, monkeypatch):
+    rows = [{"prompt": "The fox ran to the", "completion": None if n % 2 else " mill."} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({**row, "id": str(n)}) for n, row in enumerate(rows)))
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dataset_name", "rows.jsonl", "--output_path", "b.json", "--max_new_tokens", "8"]
+    assert compute_baselines_trl.main([*flags, "--generate", "1"]) == 0
+    assert sorted(json.loads((tmp_path / "b.json").read_text())) == ["0", "1", "2", "3"]
+    assert compute_baselines_trl.main([*flags, "--overwrite"]) == 0  # of the data set's own texts there are two
+    assert sorted(json.loads((tmp_path / "b.json").read_text())) == ["0", "2"]
+
+
+# --- baselines --------------------------------------------------------------------------------------------------------
+
+
+def test_baselines_without_a_row_are_refused(model, tokenizer, tmp_path):
+    (tmp_path / "b.json").write_text("{}")
+    for baselines in ({}, str(tmp_path / "b.json")):
+        with pytest.raises(BaselineError, match="holds no row"):
+            MultiLevelPPLRewardFunction(model, tokenizer, baselines)
+    one = MultiLevelPPLRewardFunction(model, tokenizer, {"x": dict.fromkeys(LEVELS, 9.0)})
+    assert len(one.baselines) == 1
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def config(*rest, **given):
+    args = argparse.Namespace(
+        max_new_tokens=12, report_to=["none"], wandb_project=None, eval_split=None, per_device_train_batch_size=8,
+        output_dir="out", **given,
+    )  # fmt: skip
+    return grpo_config(args, list(rest), plan_batches(8, None, 4, 1))[0]
+
+
+def test_a_data_set_smaller_than_one_batch_is_refused():
+    settings = config()
+    prompts = settings.generation_batch_size // settings.num_generations
+    check_batch(prompts, settings)
+    with pytest.raises(InputError, match=rf"{prompts - 1} rows are left to train on, .* for {prompts} prompts"):
+        check_batch(prompts - 1, settings)
+    assert "one batch samples completions for 8 prompts" in refusal(
+        "--max_samples", "6", "--per_device_train_batch_size", "64", "--num_generations", "8", "--no_unsloth"
+    )
+
+
+def test_the_columns_that_the_reward_needs_stay():
+    assert config().remove_unused_columns is False
+    with pytest.raises(InputError, match="--remove_unused_columns true takes id and reference"):
+        config("--remove_unused_columns", "true")
+
+
+def test_a_prompt_beyond_the_models_positions_is_refused_before_training(tokenizer):
+    policy = Loaded(toys.gpt2(n_positions=32), tokenizer)
+    job = SimpleNamespace(chat={}, config=SimpleNamespace(max_completion_length=12))
+    prompt = "The fox " * 40
+    fits = tokenizer.decode(tokenizer(prompt)["input_ids"][:20])
+    assert len(tokenizer(fits)["input_ids"]) == 20
+    check_prompts([fits], policy, policy, job)
+    longer = tokenizer.decode(tokenizer(prompt)["input_ids"][:21])
+    with pytest.raises(InputError, match=r"a prompt of 21 tokens, 'The fox .* up to 12 are more than the model's 32"):
+        check_prompts([fits, longer], policy, policy, job)
+
+
+def adapted(tmp_path, **options):
+    """A trained adapter on a model whose embeddings the LM head shares, and where it was saved."""
+    base = toys.llama(tie_word_embeddings=True)
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **options))
+    model.save_pretrained(tmp_path / "adapter")
+    return model
+
+
+def test_a_merged_model_is_the_trained_one(tmp_path, tokenizer):
+    model = adapted(tmp_path, target_modules=["q_proj", "v_proj"])
+    save_merged(model, tokenizer, tmp_path / "adapter", tmp_path / "merged")
+    ids = toys.torch.tensor([[5, 6, 7, 8]])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="float32")
+    with toys.torch.no_grad():
+        difference = merged(ids).logits.log_softmax(-1) - model.eval()(ids).logits.log_softmax(-1)
+    assert difference.abs().mean() < 0.1
+
+
+def test_a_merged_model_that_is_another_one_is_not_written(tmp_path, tokenizer):
+    """An adapter on an embedding that is the head, too: merged, it would change both."""
+    model = adapted(tmp_path, target_modules=["embed_tokens"])
+    with pytest.raises(InputError, match=r"--save_merged: .* the adapter is saved unmerged in"):
+        save_merged(model, tokenizer, tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists() and (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_an_adapter_of_single_tokens_merges_or_is_refused(tmp_path, tokenizer):
+    model = adapted(tmp_path, target_modules=["q_proj"], trainable_token_indices=[5, 6])
+    try:
+        save_merged(model, tokenizer, tmp_path / "adapter", tmp_path / "merged")
+    except InputError as error:
+        assert "--save_merged" in str(error) and not (tmp_path / "merged").exists()
+    else:
+        ids = toys.torch.tensor([[5, 6, 7, 8]])
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="float32")
+        with toys.torch.no_grad():
+            difference = merged(ids).logits.log_softmax(-1) - model.eval()(ids).logits.log_softmax(-1)
+        assert difference.abs().mean() < 0.1
+
+
+def test_a_merge_that_is_refused_comes_after_all_else(tmp_path):
+    """The adapter, the report and the held-out scores of the run are there; the adapter is one of embeddings."""
+    base, tokenizer, _ = load_model("tiny-stories")
+    options = {"target_modules": ["embed_tokens"], "r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    peft.get_peft_model(base, peft.LoraConfig(**options)).save_pretrained(tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = model_path("tiny-stories")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "out"
+    done = train(
+        "--model_name", tmp_path / "adapter", "--output_dir", out, "--save_merged", "--no_unsloth", "--max_steps", "1",
+        *SHORT, code=2,
+    )  # fmt: skip
+    assert done.stderr.strip().splitlines()[-1].startswith("error: --save_merged")
+    assert (out / "adapter_model.safetensors").exists() and not (out / "merged").exists()
+    assert json.loads((out / "heldout.json").read_text())["after"] is not None
+    assert "after" in (out / "report.html").read_text()
