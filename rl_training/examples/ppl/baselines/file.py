@@ -87,17 +87,14 @@ class Baselines(Mapping[str, np.ndarray]):
                 content = file.read() if path.suffix != ".parquet" else b""
         except OSError as error:
             raise BaselineError(f"{path}: {error.strerror}: make it with compute_baselines_trl.py") from error
-<<<<<<< HEAD
         if path.suffix == ".parquet":
             records = _read_parquet(path)
         else:
             records = {".pkl": _parse_pickle, ".json": _parse_json}[path.suffix](content, path)
-=======
-        records = {".pkl": _parse_pickle, ".json": _parse_json, ".parquet": _parse_parquet}[path.suffix](content, path)
-        if isinstance(records, Mapping) and not records:
+        baselines = cls(records, read_meta(path), source=str(path))
+        if not baselines:
             raise BaselineError(f"{path} holds no row: make it with compute_baselines_trl.py")
->>>>>>> main
-        return cls(records, read_meta(path), source=str(path))
+        return baselines
 
     def find(
         self, row_id, prompt: Text | None, reference: Text | None = None, index: int | None = None
