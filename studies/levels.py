@@ -104,20 +104,26 @@ def sampled(args: argparse.Namespace, model, tokenizer, rows: list) -> list[tupl
 
 
 def log_perplexities(args: argparse.Namespace, model, tokenizer, pairs: list[tuple[str, str]]) -> dict:
-    """Per aggregation float64 [N, 3], ln PPL of (context, text) at each level, all from one pass of the scorer."""
+    """Per aggregation float64 [N, 3], ln PPL of (context, text) at each level, all from one call of the scorer."""
     import numpy as np
 
     from ppl.scoring.levels import level_perplexities
+    from ppl.scoring.nested import nested_perplexities, score_scopes
     from ppl.scoring.surprisal import SurprisalScorer
     from ppl.scoring.tokens import TextEncoder
     from ppl.scoring.units import segment
 
     contexts, texts = map(list, zip(*pairs, strict=True))
-    encoded = TextEncoder(tokenizer).encode(contexts, texts)
-    surprisals = SurprisalScorer(model).score(encoded)
+    encoder = TextEncoder(tokenizer, eos_for_bos=True)
+    encoded = encoder.encode(contexts, texts)
     units = segment(texts, args.language)
+    scopes = score_scopes(SurprisalScorer(model), encoded, units, encoder.start)
     chars = [one.chars for one in encoded]
-    return {name: np.log(level_perplexities(units, chars, surprisals, name)) for name in AGGREGATIONS}
+    perplexities = {"nested": nested_perplexities(scopes)}
+    for name in AGGREGATIONS:
+        if name != "nested":
+            perplexities[name] = level_perplexities(units, chars, scopes.c, name)
+    return {name: np.log(perplexities[name]) for name in AGGREGATIONS}
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..errors import one_of
 from .units import Units
 
+_OF_UNITS = ("geometric", "arithmetic", "selective")  # nested levels are means over tokens: see nested.py
 _WORST = 5  # selective, words: the most surprising one in so many
 
 
@@ -58,6 +60,7 @@ def aggregate(offsets: np.ndarray, rates: Mapping[str, tuple[np.ndarray, np.ndar
     offsets: int64 [B + 1], where each text starts. rates: per level (where each unit with a token starts, int64 [U];
     r_u = S_u / n_u, its surprisal in nats a token, float64 [U]).
     """
+    one_of("aggregation", aggregation, _OF_UNITS)
     result = np.empty((len(offsets) - 1, len(rates)))
     # A surprisal beyond 709 nats a token is a perplexity of inf; 0 / 0 is the nan of a text without units.
     with np.errstate(over="ignore", invalid="ignore"):

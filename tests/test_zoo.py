@@ -1,0 +1,77 @@
+"""Every architecture of transformers' causal mapping that can be had as a toy has the numbers of the model alone."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import toys
+import zoo
+
+from ppl.errors import InputError
+from ppl.scoring.surprisal import SurprisalScorer
+from ppl.scoring.tokens import Encoded
+
+PARTS = 6
+RESULTS: dict[str, str] = {}
+RANDOM = np.random.default_rng(0)
+PREFIX = RANDOM.integers(3, toys.VOCABULARY, 40)
+
+
+def text(ids, context):
+    scored = np.arange(context, len(ids))
+    return Encoded(np.array(ids), scored, scored)
+
+
+# Short and long ones, and completions of one prompt, long enough to be worth sharing.
+TEXTS = [text(RANDOM.integers(3, toys.VOCABULARY, size), 1) for size in (2, 5, 17)]
+TEXTS += [text([*PREFIX, *RANDOM.integers(3, toys.VOCABULARY, size)], len(PREFIX)) for size in (3, 8, 8, 12)]
+
+
+def way(scorer) -> str:
+    if scorer._by_length:
+        return "row by row"
+    if not scorer._head_agrees:
+        return "by its own logits"
+    return "packed" if scorer._packs_agree else "padded, prefix shared" if scorer._cache_agrees else "padded"
+
+
+def result(name) -> str:
+    """What becomes of an architecture. Fails for numbers that are not the model's own."""
+    try:
+        model = zoo.toy(name)
+    except Exception as error:  # configurations that need more than sizes, or packages
+        return f"not built: {type(error).__name__}"
+    scorer = SurprisalScorer(model)
+    try:
+        together = scorer.score(TEXTS)
+    except InputError as error:
+        assert "is not causal" in str(error)
+        return "refused"
+    for found, one in zip(together, TEXTS, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor(one.ids[None]), use_cache=False).logits[0].float().log_softmax(-1)
+        expected = -logits[one.positions - 1, one.ids[one.positions]].double().numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-3, err_msg=name)
+    return way(scorer)
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_mixed_batch_has_the_numbers_of_each_text_alone(part):
+    names = sorted(zoo.NAMES)[part::PARTS]
+    RESULTS.update((name, result(name)) for name in names)
+
+
+def test_how_many_architectures_go_which_way(capsys):
+    """The numbers that the README has; later versions of transformers bring more."""
+    if len(RESULTS) < len(zoo.NAMES):
+        pytest.skip("needs the parts of the test above")
+    counts = Counter(one.partition(":")[0] for one in RESULTS.values())
+    built = len(RESULTS) - counts["not built"]
+    exact = built - counts["refused"]
+    with capsys.disabled():
+        print(f"\n{len(RESULTS)} types, {built} built as toys: {exact} exact, {counts['refused']} refused")
+        for name, count in counts.most_common():
+            print(f"  {count:4} {name}: {', '.join(sorted(one for one in RESULTS if RESULTS[one].startswith(name)))}")
+    assert built >= 150 and exact >= 143 and counts["packed"] >= 58
+    assert counts["by its own logits"] <= 15 and counts["row by row"] <= 2 and counts["refused"] <= 8
