@@ -105,6 +105,9 @@ def _surprisal(model, ids: list[int], place: int, window: int | None) -> float:
 
 
 def all_levels(model, tokenizer, text, context="", window=None, aggregation="geometric", **options) -> dict[str, float]:
+    if aggregation == "nested":
+        values = nested_levels(model, tokenizer, text, context, window, **options)
+        return dict(zip(("word", "phrase", "sentence"), values, strict=True))
     scored = token_surprisals(model, tokenizer, text, context, window)
     spans = units(text, **options)
     found = {level: [(start, _rate(scored, start, end)) for start, end in spans[level]] for level in spans}
@@ -137,13 +140,13 @@ def _rate(scored, start: int, end: int) -> float | None:
     return math.fsum(inside) / len(inside) if inside else None
 
 
-def nested_levels(model, tokenizer, text: str, context: str = "", window: int | None = None) -> list[float]:
+def nested_levels(model, tokenizer, text: str, context="", window: int | None = None, **options) -> list[float]:
     """[word, phrase, sentence]: every phrase and every sentence run alone, behind one token, one token at a time."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     ids, tokens = scored_tokens(tokenizer, text, context, eos_for_bos=True)
     if not tokens:
         return [math.nan] * 3
-    spans = units(text)
+    spans = units(text, **options)
     totals = {"phrase": [], "sentence": []}
     for place, char in tokens:
         for level, values in totals.items():

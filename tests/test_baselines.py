@@ -50,8 +50,8 @@ IDENTITY = {key: META[key] for key in ("target", "definitions", "prompt", "token
 characters = st.characters(exclude_categories=["Cs"])
 positive = st.floats(min_value=1e-300, max_value=1e300)
 keys = st.one_of(
-    st.lists(st.text(characters, max_size=8), unique=True, max_size=12),
-    st.lists(st.integers(-(2**63), 2**63 - 1), unique=True, max_size=12),
+    st.lists(st.text(characters, max_size=8), unique=True, min_size=1, max_size=12),
+    st.lists(st.integers(-(2**63), 2**63 - 1), unique=True, min_size=1, max_size=12),
 )
 
 
