@@ -235,10 +235,10 @@ def figure(numbers: dict):
                 if of_pair[key] is not None:
                     last.scatter([of_pair[key]], [group + shift], color="0.25", marker=mark, s=34)
             if group == 0:
-                last.text(-0.43, shift, pair.replace(", ", "–"), fontsize=7.5, va="center")
+                last.text(-0.53, shift, pair.replace(", ", "–"), fontsize=7.5, va="center")
     last.set_title("correlations", fontsize=10)
     last.set_xlabel("● all damages, | within one, × samples", fontsize=8)
-    last.set_xlim(-0.45, 1.05)
+    last.set_xlim(-0.55, 1.05)
     panels[0].set_yticks(range(len(numbers["aggregations"])), list(numbers["aggregations"]))
     panels[0].invert_yaxis()
     for level in LEVELS:

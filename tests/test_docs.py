@@ -90,17 +90,41 @@ def test_the_example_by_hand_is_what_the_code_computes():
     assert round(2 ** (bits.sum() / len(bits)), 2) == 4.54
 
 
-def test_the_readme_names_every_module():
+def test_readme_and_maps_name_every_module():
+    """The README names the scripts and the wings' maps; a map names what is in its folder."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     examples = ROOT / "rl_training" / "examples"
-    for path in [*examples.glob("*.py"), *(examples / "ppl").rglob("*.*"), *(examples / "engines").glob("*.py")]:
-        if path.name != "__init__.py" and "__pycache__" not in path.parts:
-            assert re.search(rf"\b{re.escape(path.name)}\b", readme), f"{path.name} has no line in the README's tree"
+    for path in [*examples.glob("*.py"), *(examples / "engines").glob("*.py")]:
+        assert re.search(rf"\b{re.escape(path.name)}\b", readme), f"the README does not name {path.name}"
+    for folder in [examples / "ppl", *(path.parent for path in (examples / "ppl").glob("*/__init__.py"))]:
+        assert f"({folder.relative_to(ROOT)}/__init__.py)" in readme
+        text = (folder / "__init__.py").read_text(encoding="utf-8")
+        for path in folder.glob("*.*"):
+            if path.name not in ("__init__.py", "__pycache__"):
+                assert re.search(rf"\b{re.escape(path.stem)}\b", text), f"the map of {folder.name} lacks {path.name}"
 
 
-@pytest.mark.parametrize("name", ["README.md", "MULTILEVEL_PPL_GUIDE.md"])
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "MULTILEVEL_PPL_GUIDE.md", "benchmarks/README.md", "studies/README.md"]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_link_leads_somewhere(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    headings = {
+        re.sub(r"[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in text.splitlines()
+        if line.startswith("#")
+    }
+    for target in re.findall(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif not target.startswith("http"):
+            assert ((ROOT / name).parent / target.partition("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("name", ["README.md", "MULTILEVEL_PPL_GUIDE.md", "studies/README.md"])
 def test_every_picture_is_there(name):
     paths = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (ROOT / name).read_text(encoding="utf-8"))
     assert paths
     for path in paths:
-        assert (ROOT / path).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n", path
+        assert ((ROOT / name).parent / path).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n", path

@@ -1,4 +1,4 @@
-"""With a reference as target: what of a completion stands before it, and in which words."""
+"""What stands before a reference that is scored: prompt and completion, put together by a template."""
 
 import string
 

@@ -88,7 +88,7 @@ class Parts:
         return header, records
 
     def remove(self) -> None:
-        """The settings last: as long as they are there, what is left of the folder is known for what it is."""
+        """The settings file goes last: a later run needs it to know that the folder is one of ours, half removed."""
         ours = [path for path in self.folder.iterdir() if path.is_file() and path.name != _SETTINGS]
         for path in [*ours, self.folder / _SETTINGS]:
             path.unlink(missing_ok=True)

@@ -43,7 +43,7 @@ from .thresholds import Thresholds, checked_weights, normalized
 
 logger = logging.getLogger(__name__)
 
-_HIGHEST = 1e300  # stands for a perplexity beyond float64: infinity survives no mean and no difference
+_HIGHEST = 1e300  # in place of a perplexity too large for float64: means and differences stay finite
 
 
 class MultiLevelPPLRewardFunction:

@@ -1,4 +1,4 @@
-"""A second reward function that makes loops pay for themselves: perplexity alone takes a loop for good prose."""
+"""A second reward function, against loops: a text that repeats itself is easy to predict, so perplexity rewards it."""
 
 import math
 from collections.abc import Callable, Sequence

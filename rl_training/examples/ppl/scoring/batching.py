@@ -89,9 +89,10 @@ def windows(encoded: Encoded, window: int | None, text: int, whole: bool = False
 def share_prefixes(rows: Sequence[Row], overhead: int) -> list[Group]:
     """Partition the rows into groups of equal prefix where running it once saves more than `overhead` tokens.
 
-    In lexicographic order, rows with a common prefix are neighbours, and the prefix of a run of them is the least of
-    the neighbours' common lengths. One pass over those lengths closes every such run from the inside out and keeps it
-    whole where that saves more than the runs within it.
+    The rows are sorted by their ids, so that rows with a common prefix stand side by side. A run of neighbours shares
+    the shortest of the prefixes that two of them have in common. Runs lie within longer runs with shorter prefixes.
+    They are visited from the innermost out; a run becomes one group if that saves more tokens than the groups found
+    within it.
     """
     order = sorted(rows, key=lambda row: row.inputs.astype(">u4").tobytes())
     common = [_common_prefix(a, b) for a, b in pairwise(order)]

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 class _Sizes(NamedTuple):
     most: int  # tokens of one forward pass, padding included
-    enough: int  # tokens; a longer pass takes as much time for each, unless it saves a prefix
+    enough: int  # tokens of one pass; more of them make it no faster per token, unless they share a prefix
     slice_bytes: int  # of logits
     overhead: int  # tokens that one more forward pass costs
 

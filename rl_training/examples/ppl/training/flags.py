@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..files import write_text
 
 CONFIG_FILE = "training_config.yaml"
-NAMESAKES = ("debug",)  # flags of ours that are another thing than GRPOConfig's field of that name
+NAMESAKES = ("debug",)  # our flags whose name GRPOConfig gives to something else
 _NOT_KEPT = ("debug", "config", "resume_from_checkpoint")  # of one call, not of the run
 _OF_THE_MACHINE = ("bf16", "fp16", "use_cpu")  # told in the file, chosen again where it is used
 
