@@ -1,7 +1,10 @@
 """What every test shares: tiny seeded models, tokenizers trained on the spot."""
 
 import os
+import signal
 
+# A shell ignores Ctrl-C for what it starts in the background, and the scripts that the tests interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
