@@ -3,8 +3,6 @@
 import os
 import signal
 
-# A shell ignores Ctrl-C for what it starts in the background, and the scripts that the tests interrupt would inherit that.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -14,6 +12,8 @@ import torch
 import toys
 from hypothesis import HealthCheck, settings
 
+# A shell ignores Ctrl-C for what it starts in the background; the scripts that the tests interrupt would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # more of them slow a toy model down
 
 settings.register_profile(
