@@ -101,7 +101,7 @@ def test_a_text_that_cannot_be_damaged_is_left_out(damage):
 def test_which_level_sees_what(tmp_path):
     printed = run("levels.py", "--quick", "--output_dir", tmp_path)
     numbers = json.loads((tmp_path / "levels.json").read_text())
-    assert set(numbers["aggregations"]) == {"geometric", "arithmetic", "selective"} and numbers["texts"] == 12
+    assert set(numbers["aggregations"]) == {"geometric", "arithmetic", "selective", "nested"} and numbers["texts"] == 12
     for name, found in numbers["aggregations"].items():
         assert len(found["damages"]) == 5 and len(found["correlations"]) == 3
         for of_damage in found["damages"].values():
