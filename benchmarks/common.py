@@ -284,6 +284,11 @@ class Rows:
         print(" | ".join(cell for cell in _cells(row) if cell), flush=True)
 
 
+def read_rows(path: Path) -> list[dict]:
+    """What `Rows` has written so far."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def markdown(title: str, rows: Sequence[Mapping]) -> str:
     """A table of the rows of `Rows`."""
     lines = [f"{title}\n", "| what | measured | ratio | target | of what |", "|---|--:|--:|--:|---|"]

@@ -12,7 +12,6 @@ of it means anything.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 import gpu_grpo
 import gpu_scoring
 import gpu_train
-from common import EXAMPLES, Rows, failure, machine, markdown, quiet
+from common import EXAMPLES, Rows, failure, machine, markdown, quiet, read_rows
 
 # name -> (what --only calls it, function of rows, toy, folder); `folder` holds the 4-bit model of the largest shape,
 # which the first part makes. In the order in which they are measured.
@@ -89,7 +88,7 @@ def run_all(args: argparse.Namespace) -> int:
             reason = run_for(left, [*command, "--toy"] if toy else command)
             if reason:
                 Rows(rows.path, name).add("not measured to its end", note=reason)
-    found = [json.loads(line) for line in rows.path.read_text(encoding="utf-8").splitlines()]
+    found = read_rows(rows.path)
     title = f"{'Toy size' if toy else 'One GPU'}, {time.monotonic() - started:.0f} s in all"
     table = markdown(title, found)
     (args.out / "table.md").write_text(table, encoding="utf-8")

@@ -1,10 +1,8 @@
 """A GRPO step on one GPU, with its parts and its peak memory: with Unsloth, with transformers + PEFT, one at a time."""
 
-import json
-from pathlib import Path
 from typing import NamedTuple
 
-from common import Rows, grpo_step
+from common import Rows, grpo_step, read_rows
 from gpu_models import random_texts
 
 UNSLOTH, PEFT = "GRPO with Unsloth", "GRPO with transformers + PEFT"
@@ -34,7 +32,7 @@ def batch_of_one(rows: Rows, toy: bool, folder: str) -> None:
 def peft(rows: Rows, toy: bool, folder: str) -> None:
     sizes = SMALL if toy else FULL
     found = _step(rows, PEFT, sizes, folder, unsloth=False)
-    theirs = [row for row in _measured(rows.path) if row["what"].startswith(f"{UNSLOTH}: ")]
+    theirs = [row for row in read_rows(rows.path) if row["what"].startswith(f"{UNSLOTH}: ")]
     other = {row["what"].removeprefix(f"{UNSLOTH}: "): row["value"] for row in theirs}
     if "step" in other:
         speedup = found["step"] / other["step"]
@@ -66,7 +64,3 @@ def _step(rows: Rows, title: str, sizes: Sizes, folder: str, unsloth: bool, most
     rows.add(f"{title}: peak memory in tensors", found["allocated"] / 1e9, "GB")
     rows.add(f"{title}: perplexity", found["perplexity"], of="of the first prompt, after training, adapter off")
     return found
-
-
-def _measured(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

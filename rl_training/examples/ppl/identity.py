@@ -25,12 +25,17 @@ def identity(
     """
     return {
         "target": target,
-        "definitions": {**definitions, **({"template": template} if target == "reference" else {})},
+        "definitions": with_template(definitions, template, target),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "model": {**describe_model(model), "name": name},
         "window": window,
         "prompt": dict(prompt),
     }
+
+
+def with_template(definitions: Mapping, template: str, target: str) -> dict:
+    """The definitions that a baseline must share: for references also how they stand behind their prompt."""
+    return {**definitions, **({"template": template} if target == "reference" else {})}
 
 
 def differences(made: Mapping, expected: Mapping) -> dict[str, tuple]:

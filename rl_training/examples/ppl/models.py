@@ -129,14 +129,19 @@ def _from_unsloth(
     return model.eval(), tokenizer
 
 
+def _adapted(path: str) -> str | None:
+    """The name of the model that the adapter in a folder belongs to; None if there is no adapter."""
+    adapter = Path(path, "adapter_config.json")
+    if not adapter.exists():
+        return None
+    return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
 def _positions(path: str) -> int | None:
     """How many positions the model's configuration has, the base model's for an adapter; None if it does not say."""
     from transformers import AutoConfig
 
-    adapter = Path(path, "adapter_config.json")
-    if adapter.exists():
-        path = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(_adapted(path) or path)
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
@@ -157,12 +162,12 @@ def _from_transformers(path: str, name: str, load_in_4bit: bool, dtype: str, dev
             bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
         )
     loader, tokenizer_path = AutoModelForCausalLM, path
-    if (adapter := Path(path, "adapter_config.json")).exists():
+    if Path(path, "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
 
         loader, options["is_trainable"] = AutoPeftModelForCausalLM, True
         if not Path(path, "tokenizer_config.json").exists():
-            tokenizer_path = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+            tokenizer_path = _adapted(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
         model = loader.from_pretrained(path, dtype=dtype, device_map={"": target}, **options)

@@ -9,6 +9,9 @@ import numpy as np
 
 from .tokens import Encoded
 
+ID = np.dtype(">u4")
+ID_BYTES = ID.itemsize
+
 
 @dataclass(frozen=True)
 class Row:
@@ -94,7 +97,7 @@ def share_prefixes(rows: Sequence[Row], overhead: int) -> list[Group]:
     They are visited from the innermost out; a run becomes one group if that saves more tokens than the groups found
     within it.
     """
-    order = sorted(rows, key=lambda row: row.inputs.astype(">u4").tobytes())
+    order = sorted(rows, key=lambda row: sort_key(row.inputs))
     common = [_common_prefix(a, b) for a, b in pairwise(order)]
     shared: list[tuple[int, int, int]] = []  # (start, end, prefix) of the runs chosen within the last closed one
     saved = 0
@@ -118,6 +121,11 @@ def share_prefixes(rows: Sequence[Row], overhead: int) -> list[Group]:
         return [Group(0, alone)] if alone else []
     # What is left may share less: the BOS token, where there are many short rows.
     return groups + share_prefixes(alone, overhead)
+
+
+def sort_key(ids: np.ndarray) -> bytes:
+    """`ID_BYTES` an id: sorts as the ids do, and begins with the key of what they begin with."""
+    return ids.astype(ID).tobytes()
 
 
 def _common_prefix(a: Row, b: Row) -> int:

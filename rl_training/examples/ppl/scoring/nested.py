@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .batching import ID, ID_BYTES, sort_key
 from .surprisal import SurprisalScorer
 from .tokens import Encoded
 from .units import Units
 
-_ID = np.dtype(">u4")
-_BYTES = _ID.itemsize
 SCOPES = {"a": "phrase", "b": "sentence"}  # which unit a token's surprisal is alone in; c is that of the text
 
 
@@ -41,14 +40,16 @@ def score_scopes(scorer: SurprisalScorer, encoded: Sequence[Encoded], units: Uni
     text's first sentence (without a context) not at all.
     """
     sequences = _Sequences()
-    opening = _key(np.array([start]))
+    opening = sort_key(np.array([start]))
     for one, offset in zip(encoded, units.offsets.tolist(), strict=False):
-        key = _key(one.ids)
-        for level in (SCOPES["a"], SCOPES["b"]):
+        key = sort_key(one.ids)
+        for level in SCOPES.values():
             unit = np.searchsorted(units.starts[level], offset + one.chars, side="right")
             first = np.flatnonzero(np.diff(unit, prepend=-1))
             begin, end = one.positions[first], one.positions[np.append(first, len(unit))[1:] - 1] + 1
-            keys = [opening + key[_BYTES * b : _BYTES * e] for b, e in zip(begin.tolist(), end.tolist(), strict=True)]
+            keys = [
+                opening + key[ID_BYTES * b : ID_BYTES * e] for b, e in zip(begin.tolist(), end.tolist(), strict=True)
+            ]
             sizes = np.diff(first, append=len(unit))
             sequences.ask(keys, sizes, one.positions - np.repeat(begin, sizes) + 1)  # behind the opening token
         sequences.ask([key], [len(one.positions)], one.positions)
@@ -85,8 +86,8 @@ class _Sequences:
         for key in sorted(self._numbers, reverse=True):
             if not following.startswith(key):
                 whole.append(key)
-                size += len(key) // _BYTES
-            offsets[self._numbers[key]] = size - len(whole[-1]) // _BYTES if whole else 0
+                size += len(key) // ID_BYTES
+            offsets[self._numbers[key]] = size - len(whole[-1]) // ID_BYTES if whole else 0
             following = key
         places = [offsets[numbers] + positions for numbers, positions in self._asked]
         wanted = np.zeros(size, dtype=bool)
@@ -94,15 +95,10 @@ class _Sequences:
             wanted[one] = True
         texts, begin = [], 0
         for key in whole:
-            ids = np.frombuffer(key, dtype=_ID).astype(np.int64)
+            ids = np.frombuffer(key, dtype=ID).astype(np.int64)
             scored = np.flatnonzero(wanted[begin : begin + len(ids)])
             texts.append(Encoded(ids, scored, scored))  # whose characters are nobody's business
             begin += len(ids)
         surprisals = np.zeros(size)
         surprisals[wanted] = np.concatenate([np.empty(0), *scorer.score(texts)])
         return [surprisals[one] for one in places]
-
-
-def _key(ids: np.ndarray) -> bytes:
-    """Sorts as the ids do, and begins with the key of what they begin with."""
-    return ids.astype(_ID).tobytes()

@@ -41,7 +41,7 @@ def can_pack(decoder) -> bool:
     config = decoder.config
     if config.sub_configs or "position_ids" not in inspect.signature(decoder.forward).parameters:
         return False
-    if _of_unsloth(decoder):
+    if of_unsloth(decoder):
         usable = _unsloth_attention(decoder) is not None and _one_kernel(decoder.device, decoder.dtype)
     else:
         usable = getattr(config, "_attn_implementation", None) == _OWN
@@ -55,7 +55,7 @@ def would_pack(decoder) -> str | None:
     known = "position_ids" in inspect.signature(decoder.forward).parameters and getattr(
         decoder, "_supports_sdpa", False
     )
-    of_its_own = config.sub_configs or _of_unsloth(decoder) or attention in (None, _OWN)
+    of_its_own = config.sub_configs or of_unsloth(decoder) or attention in (None, _OWN)
     return attention if known and not of_its_own and plain_cache(config) else None
 
 
@@ -70,7 +70,7 @@ def run_packed(decoder, pack: Pack) -> torch.Tensor:
     device = decoder.device
     ids, positions = (torch.from_numpy(values[None]).to(device) for values in (pack.ids, pack.positions))
     options = {}
-    if _of_unsloth(decoder):
+    if of_unsloth(decoder):
         # Without them it would cut a pack to `max_seq_length` tokens.
         lengths = [end - start for start, end, _, _ in pack.spans]
         options["packed_seq_lengths"] = torch.tensor(lengths, dtype=torch.int32)
@@ -162,7 +162,7 @@ class _Together:
 def _attending(decoder, spans: _Spans) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(_pack.reset, _pack.set(spans))
-        if _of_unsloth(decoder):
+        if of_unsloth(decoder):
             names = _unsloth_attention(decoder)
             stack.callback(names.__setitem__, "run_attention", names["run_attention"])
             names["run_attention"] = _unsloth_packed
@@ -175,6 +175,7 @@ def _attending(decoder, spans: _Spans) -> Iterator[None]:
 # --- one kernel for all spans ----------------------------------------------------------------------------------------
 
 
+@functools.cache  # asked in every layer
 def _varlen() -> Callable | None:
     """PyTorch's attention over sequences of different lengths, from the version on that has causal ones (2.11)."""
     try:
@@ -258,7 +259,8 @@ def _rows(x: torch.Tensor, places: slice | torch.Tensor, count: int) -> torch.Te
 # --- Unsloth, on a GPU -----------------------------------------------------------------------------------------------
 
 
-def _of_unsloth(decoder) -> bool:
+def of_unsloth(decoder) -> bool:
+    """Whether Unsloth has put its own kernels in place of the decoder's forward pass, as it does on a GPU."""
     return decoder.forward.__module__.startswith("unsloth")
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .batching import Row, padded
-from .packed import plain_cache
+from .packed import of_unsloth, plain_cache
 
 
 def can_continue(decoder) -> bool:
@@ -20,7 +20,7 @@ def can_continue(decoder) -> bool:
     probe to tell. Not where it is patched by Unsloth for its own kernels, or keeps another kind of state."""
     return (
         "past_key_values" in inspect.signature(decoder.forward).parameters
-        and not decoder.forward.__module__.startswith("unsloth")
+        and not of_unsloth(decoder)
         and plain_cache(decoder.config)
     )
 

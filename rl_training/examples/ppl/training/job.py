@@ -13,6 +13,7 @@ from ..baselines.file import BaselineError, Baselines, check_meta, read_meta
 from ..data import PromptForm, check_references, find_columns, load_split, prepare_rows, split_heldout
 from ..definitions import BASELINE_COLUMNS
 from ..errors import InputError
+from ..identity import with_template
 from ..models import import_unsloth, model_path
 from .config import check_reporters, grpo_config, loading, reward_settings
 from .flags import CONFIG_FILE, write_config
@@ -89,7 +90,7 @@ def prepare(args: argparse.Namespace, rest: list[str], command: list[str], prepa
     column_meta = Baselines({}, read_meta(Path(args.dataset_name, ".baselines")), args.dataset_name)
     made = baselines or column_meta
     if not args.allow_baseline_mismatch:
-        definitions = {**cli.definitions(args), **({"template": args.template} if args.target == "reference" else {})}
+        definitions = with_template(cli.definitions(args), args.template, args.target)
         scorer = {"name": args.scorer_model or args.model_name}
         expected = {"prompt": form.identity, "definitions": definitions, "target": args.target, "model": scorer}
         check_meta(made, expected)
