@@ -12,6 +12,11 @@ CLAUSE = set(",;:—–()[]、，；：（）【】")
 LINE_BREAKS = {"\n", "\v", "\f", "\r", "\x85", "\u2028", "\u2029"}
 
 
+def has_word(text: str) -> bool:
+    """Letters and digits as the newest Unicode has them: `str.isalnum` knows those of its Python's year."""
+    return any(regex.match(r"[\p{L}\p{N}]", char) for char in text)
+
+
 def units(text: str, language: str = "en", max_phrase_words: int = 4) -> dict[str, list[tuple[int, int]]]:
     """Per level (start, end) of every unit, also of those that will hold no token."""
     pieces = []
@@ -36,12 +41,12 @@ def units(text: str, language: str = "en", max_phrase_words: int = 4) -> dict[st
         found["sentence"].append((start, start + len(piece)))
         words = []  # (text in front and word, what trails it)
         for part in regex.split(r"(?V1w)\b", piece):
-            if any(char.isalnum() for char in part):
-                if len(words) == 1 and not any(char.isalnum() for char in words[0][0]):
+            if has_word(part):
+                if len(words) == 1 and not has_word(words[0][0]):
                     words[0] = [words[0][0] + part, ""]
                 else:
                     words.append([part, ""])
-            elif words and any(char.isalnum() for char in words[-1][0]):
+            elif words and has_word(words[-1][0]):
                 words[-1][1] += part
             elif words:
                 words[0][0] += part

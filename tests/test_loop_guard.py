@@ -133,7 +133,7 @@ def test_no_looped_story_out_earns_its_original(embedded, trials):
     chosen = sorted({story for story, *_ in trials})
     prompts = [stories[story]["prompt"] for story in chosen]
     own = sample_completions(model, tokenizer, prompts, num_generations=2, max_new_tokens=64, seed=42, batch_size=80)
-    plain = MultiLevelPPLRewardFunction(model, tokenizer, {})
+    plain = MultiLevelPPLRewardFunction(model, tokenizer, None)
     pairs = [(prompt, text) for prompt, texts in zip(prompts, own, strict=True) for text in texts]
     means = np.nanmean(plain.calculator.score_pairs(model, pairs).reshape(len(chosen), 2, 3), axis=1)
     penalty, weight = loop_guard()

@@ -69,6 +69,7 @@ def test_a_full_stop_behind_a_space_outside_ascii_does_not_crash():
         ("hi 👩‍👩‍👧 there", ["hi 👩‍👩‍👧 ", "there"]),  # an emoji has no letter: it trails the word before it
         ("go 🇩🇪🇫🇷 go", ["go 🇩🇪🇫🇷 ", "go"]),
         ("Ⅷ ½", ["Ⅷ ", "½"]),
+        ("a \U0003d000", ["a ", "\U0003d000"]),  # a seal character, a letter since Unicode 18
     ],
 )
 def test_words_with_what_trails_them(text, words):

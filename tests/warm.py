@@ -165,6 +165,7 @@ def main(address: str, owner: str) -> None:
     tempfile.tempdir = None
     for finalizer in weakref.finalize._registry:
         finalizer.atexit = False  # the end of one fork does not remove the folders that libraries made on import
+    atexit.unregister(importlib.import_module("wandb.sdk.data_types._private").MEDIA_TMP.cleanup)
     gc.freeze()  # a fork's collections do not touch, and so do not copy, what is here
     argv, *rest = serve(address, int(owner))
     become(argv, *rest)
