@@ -88,9 +88,9 @@ class _Sequences:
                 size += len(key) // _BYTES
             offsets[self._numbers[key]] = size - len(whole[-1]) // _BYTES if whole else 0
             following = key
-        places = [offsets[numbers] + positions for numbers, positions in self._asked]
+        indices = [offsets[numbers] + positions for numbers, positions in self._asked]
         wanted = np.zeros(size, dtype=bool)
-        for one in places:
+        for one in indices:
             wanted[one] = True
         texts, begin = [], 0
         for key in whole:
@@ -100,7 +100,7 @@ class _Sequences:
             begin += len(ids)
         surprisals = np.zeros(size)
         surprisals[wanted] = np.concatenate([np.empty(0), *scorer.score(texts)])
-        return [surprisals[one] for one in places]
+        return [surprisals[one] for one in indices]
 
 
 def _key(ids: np.ndarray) -> bytes:
