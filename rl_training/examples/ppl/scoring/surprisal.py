@@ -186,7 +186,8 @@ class SurprisalScorer:
         others = torch.cat([ids[:, :6], ids[:, 6:].flip(1)], dim=1)
         whole, half, other = (self._own_logits(self._base, one)[0, :6] for one in (ids, ids[:, :6], others))
         allowed = max(1e-3, 12 * self._rounding)
-        if _difference(other, whole) > allowed:
+        # Where the same ids give other logits the second time, something is random, and says nothing of what follows.
+        if _difference(other, whole) > allowed >= _difference(self._own_logits(self._base, ids)[0, :6], whole):
             raise InputError(
                 f"{type(self._base).__name__} is not causal: its logits depend on later tokens, so a text has no "
                 "perplexity under it: expected a causal language model (of BERT's kind, one with is_decoder: true)"
