@@ -48,7 +48,7 @@ def batch_equals_one_by_one(model, tokenizer) -> str:
     calculator = MultiLevelPPLCalculator(tokenizer)
     batch: dict = calculator.compute_all_levels(model=model, texts=list(texts), contexts=list(contexts))
     single = [calculator.compute_all_levels(model=model, texts=text, contexts=context) for context, text in pairs]
-    together = [{level: float(batch[level][place]) for level in LEVELS} for place in range(len(pairs))]
+    together = [{level: float(batch[level][index]) for level in LEVELS} for index in range(len(pairs))]
     return _largest_difference(texts, together, single, tolerance(model))
 
 
@@ -76,8 +76,8 @@ def units_partition_the_tokens(model, tokenizer) -> str:
                 if unit["start"] < end or unit["text"] != text[unit["start"] : unit["end"]]:
                     raise CheckFailed(f"{level} {unit!r} of {text!r} starts before {end} or is not what stands there")
                 end = unit["end"]
-            if (found := sum(unit["n_tokens"] for unit in units)) != tokens:
-                raise CheckFailed(f"the {level}s of {text!r} hold {found} tokens, expected {tokens}")
+            if (held := sum(unit["n_tokens"] for unit in units)) != tokens:
+                raise CheckFailed(f"the {level}s of {text!r} hold {held} tokens, expected {tokens}")
             sums[level] = math.fsum(unit["surprisal"] for unit in units)
         if not max(sums.values()) - min(sums.values()) <= 1e-9 * max(sums.values()):
             raise CheckFailed(f"the surprisals of {text!r} add up to {sums} nats, expected the same at each level")
@@ -99,9 +99,9 @@ def rewards_on_known_baselines(model, tokenizer) -> str:
     ppl = {level: float(details["ppls"][level][0]) for level in LEVELS}
     rows = [{level: ppl[level] / (1 - percent / 100) for level in LEVELS} for percent in expected]
     rewards, _ = reward_fn.compute_rewards([text] * len(rows), baselines=rows, return_details=True)
-    for (improvement, reward), found in zip(expected.items(), rewards.tolist(), strict=True):
-        if not abs(found - reward) <= 1e-6:
-            raise CheckFailed(f"an improvement of {improvement:g} % got the reward {found:g}, expected {reward:g}")
+    for (improvement, reward), given in zip(expected.items(), rewards.tolist(), strict=True):
+        if not abs(given - reward) <= 1e-6:
+            raise CheckFailed(f"an improvement of {improvement:g} % got the reward {given:g}, expected {reward:g}")
     _largest_difference([text], [ppl], [measured], tolerance(model))
     return ", ".join(f"{improvement:g} % → {reward:g}" for improvement, reward in DEFAULT_THRESHOLDS)
 
@@ -146,10 +146,12 @@ CHECKS = {
 }
 
 
-def _largest_difference(texts: Sequence[str], found: Sequence[dict], expected: Sequence[dict], allowed: float) -> str:
+def _largest_difference(
+    texts: Sequence[str], measured: Sequence[dict], expected: Sequence[dict], allowed: float
+) -> str:
     """The largest relative difference of perplexities by text and level; `CheckFailed` if it is over `allowed`."""
     differences = []
-    for text, ours, theirs in zip(texts, found, expected, strict=True):
+    for text, ours, theirs in zip(texts, measured, expected, strict=True):
         for level in LEVELS:
             a, b = ours[level], theirs[level]
             # A text without a scored token is nan either way.
@@ -166,37 +168,37 @@ def _largest_difference(texts: Sequence[str], found: Sequence[dict], expected: S
 
 
 def _scored_tokens(tokenizer, context: str, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """(ids, [(place in ids, first visible character in text) of each scored token])."""
+    """(ids, [(index in ids, first visible character in text) of each scored token])."""
     whole = context + text
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     ids, spans = list(encoded["input_ids"]), list(encoded["offset_mapping"])
     if tokenizer.bos_token_id is not None:
         ids, spans = [tokenizer.bos_token_id, *ids], [(0, 0), *spans]
-    found: list[tuple[int, int]] = []
+    scored: list[tuple[int, int]] = []
     blank: list[int] = []  # tokens of white space, until the next visible one
-    for place in range(1, len(ids)):
-        start, end = spans[place]
-        if end <= len(context) or ids[place] in tokenizer.all_special_ids:
+    for index in range(1, len(ids)):
+        start, end = spans[index]
+        if end <= len(context) or ids[index] in tokenizer.all_special_ids:
             continue
         visible = [char for char in range(max(start, len(context)), end) if not whole[char].isspace()]
-        blank.append(place)
+        blank.append(index)
         if visible:
-            found += [(one, visible[0] - len(context)) for one in blank]
+            scored += [(one, visible[0] - len(context)) for one in blank]
             blank = []
-    if found:
-        found += [(one, found[-1][1]) for one in blank]
-    return ids, found
+    if scored:
+        scored += [(one, scored[-1][1]) for one in blank]
+    return ids, scored
 
 
 def _brute_force(model, tokenizer, context: str, text: str) -> list[tuple[int, float]]:
     """(character, surprisal in nats) of each scored token, from the model's own logits, one forward pass a token."""
-    ids, places = _scored_tokens(tokenizer, context, text)
-    found = []
+    ids, indices = _scored_tokens(tokenizer, context, text)
+    scored = []
     with frozen(model):
-        for place, char in places:
-            logits = model(input_ids=torch.tensor([ids[:place]], device=model.device)).logits[0, -1]
-            found.append((char, -torch.log_softmax(logits.float(), dim=-1)[ids[place]].item()))
-    return found
+        for index, char in indices:
+            logits = model(input_ids=torch.tensor([ids[:index]], device=model.device)).logits[0, -1]
+            scored.append((char, -torch.log_softmax(logits.float(), dim=-1)[ids[index]].item()))
+    return scored
 
 
 def _geometric_mean(units: Sequence[dict], scored: Sequence[tuple[int, float]]) -> float:

@@ -14,7 +14,7 @@ def distinct(texts: Sequence[str], n: int) -> float:
     shares = []
     for text in texts:
         words = message_text(text).lower().split()
-        runs = [tuple(words[place : place + n]) for place in range(len(words) - n + 1)]
+        runs = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
         if runs:
             shares.append(len(set(runs)) / len(runs))
     return sum(shares) / len(shares) if shares else float("nan")

@@ -399,12 +399,12 @@ def _parse_json(content: bytes, path: Path):
 
 
 def _without_duplicates(pairs: list[tuple]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    content = dict(pairs)
+    if len(content) < len(pairs):
         seen = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"{twice!r:.80} is there twice")
-    return found
+    return content
 
 
 def _read_parquet(path: Path) -> _Columns:

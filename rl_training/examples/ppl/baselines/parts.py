@@ -179,13 +179,13 @@ class Processes:
 
     def died(self) -> str:
         """The processes that ended before their share was done, each with its reason if it left one; "" if none did."""
-        found = []
+        reasons = []
         for index in range(self.count):
             last = self._last_words(index)
             if last not in (None, _FINISHED):
                 reason = "killed, perhaps for want of memory" if last.startswith("process id") else last
-                found.append(f"process {index} of {self.count} has ended ({reason})")
-        return "; ".join(found)
+                reasons.append(f"process {index} of {self.count} has ended ({reason})")
+        return "; ".join(reasons)
 
     def close(self) -> None:
         if self._lock:

@@ -13,7 +13,7 @@ from ..errors import InputError
 
 
 class Row(NamedTuple):
-    place: int  # in the data set, from 0
+    number: int  # in the data set, from 0
     id: str | int
     prompt: Text
     reference: Text  # "" where the data set has none
@@ -37,10 +37,10 @@ class Seen:
         hashes = [hashlib.blake2b(str(i).encode("utf-8", "surrogatepass"), digest_size=8).digest() for i in ids]
         new = np.frombuffer(b"".join(hashes), dtype=np.uint64)
         distinct, first = np.unique(new, return_index=True)
-        places = np.searchsorted(self._hashes, distinct)
-        known = np.append(self._hashes, 0)[places] == distinct
-        known &= places < len(self._hashes)
-        self._hashes = np.insert(self._hashes, places[~known], distinct[~known])
+        indices = np.searchsorted(self._hashes, distinct)
+        known = np.append(self._hashes, 0)[indices] == distinct
+        known &= indices < len(self._hashes)
+        self._hashes = np.insert(self._hashes, indices[~known], distinct[~known])
         before = np.ones(len(new), dtype=bool)
         before[first[~known]] = False
         return before.tolist()
@@ -53,19 +53,19 @@ def read_rows(dataset, columns: Columns, form: PromptForm, limit: int | None, sc
     Raises `InputError` for what is no text or no id, and for an id that an `id` column has twice.
     """
     seen = Seen()
-    place = kept = 0
+    number = kept = 0
     for batch in _batches(dataset, columns):
         rows = []
         for example in batch:
-            row = make_row(example, place, columns, form)
-            rows.append(Row(place, **row) if message_text(row[scored]).strip() else None)
-            place += 1
+            row = make_row(example, number, columns, form)
+            rows.append(Row(number, **row) if message_text(row[scored]).strip() else None)
+            number += 1
         with_text = [row for row in rows if row is not None]
         if columns.id is not None:
             for row, twice in zip(with_text, seen.add([row.id for row in with_text]), strict=True):
                 if twice:
                     raise InputError(
-                        f"row {row.place} has the id {row.id!r}, as an earlier row has: ids must be distinct; without "
+                        f"row {row.number} has the id {row.id!r}, as an earlier row has: ids must be distinct; without "
                         "such a column a hash of prompt and reference is the id"
                     )
         for row in rows:

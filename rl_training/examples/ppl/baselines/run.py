@@ -106,7 +106,7 @@ def score_windows(job: Job, scorer: Scorer, processes: Processes, progress: "Pro
             if progress is not None and progress.headers[window.number]["digest"] != window.digest:
                 raise InputError(
                     f"the data set is not the one that {job.parts.folder} was made from, it differs before row "
-                    f"{window.rows[-1].place if window.rows else 0}: delete the folder to start anew"
+                    f"{window.rows[-1].number if window.rows else 0}: delete the folder to start anew"
                 )
         elif window.number % processes.count == processes.index:
             job.parts.write(window.number, *score_window(window, scorer.score))

@@ -65,7 +65,7 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
             num_generations=args.generate,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
-            seed=args.seed + rows[0].place,  # the same wherever an earlier run stopped
+            seed=args.seed + rows[0].number,  # the same wherever an earlier run stopped
             **chat,
         )
         pairs = [Sampled(tuple(one.prompt_ids), tuple(one.written)) for group in completions for one in group]
@@ -124,7 +124,7 @@ def is_4bit(name: str) -> bool:
 
 
 def score_window(window: Window, score: Callable[[Sequence[Row]], Scores]) -> tuple[dict, list[list]]:
-    """A shard: what is counted, and per row [place, id, word, phrase, sentence, scored tokens, and of its texts the
+    """A shard: what is counted, and per row [number, id, word, phrase, sentence, scored tokens, and of its texts the
     prompt's hash, the prompt's beginning, the reference's hash]."""
     records = []
     header = {"digest": window.digest, "rows": len(window.rows), "blank": window.blank}
@@ -133,13 +133,13 @@ def score_window(window: Window, score: Callable[[Sequence[Row]], Scores]) -> tu
             perplexities, tokens, read, longest = score(window.rows)
         except FloatingPointError as error:
             raise InputError(
-                f"in rows {window.rows[0].place} to {window.rows[-1].place}: {error}: try --dtype float32 or bfloat16"
+                f"in rows {window.rows[0].number} to {window.rows[-1].number}: {error}: try --dtype float32 or bfloat16"
             ) from error
         for row, values, count in zip(window.rows, perplexities.tolist(), tokens.tolist(), strict=True):
             if count and not np.isfinite(values).all():
-                raise InputError(f"row {row.place}, id {row.id!r}: perplexities {values}: leave the row out")
+                raise InputError(f"row {row.number}, id {row.id!r}: perplexities {values}: leave the row out")
             if count:
                 of_texts = (stable_id(row.prompt), beginning(row.prompt), stable_id(row.reference))
-                records.append([row.place, row.id, *values, count, *of_texts])
+                records.append([row.number, row.id, *values, count, *of_texts])
         header |= {"tokens": int(tokens.sum()), "read": int(read.sum()), "longest": longest}
     return {"tokens": 0, "read": 0, "longest": 0, **header, "unscored": len(window.rows) - len(records)}, records

@@ -111,7 +111,7 @@ def charts(log_history: Sequence[Mapping]) -> tuple[list[Chart], list[Chart], in
     told = _TOLD_ELSEWHERE | {name for spec in specs for name in _metrics(spec)}
     if len(functions) > 1:
         styles = ("main", "second", "third")
-        lines = [(name.split("/")[1], name, styles[place % 3]) for place, name in enumerate(functions)]
+        lines = [(name.split("/")[1], name, styles[index % 3]) for index, name in enumerate(functions)]
         specs.insert(6, Spec("Reward functions", "means, before their weights", tuple(lines), include=(0,)))
         told.update(functions)
     elif functions:  # the only one is the reward
@@ -136,12 +136,12 @@ def _points(log_history: Sequence[Mapping]) -> tuple[list[dict], int]:
 def _mean(entries: Sequence[Mapping]) -> dict:
     if len(entries) == 1:
         return dict(entries[0])
-    found = {"step": entries[-1]["step"]}
+    means = {"step": entries[-1]["step"]}
     for name in _names(entries):
         given = [entry[name] for entry in entries if name in entry]
         finite = [value for value in given if _finite(value)]
-        found[name] = sum(finite) / len(finite) if finite else math.nan
-    return found
+        means[name] = sum(finite) / len(finite) if finite else math.nan
+    return means
 
 
 def _names(entries: Sequence[Mapping]) -> list[str]:
@@ -185,9 +185,9 @@ def _chart(spec: Spec, points: Sequence[Mapping]) -> Chart | None:
     drawn = []
     for label, metric, style in lines:
         runs = _runs([(x(p["step"]), p[metric]) for p in points if metric in p])
-        places = [[(left, y(value)) for left, value in run] for run in runs]
-        path = "".join("M" + "L".join(f"{left} {up}" for left, up in run) for run in places)
-        dotted = [run for run in places if sum(map(len, places)) <= DOTTED or len(run) == 1]
+        drawn_runs = [[(left, y(value)) for left, value in run] for run in runs]
+        path = "".join("M" + "L".join(f"{left} {up}" for left, up in run) for run in drawn_runs)
+        dotted = [run for run in drawn_runs if sum(map(len, drawn_runs)) <= DOTTED or len(run) == 1]
         dots = "".join(f"M{left} {up}h0" for run in dotted for left, up in run)
         drawn.append(Line(label, style, path, dots, _shown(runs[-1][-1][1], decimals)))
     area = None
@@ -216,13 +216,13 @@ def _band(spec: Spec, points: Sequence[Mapping]) -> list[tuple[float, float, flo
     """(step, lowest, highest) wherever both are known; None if they never are."""
     if spec.band is None:
         return None
-    found = []
+    edges = []
     for point in points:
         first, second = (point.get(name) for name in spec.band[1:])
         if _finite(first) and _finite(second):
             low, high = (first - second, first + second) if spec.around else (first, second)
-            found.append((point["step"], low, high))
-    return found or None
+            edges.append((point["step"], low, high))
+    return edges or None
 
 
 def _span(edges, spec: Spec, point: Mapping, decimals: int) -> str:
@@ -233,10 +233,10 @@ def _span(edges, spec: Spec, point: Mapping, decimals: int) -> str:
     return f"{_shown(edges[0], decimals)} to {_shown(edges[1], decimals)}"
 
 
-def _runs(places: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
+def _runs(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
     """The stretches without a number that is not finite."""
     runs: list[list] = [[]]
-    for left, value in places:
+    for left, value in points:
         if _finite(value):
             runs[-1].append((left, value))
         elif runs[-1]:
@@ -276,11 +276,11 @@ def _shown(value: float, decimals: int) -> str:
 def _description(lines, points, decimals: int) -> str:
     sentences = []
     for label, metric, _ in lines:
-        found = [(point[metric], point["step"]) for point in points if _finite(point.get(metric))]
-        (first, start), (last, end) = found[0], found[-1]
+        values = [(point[metric], point["step"]) for point in points if _finite(point.get(metric))]
+        (first, start), (last, end) = values[0], values[-1]
         sentence = f"{label}: {_shown(first, decimals)} at step {start:,g}"
-        if len(found) > 1:
-            lowest, highest = min(found), max(found)
+        if len(values) > 1:
+            lowest, highest = min(values), max(values)
             sentence += (
                 f", {_shown(last, decimals)} at step {end:,g}; lowest {_shown(lowest[0], decimals)} at step "
                 f"{lowest[1]:,g}, highest {_shown(highest[0], decimals)} at step {highest[1]:,g}"

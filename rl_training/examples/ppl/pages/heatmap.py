@@ -86,14 +86,14 @@ def most_surprising(units: Sequence[dict], count: int) -> list[dict]:
 
 
 def colour(perplexity: float) -> int:
-    """The place in `LIGHT` and `DARK` of a unit's perplexity."""
+    """The index in `LIGHT` and `DARK` of a unit's perplexity."""
     if perplexity == math.inf:
         return len(LIGHT) - 1
     return min(max(math.floor(STEPS_PER_DOUBLING * math.log2(perplexity)), 0), len(LIGHT) - 1)
 
 
 def shade(perplexity: float) -> str:
-    """The CSS class of a unit: c and its place in `LIGHT` and `DARK`; below 1, d and that in `LIGHT_HELPED`.
+    """The CSS class of a unit: c and its index in `LIGHT` and `DARK`; below 1, d and that in `LIGHT_HELPED`.
 
     >>> shade(4.0), shade(0.9), shade(0.25)
     ('c4', 'd0', 'd4')
@@ -121,14 +121,14 @@ def _pieces(units: Sequence[dict], text: str):
 
     White space at a unit's ends stays uncoloured: it sets the units apart, and colour would say nothing there.
     """
-    place = 0
+    end = 0
     for unit in units:
         visible = text[unit["start"] : unit["end"]].strip()
         start = text.index(visible, unit["start"])
-        yield text[place:start], None
+        yield text[end:start], None
         yield visible, unit
-        place = start + len(visible)
-    yield text[place:], None
+        end = start + len(visible)
+    yield text[end:], None
 
 
 def _template():

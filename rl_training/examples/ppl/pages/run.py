@@ -58,18 +58,18 @@ def explain_heldout(reward_fn, held_out: HeldOut, references: Sequence[Text]) ->
     references: one a prompt. With `target="reference"` they are what is scored and coloured, and the completion leads
     up to them. Several processes must all call: a model may be spread over them.
     """
-    found = []
-    for place, prompt in enumerate(held_out.prompts[:SHOWN]):
-        ids = held_out.completion_ids and [held_out.completion_ids[place][0]]
-        [pair], [text] = reward_fn.written([prompt], [held_out.completions[place][0]], ids)
+    completions = []
+    for index, prompt in enumerate(held_out.prompts[:SHOWN]):
+        ids = held_out.completion_ids and [held_out.completion_ids[index][0]]
+        [pair], [text] = reward_fn.written([prompt], [held_out.completions[index][0]], ids)
         lead = ""
         if reward_fn.target == "reference":
-            lead, text = text, message_text(references[place] or "")
+            lead, text = text, message_text(references[index] or "")
             context = reward_fn.calculator.render(prompt)
             pair = (reward_fn.reference_context.context(context, reward_fn.reference_context.extracted(lead)[0]), text)
         explained = reward_fn.calculator.explain_pair(reward_fn.model, pair)
-        found.append(Completion(lead, text, explained, explained.perplexities, held_out.rewards[place][0]))
-    return found
+        completions.append(Completion(lead, text, explained, explained.perplexities, held_out.rewards[index][0]))
+    return completions
 
 
 def start_report(job: Job, reward_fn, before: HeldOut) -> "RunPage":
@@ -172,11 +172,11 @@ def run_page(
     ]
     pairs = [
         {
-            "prompt": _prompt(before.prompts[place]),
+            "prompt": _prompt(before.prompts[index]),
             "before": _figure("Before", one),
-            "after": _figure("After", shown_after[place]) if shown_after else None,
+            "after": _figure("After", shown_after[index]) if shown_after else None,
         }
-        for place, one in enumerate(shown_before)
+        for index, one in enumerate(shown_before)
     ]
     blocks = [block.splitlines() for block in config.strip().split("\n\n")]
     template = ENVIRONMENT.get_template("run.html.j2").module
@@ -212,12 +212,12 @@ def run_page(
 def command_line(words: Sequence[str]) -> str:
     """A command to read and to run again, without what is nobody's business: the value of a flag in `SECRETS`."""
     shown = list(words)
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         flag, equals, _ = word.partition("=")
         if flag in SECRETS and equals:
-            shown[place] = f"{flag}=***"
-        elif flag in SECRETS and place + 1 < len(shown):
-            shown[place + 1] = "***"
+            shown[index] = f"{flag}=***"
+        elif flag in SECRETS and index + 1 < len(shown):
+            shown[index + 1] = "***"
     return shlex.join(shown)
 
 

@@ -19,7 +19,7 @@ class Row:
 
     inputs: int64 [L], the ids the model is given; without the last scored token, which predicts nothing here, unless
             the model must be given the whole text
-    read:   int64 [m], ascending places in `inputs` whose hidden states predict the scored tokens
+    read:   int64 [m], ascending indices in `inputs`, whose hidden states predict the scored tokens
     labels: int64 [m], those tokens
     text, first: the labels are scored tokens first .. first + m of text number `text`
     """
@@ -44,9 +44,9 @@ class Pack:
     """Groups end to end in one sequence, for a model that lets each row see nothing but its prefix and itself.
 
     ids:       int64 [T], per group its prefix once, then what each row has behind it
-    positions: int64 [T], the place of each token in its own row
+    positions: int64 [T], the index of each token in its own row
     spans:     (start, end, prefix_start, prefix): tokens start .. end follow on tokens prefix_start .. + prefix
-    read:      int64 [m], ascending: places whose hidden states predict the labels of the rows, in order
+    read:      int64 [m], ascending: indices whose hidden states predict the labels of the rows, in order
     """
 
     groups: list[Group]
@@ -75,7 +75,7 @@ def windows(encoded: Encoded, window: int | None, text: int, whole: bool = False
         first, last = np.searchsorted(encoded.positions, [reached, end])
         if last > first:
             # ids      b  t1 t2 t3
-            # hidden   t1 t2 t3 .     place i predicts ids[i + 1]; the last one predicts nothing
+            # hidden   t1 t2 t3 .     token i predicts ids[i + 1]; the last one predicts nothing
             positions = encoded.positions[first:last]
             yield Row(
                 inputs=encoded.ids[start : end if whole else positions[-1]],
@@ -116,7 +116,7 @@ def share_prefixes(rows: Sequence[Row], overhead: int) -> list[Group]:
 
     groups = [Group(prefix, order[start:end]) for start, end, prefix in shared]
     together = {row for start, end, _ in shared for row in range(start, end)}
-    alone = [row for place, row in enumerate(order) if place not in together]
+    alone = [row for index, row in enumerate(order) if index not in together]
     if not groups:
         return [Group(0, alone)] if alone else []
     # What is left may share less: the BOS token, where there are many short rows.
@@ -159,10 +159,10 @@ def batches(group: Group, max_tokens: int, overhead: int, max_rows: int | None =
 
 def padded(batch: Sequence[Row], skip: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """int64 ids [B, longest] of the rows from token `skip` on, zeros on the right; and of the hidden states that are
-    read, in the rows' order, their rows [m] and places [m] in it."""
+    read, in the rows' order, their rows [m] and indices [m] in it."""
     ids = np.zeros((len(batch), max(len(row.inputs) for row in batch) - skip), dtype=np.int64)
-    for place, row in enumerate(batch):
-        ids[place, : len(row.inputs) - skip] = row.inputs[skip:]
+    for index, row in enumerate(batch):
+        ids[index, : len(row.inputs) - skip] = row.inputs[skip:]
     rows = np.repeat(np.arange(len(batch)), [len(row.read) for row in batch])
     return ids, rows, np.concatenate([row.read for row in batch]) - skip
 

@@ -41,11 +41,11 @@ class Decoding:
         alone = dict(zip(unique := list(dict.fromkeys(map(tuple, prompts))), self._texts(unique), strict=True))
         whole = self._texts([[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)])
         self._learn(completions)
-        found = []
+        decoded = []
         for prompt, completion, text in zip(prompts, completions, whole, strict=True):
             border = _common(alone[tuple(prompt)], text)
-            found.append((text[border:], self._starts(prompt, completion, text, border)))
-        return found
+            decoded.append((text[border:], self._starts(prompt, completion, text, border)))
+        return decoded
 
     def _text(self, ids: Sequence[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=True)

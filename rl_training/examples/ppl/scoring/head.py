@@ -47,8 +47,8 @@ class Head:
                 torch.nn.functional.linear(hidden, weight[piece], None if bias is None else bias[piece])
             )
             inside = (labels >= start) & (labels < start + logits.shape[1])
-            places = (labels - start).clamp(0, logits.shape[1] - 1)[:, None]
-            wanted = torch.where(inside, logits.gather(1, places)[:, 0], wanted)
+            indices = (labels - start).clamp(0, logits.shape[1] - 1)[:, None]
+            wanted = torch.where(inside, logits.gather(1, indices)[:, 0], wanted)
             # As logsumexp does it, but in place. A piece that is -inf throughout has no largest logit to subtract.
             most = logits.amax(1).clamp_(min=_LEAST)
             totals.append(logits.sub_(most[:, None]).exp_().sum(1).log_().add_(most))

@@ -89,9 +89,9 @@ class _Sequences:
                 size += len(key) // ID_BYTES
             offsets[self._numbers[key]] = size - len(whole[-1]) // ID_BYTES if whole else 0
             following = key
-        places = [offsets[numbers] + positions for numbers, positions in self._asked]
+        indices = [offsets[numbers] + positions for numbers, positions in self._asked]
         wanted = np.zeros(size, dtype=bool)
-        for one in places:
+        for one in indices:
             wanted[one] = True
         texts, begin = [], 0
         for key in whole:
@@ -101,4 +101,4 @@ class _Sequences:
             begin += len(ids)
         surprisals = np.zeros(size)
         surprisals[wanted] = np.concatenate([np.empty(0), *scorer.score(texts)])
-        return [surprisals[one] for one in places]
+        return [surprisals[one] for one in indices]

@@ -26,7 +26,7 @@ def can_continue(decoder) -> bool:
 
 
 def run_padded(forward: Callable, batch: Sequence[Row], skip: int, device: torch.device) -> torch.Tensor:
-    """[m, H], what `forward` gives at the places that are read of the rows from token `skip` on, in the rows' order.
+    """[m, H], what `forward` gives at the indices that are read of the rows from token `skip` on, in the rows' order.
 
     forward: ids [B, T] -> hidden states or logits [B, T, H].
     """

@@ -144,15 +144,15 @@ class TextEncoder:
         scored, chars = scored[chars >= 0], chars[chars >= 0]
         cuts = np.searchsorted(text[scored], np.arange(len(targets) + 1))
         result = []
-        for place, (start, size) in enumerate(zip(first_token.tolist(), sizes.tolist(), strict=True)):
-            mine = slice(cuts[place], cuts[place + 1])
+        for index, (start, size) in enumerate(zip(first_token.tolist(), sizes.tolist(), strict=True)):
+            mine = slice(cuts[index], cuts[index + 1])
             own = ids[start : start + size]
-            shift = int(prepend[place])
+            shift = int(prepend[index])
             result.append(
                 Encoded(
                     ids=np.concatenate([[self.start], own]) if shift else own,
                     positions=scored[mine] - start + shift,
-                    chars=chars[mine] - target_starts[place],
+                    chars=chars[mine] - target_starts[index],
                 )
             )
         return result
@@ -173,5 +173,5 @@ def _first_visible(start: np.ndarray, end: np.ndarray, text: np.ndarray, targets
     successor = np.searchsorted(owned, np.arange(len(start)))
     after = owned[np.minimum(successor, len(owned) - 1)]
     before = owned[np.maximum(successor - 1, 0)]
-    found = np.where((text[after] == text) & (successor < len(owned)), after, before)
-    return np.where(text[found] == text, first[found], -1)
+    nearest = np.where((text[after] == text) & (successor < len(owned)), after, before)
+    return np.where(text[nearest] == text, first[nearest], -1)

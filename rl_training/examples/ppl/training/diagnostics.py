@@ -84,11 +84,11 @@ class Diagnostics(TrainerCallback):
         average = call.details["improvements"]["avg"].tolist()
         local = [
             _Sample(
-                repr(prompts[place]), reward, raw[place] <= 0, raw[place] >= top, bool(call.scored[place]),
-                bool(call.skipped[place]), bool(call.first_visit[place]),
-                average[place], distinct([text], 2), len(text),
+                repr(prompts[index]), reward, raw[index] <= 0, raw[index] >= top, bool(call.scored[index]),
+                bool(call.skipped[index]), bool(call.first_visit[index]),
+                average[index], distinct([text], 2), len(text),
             )
-            for place, (text, reward) in enumerate(zip(texts, rewards, strict=True))
+            for index, (text, reward) in enumerate(zip(texts, rewards, strict=True))
         ]  # fmt: skip
         # A process may hold part of a group: together they are whole, and stand side by side.
         samples = local
@@ -96,17 +96,17 @@ class Diagnostics(TrainerCallback):
             parts: list = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(parts, local)
             samples = [sample for part in parts for sample in part]
-        found = _summary(samples, self._steps)
+        summary = _summary(samples, self._steps)
         if self._in_step:
-            self._calls.append(found)
+            self._calls.append(summary)
             if len(self.start) < START:
-                self.start.append([found.distinct_2, found.length])
+                self.start.append([summary.distinct_2, summary.length])
         if log_metric is not None:
-            of_start = self._of_start([found])
+            of_start = self._of_start([summary])
             metrics = {
-                **found.shares,
-                "no_spread": found.without_spread / max(found.groups, 1),
-                "distinct_2": found.distinct_2,
+                **summary.shares,
+                "no_spread": summary.without_spread / max(summary.groups, 1),
+                "distinct_2": summary.distinct_2,
                 "distinct_2_of_start": of_start[0],
                 "length_of_start": of_start[1],
             }
@@ -131,7 +131,7 @@ class Diagnostics(TrainerCallback):
         """The failures that the last `WINDOW` steps show, by name, each in words with its remedy."""
         if self._steps < WINDOW or not self._calls:
             return {}
-        found = {}
+        verdicts = {}
         groups = sum(call.groups for call in self._calls)
         flat = sum(call.without_spread for call in self._calls) / max(groups, 1)
         mean = {name: float(np.mean([call.shares[name] for call in self._calls])) for name in self._calls[0].shares}
@@ -139,7 +139,7 @@ class Diagnostics(TrainerCallback):
         seen = f"In the last {WINDOW} steps {flat:.0%} of the groups had no spread: GRPO learns nothing"
         if flat >= NEARLY_ALL:
             if mean["at_top"] >= NEARLY_ALL:
-                found["saturated"] = (
+                verdicts["saturated"] = (
                     f"{seen}. SATURATED: {mean['at_top']:.0%} of the completions are at the top threshold, with "
                     f"{improvement:+.1f} % improvement over their baselines. {REMEDY['saturated']}"
                 )
@@ -150,22 +150,22 @@ class Diagnostics(TrainerCallback):
                     cause, why = "out of reach", f"with {improvement:+.1f} % improvement over their baselines"
                 else:
                     why = f"{mean[causes[cause]]:.0%}: {cause}"
-                found["all zero"] = (
+                verdicts["all zero"] = (
                     f"{seen}. ALL ZERO: {mean['at_zero'] + mean['missing']:.0%} of the completions earn nothing, "
                     f"{why}. {REMEDY[cause]}"
                 )
             else:
-                found["no spread"] = (
+                verdicts["no spread"] = (
                     f"{seen}. NO SPREAD: {mean['at_zero']:.0%} of the completions are at 0, {mean['at_top']:.0%} at "
                     f"the top threshold, the others between, but alike within their groups. {REMEDY['no spread']}"
                 )
         distinct_2, length = self._of_start(self._calls)
         if distinct_2 < LEAST_DISTINCT or length < LEAST_LENGTH:
-            found["gamed"] = (
+            verdicts["gamed"] = (
                 f"GAMED: in the last {WINDOW} steps distinct-2 is {distinct_2:.2f} and the length {length:.2f} of what "
                 f"they were at the start: the model earns by loops, blandness or brevity. {REMEDY['gamed']}"
             )
-        return found
+        return verdicts
 
     def _of_start(self, calls) -> tuple[float, float]:
         """(distinct-2, length) of the calls relative to the start; 1 before there is one."""

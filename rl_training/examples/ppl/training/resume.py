@@ -39,10 +39,10 @@ def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
 def resume_command(argv: Sequence[str], checkpoint: str) -> str:
     """The command line of this process with the checkpoint to go on from in place of an earlier one."""
     words = list(argv)
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         if word.partition("=")[0] == "--resume_from_checkpoint":
-            has_value = "=" not in word and place + 1 < len(words) and not words[place + 1].startswith("--")
-            del words[place : place + 1 + has_value]
+            has_value = "=" not in word and index + 1 < len(words) and not words[index + 1].startswith("--")
+            del words[index : index + 1 + has_value]
             break
     return shlex.join([*launched(words), "--resume_from_checkpoint", checkpoint])
 
