@@ -207,18 +207,18 @@ def grpo_step(
     )
     trainer._generate = timed("generation", trainer._generate)
     trainer.train()
-    found = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    found["rest"] = found["step"] - found["generation"] - found["reward"]
-    found["peak"] = torch.cuda.max_memory_reserved() if cuda else _status("VmHWM")
-    found["allocated"] = torch.cuda.max_memory_allocated() if cuda else _status("VmHWM")
-    found["perplexity"] = MultiLevelPPLCalculator(tokenizer).compute_all_levels(policy, prompts[0])["word"]
+    measured = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    measured["rest"] = measured["step"] - measured["generation"] - measured["reward"]
+    measured["peak"] = torch.cuda.max_memory_reserved() if cuda else _status("VmHWM")
+    measured["allocated"] = torch.cuda.max_memory_allocated() if cuda else _status("VmHWM")
+    measured["perplexity"] = MultiLevelPPLCalculator(tokenizer).compute_all_levels(policy, prompts[0])["word"]
     rewards = {
         name: MultiLevelPPLRewardFunction(policy, tokenizer, use_cache=False, aggregation=name)
         for name in ("geometric", "nested")
     }
     calls = alternate({name: lambda one=one: one(**last_call) for name, one in rewards.items()}, 3)
-    found["rewards"] = {name: statistics.median(values) for name, values in calls.items()}
-    return found
+    measured["rewards"] = {name: statistics.median(values) for name, values in calls.items()}
+    return measured
 
 
 def judged(value: float, target: float, least: bool = True, form: str = "{:.2f}") -> tuple[str, str]:
@@ -238,8 +238,8 @@ def print_table(title: str, columns: Sequence[str], sections: Sequence[Sequence[
     if not console.is_terminal:
         console = Console(width=200)
     table = Table(title=title, title_justify="left", box=box.ROUNDED if console.is_terminal else box.MARKDOWN)
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if 0 < place < len(columns) - 1 else "left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if 0 < index < len(columns) - 1 else "left")
     for section in sections:
         for row in section:
             table.add_row(*row)  # the cells that a row lacks stay empty

@@ -88,12 +88,12 @@ def run_all(args: argparse.Namespace) -> int:
             reason = run_for(left, [*command, "--toy"] if toy else command)
             if reason:
                 Rows(rows.path, name).add("not measured to its end", note=reason)
-    found = read_rows(rows.path)
+    measured = read_rows(rows.path)
     title = f"{'Toy size' if toy else 'One GPU'}, {time.monotonic() - started:.0f} s in all"
-    table = markdown(title, found)
+    table = markdown(title, measured)
     (args.out / "table.md").write_text(table, encoding="utf-8")
     print(table)
-    return int(any("failed" in row["what"] or "failed" in row["note"] for row in found))
+    return int(any("failed" in row["what"] or "failed" in row["note"] for row in measured))
 
 
 def run_for(seconds: float, command: list[str]) -> str | None:

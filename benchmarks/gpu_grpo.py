@@ -31,14 +31,14 @@ def batch_of_one(rows: Rows, toy: bool, folder: str) -> None:
 
 def peft(rows: Rows, toy: bool, folder: str) -> None:
     sizes = SMALL if toy else FULL
-    found = _step(rows, PEFT, sizes, folder, unsloth=False)
+    measured = _step(rows, PEFT, sizes, folder, unsloth=False)
     theirs = [row for row in read_rows(rows.path) if row["what"].startswith(f"{UNSLOTH}: ")]
     other = {row["what"].removeprefix(f"{UNSLOTH}: "): row["value"] for row in theirs}
     if "step" in other:
-        speedup = found["step"] / other["step"]
+        speedup = measured["step"] / other["step"]
         rows.add("Unsloth against transformers + PEFT", ratio=speedup, target=1.5, of="their step times")
     if "perplexity" in other:
-        off = 100 * abs(other["perplexity"] / found["perplexity"] - 1)
+        off = 100 * abs(other["perplexity"] / measured["perplexity"] - 1)
         rows.add("Unsloth's perplexity of a text against transformers': deviation", off, "%")
 
 
@@ -46,21 +46,22 @@ def _step(rows: Rows, title: str, sizes: Sizes, folder: str, unsloth: bool, most
     from transformers import AutoTokenizer
 
     prompts = random_texts(AutoTokenizer.from_pretrained(folder), [sizes.tokens // 2] * sizes.prompts * sizes.steps)
-    found = grpo_step(
+    measured = grpo_step(
         model=folder, unsloth=unsloth, in_4bit=True, prompts=prompts, group=8, batch=sizes.batch,
         new_tokens=sizes.tokens, steps=sizes.steps,
     )  # fmt: skip
     size = f"{sizes.prompts} x 8 completions of {sizes.tokens} tokens, {sizes.batch} at a time"
-    rows.add(f"{title}: step", found["step"], "s", of=size)
+    rows.add(f"{title}: step", measured["step"], "s", of=size)
     for part in ("generation", "reward", "rest"):
         target = most_reward if part == "reward" else None
-        rows.add(f"{title}: {part}", found[part], "s", found[part] / found["step"], target, least=False, of="the step")
-    for name, seconds in found["rewards"].items():
+        share = measured[part] / measured["step"]
+        rows.add(f"{title}: {part}", measured[part], "s", share, target, least=False, of="the step")
+    for name, seconds in measured["rewards"].items():
         target = {"geometric": 0.1, "nested": 0.2}[name] if most_reward else None
-        share = seconds / (found["step"] - found["reward"] + seconds)
+        share = seconds / (measured["step"] - measured["reward"] + seconds)
         rows.add(f"{title}: the reward alone, {name}", seconds, "s", share, target, least=False, of="a step with it")
     of = "weights included, what PyTorch reserved"
-    rows.add(f"{title}: peak memory", found["peak"] / 1e9, "GB", None, most_gigabytes, least=False, of=of)
-    rows.add(f"{title}: peak memory in tensors", found["allocated"] / 1e9, "GB")
-    rows.add(f"{title}: perplexity", found["perplexity"], of="of the first prompt, after training, adapter off")
-    return found
+    rows.add(f"{title}: peak memory", measured["peak"] / 1e9, "GB", None, most_gigabytes, least=False, of=of)
+    rows.add(f"{title}: peak memory in tensors", measured["allocated"] / 1e9, "GB")
+    rows.add(f"{title}: perplexity", measured["perplexity"], of="of the first prompt, after training, adapter off")
+    return measured

@@ -105,15 +105,15 @@ class _Runs:
 
     def run(self, name: str, script: str, *arguments: str, environment=None) -> None:
         """Run a script in a folder of its own; a row says whether it came to its end, and in what time."""
-        place = self.folder / f"{name} runs here"
-        place.mkdir()
+        workplace = self.folder / f"{name} runs here"
+        workplace.mkdir()
         log = self.rows.path.with_name(f"{name.replace(' ', '_')}.log")
         started = time.perf_counter()
         with log.open("w") as output:
             command = [sys.executable, str(EXAMPLES / script), *arguments]
             options = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4"), **(environment or {})}
             code = subprocess.call(
-                command, cwd=place, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **options}
+                command, cwd=workplace, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **options}
             )
         text = log.read_text(errors="replace")
         seconds = time.perf_counter() - started

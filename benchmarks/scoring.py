@@ -159,16 +159,16 @@ def mixed_texts(model, tokenizer, texts, rounds):
     *limits, engine = list(runs)[:4]
     limit = min(limits, key=lambda name: statistics.median(seconds[name]))
     table = [[f"[bold]{len(texts)} texts of {SHORTEST} to {LONGEST} tokens, {tokens} in all"]]
-    for name, found in seconds.items():
-        speed = f"{tokens / statistics.median(found):.0f} tokens/s"
+    for name, measured in seconds.items():
+        speed = f"{tokens / statistics.median(measured):.0f} tokens/s"
         if name in limits:
             table.append([name, speed, "", "", "the bare limit" if name == limit else ""])
         elif name == engine:
-            table.append([name, speed, *judged(ratio(seconds[limit], found), 0.92), "its speed to the bare limit's"])
+            table.append([name, speed, *judged(ratio(seconds[limit], measured), 0.92), "its speed to the bare limit's"])
         elif name == SAME_PRODUCTS:
-            table.append([name, speed, f"{ratio(found, seconds[engine]):.2f}", "", "our speed to its"])
+            table.append([name, speed, f"{ratio(measured, seconds[engine]):.2f}", "", "our speed to its"])
         else:
-            table.append([name, speed, *judged(ratio(found, seconds[engine]), targets[name]), "our speed to its"])
+            table.append([name, speed, *judged(ratio(measured, seconds[engine]), targets[name]), "our speed to its"])
     return table
 
 
@@ -207,10 +207,10 @@ def harness(model, tokenizer, texts) -> Callable[[], list[float]]:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    requests = [Instance("loglikelihood", {}, ("", text), place) for place, text in enumerate(texts)]
+    requests = [Instance("loglikelihood", {}, ("", text), index) for index, text in enumerate(texts)]
     peers = {size: HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size) for size in PEER_BATCHES}
     runs = {
-        size: lambda peer=peer: [-found[0] for found in peer.loglikelihood(requests, disable_tqdm=True)]
+        size: lambda peer=peer: [-likelihood[0] for likelihood in peer.loglikelihood(requests, disable_tqdm=True)]
         for size, peer in peers.items()
     }
     seconds = alternate(runs, 1)
@@ -226,7 +226,7 @@ def minicons(model, tokenizer, texts) -> Callable[[], list[float]]:
         totals = []
         for start in range(0, len(texts), BATCH):
             batch = texts[start : start + BATCH]
-            totals += peer.sequence_score(batch, reduction=lambda found: -found.sum().item(), bos_token=True)
+            totals += peer.sequence_score(batch, reduction=lambda total: -total.sum().item(), bos_token=True)
         return totals
 
     return run
@@ -254,8 +254,8 @@ def shared_prompt(model, tokenizer, rounds, seed):
     encoded = TextEncoder(tokenizer).encode([prompt] * GROUP, completions)
     rows = [ids_of(tokenizer, prompt + completion)[:, :-1] for completion in completions]
     shared, alone = SurprisalScorer(model), whole_rows()(model)
-    found = {scorer: np.concatenate(scorer.score(encoded)) for scorer in (shared, alone)}
-    difference = check_equal("sharing a prefix", found[shared], found[alone], tolerance=1e-4)
+    measured = {scorer: np.concatenate(scorer.score(encoded)) for scorer in (shared, alone)}
+    difference = check_equal("sharing a prefix", measured[shared], measured[alone], tolerance=1e-4)
     bare_rows = f"decoder + LM head alone, {GROUP} full rows, with this engine's matrix products"
     without, sharing = "this engine without sharing", "this engine with sharing"
     seconds = alternate(
@@ -272,7 +272,7 @@ def shared_prompt(model, tokenizer, rounds, seed):
     scored = GROUP * COMPLETION * head
     ideals = {bare_rows: whole / once, without: (whole * decoder + scored) / (once * decoder + scored)}
     table = [[f"[bold]prompt of {PROMPT} tokens, {GROUP} completions of {COMPLETION}"]]
-    table += [[name, f"{statistics.median(found):.2f} s", "", "", ""] for name, found in seconds.items()]
+    table += [[name, f"{statistics.median(measured):.2f} s", "", "", ""] for name, measured in seconds.items()]
     for name, ideal in ideals.items():
         speedup = ratio(seconds[name], seconds[sharing])
         judgement = judged(speedup / ideal, 0.9)
@@ -334,7 +334,7 @@ def text_work(tokenizer, texts, rounds):
     )
     rest = [both + units - tokens for tokens, both, units in zip(*seconds.values(), strict=True)]
     table = [[f"[bold]{sum(map(len, texts))} characters of text"]]
-    table += [[name, f"{1e3 * statistics.median(found):.1f} ms", "", "", ""] for name, found in seconds.items()]
+    table += [[name, f"{1e3 * statistics.median(measured):.1f} ms", "", "", ""] for name, measured in seconds.items()]
     share = judged(ratio(rest, seconds["tokenization"]), 1.0, least=False)
     table.append(
         ["segmentation + alignment", f"{1e3 * statistics.median(rest):.1f} ms", *share, "its time to tokenization's"]
@@ -355,15 +355,15 @@ def reward_share():
     }
     name, table = "Unsloth, 4-bit", [["[bold]GRPO step of the embedded model: 2 prompts x 8 completions x 128 tokens"]]
     try:
-        found = apart(grpo_step, unsloth=True, in_4bit=True, **options)
+        measured = apart(grpo_step, unsloth=True, in_4bit=True, **options)
     except RuntimeError as error:
         print(f"Unsloth is left out: {error}")
-        name, found = "transformers + PEFT, float32", apart(grpo_step, unsloth=False, in_4bit=False, **options)
-    parts = ", ".join(f"{part} {found[part]:.2f} s" for part in ("generation", "reward", "rest"))
-    share = found["reward"] / found["step"]
+        name, measured = "transformers + PEFT, float32", apart(grpo_step, unsloth=False, in_4bit=False, **options)
+    parts = ", ".join(f"{part} {measured[part]:.2f} s" for part in ("generation", "reward", "rest"))
+    share = measured["reward"] / measured["step"]
     return [
         table[0],
-        [f"{name}: {parts}", f"{found['step']:.2f} s", f"{share:.2f}", "", "reward's time to the step's"],
+        [f"{name}: {parts}", f"{measured['step']:.2f} s", f"{share:.2f}", "", "reward's time to the step's"],
     ]
 
 
@@ -379,8 +379,8 @@ def start_up(rounds):
         rounds,
     )
     table = [["[bold]--help"]]
-    for name, found in seconds.items():
-        value, bound = judged(statistics.median(found), 0.5, least=False, form="{:.2f} s")
+    for name, measured in seconds.items():
+        value, bound = judged(statistics.median(measured), 0.5, least=False, form="{:.2f} s")
         table.append([name, value, "", bound, ""])
     return table
 

@@ -22,7 +22,7 @@ def units_of(text: str, level: str, language: str = "en", max_phrase_words: int 
 class Damages:
     """Seeded damages to `texts`; words and sentences from outside a text come from the others.
 
-    `all(place)` gives {name: damaged text} for the text at that place; a damage that cannot change it (one sentence has
+    `all(index)` gives {name: damaged text} for the text at that place; a damage that cannot change it (one sentence has
     no order) is left out. Capital letters, punctuation and white space stay where they are, so that they do not give
     the damage away.
     """
@@ -38,56 +38,56 @@ class Damages:
             for sentences in self._sentences
         ]
 
-    def all(self, place: int) -> dict[str, str]:
-        found = {}
+    def all(self, index: int) -> dict[str, str]:
+        damaged_texts = {}
         for name, damage in DAMAGES.items():
-            damaged = damage(self, place, random.Random(f"{self.seed} {place} {name}"))
-            if damaged is not None and damaged != self.texts[place]:
-                found[name] = damaged
-        return found
+            damaged = damage(self, index, random.Random(f"{self.seed} {index} {name}"))
+            if damaged is not None and damaged != self.texts[index]:
+                damaged_texts[name] = damaged
+        return damaged_texts
 
-    def _stranger(self, place: int, rng: random.Random, of: list[list[str]]) -> str | None:
-        others = [number for number, units in enumerate(of) if number != place and units]
+    def _stranger(self, index: int, rng: random.Random, of: list[list[str]]) -> str | None:
+        others = [number for number, units in enumerate(of) if number != index and units]
         return rng.choice(of[rng.choice(others)]) if others else None
 
-    def words_replaced(self, place: int, rng: random.Random) -> str | None:
+    def words_replaced(self, index: int, rng: random.Random) -> str | None:
         """One word in `REPLACED`, at least one, by a word of another text."""
-        words = units_of(self.texts[place], "word", **self.options)
+        words = units_of(self.texts[index], "word", **self.options)
         for chosen in rng.sample(range(len(words)), max(1, round(len(words) / REPLACED))):
             before, old, after = _split(_AROUND_WORD, words[chosen])
-            new = self._stranger(place, rng, self._words)
+            new = self._stranger(index, rng, self._words)
             if new is None:
                 return None
             words[chosen] = before + (new[:1].upper() + new[1:] if old[:1].isupper() else new) + after
         return "".join(words)
 
-    def words_shuffled(self, place: int, rng: random.Random) -> str:
+    def words_shuffled(self, index: int, rng: random.Random) -> str:
         """The words inside each phrase in another order; a sentence's first word stays."""
         parts = []
-        for sentence in self._sentences[place]:
+        for sentence in self._sentences[index]:
             words = [_split(_AROUND_WORD, word) for word in units_of(sentence, "word", **self.options)]
             at = 0
             for phrase in units_of(sentence, "phrase", **self.options):
                 size = len(units_of(phrase, "word", **self.options))
-                places = list(range(max(at, 1), at + size))
+                indices = list(range(max(at, 1), at + size))
                 for (before, _, after), to, core in zip(
-                    [words[i] for i in places], places, _shuffled([words[i][1] for i in places], rng), strict=True
+                    [words[i] for i in indices], indices, _shuffled([words[i][1] for i in indices], rng), strict=True
                 ):
                     words[to] = (before, core, after)
                 at += size
             parts += ["".join(word) for word in words]
         return "".join(parts)
 
-    def sentences_shuffled(self, place: int, rng: random.Random) -> str:
+    def sentences_shuffled(self, index: int, rng: random.Random) -> str:
         """The sentences in another order."""
-        split = [_split(_AROUND_SENTENCE, sentence) for sentence in self._sentences[place]]
+        split = [_split(_AROUND_SENTENCE, sentence) for sentence in self._sentences[index]]
         order = _shuffled([core for _, core, _ in split], rng)
         return "".join(before + core + after for (before, _, after), core in zip(split, order, strict=True))
 
-    def stranger(self, place: int, rng: random.Random) -> str | None:
+    def stranger(self, index: int, rng: random.Random) -> str | None:
         """One sentence, not the first, replaced by a sentence of another text."""
-        sentences = list(self._sentences[place])
-        new = self._stranger(place, rng, self._sentences)
+        sentences = list(self._sentences[index])
+        new = self._stranger(index, rng, self._sentences)
         if len(sentences) < 2 or new is None:
             return None
         chosen = rng.randrange(1, len(sentences))
@@ -95,14 +95,14 @@ class Damages:
         sentences[chosen] = before + new.strip() + after
         return "".join(sentences)
 
-    def loop(self, place: int, rng: random.Random) -> str | None:
+    def loop(self, index: int, rng: random.Random) -> str | None:
         """One sentence of the first half, repeated until the text is as long as it was."""
-        sentences = self._sentences[place]
+        sentences = self._sentences[index]
         if len(sentences) < 4:
             return None
         chosen = rng.randrange(1, len(sentences) // 2)
         kept, again = "".join(sentences[: chosen + 1]).rstrip(), sentences[chosen].strip()
-        missing = len(self.texts[place]) - len(kept)
+        missing = len(self.texts[index]) - len(kept)
         return kept + f" {again}" * max(1, -(-missing // (len(again) + 1)))
 
 

@@ -64,10 +64,10 @@ def study(args: argparse.Namespace) -> int:
     )
     damaged, samples = damaged_texts(args, rows), sampled(args, model, tokenizer, rows)
     contexts = [render_prompt(prompt, tokenizer) for prompt, _ in rows]
-    texts = [(place, message_text(text)) for place, (_, text) in enumerate(rows)]
-    texts += [(place, text) for place, _, text in damaged] + samples
+    texts = [(index, message_text(text)) for index, (_, text) in enumerate(rows)]
+    texts += [(index, text) for index, _, text in damaged] + samples
     print(f"Scoring {len(texts):,} texts ...", file=sys.stderr)
-    levels = log_perplexities(args, model, tokenizer, [(contexts[place], text) for place, text in texts])
+    levels = log_perplexities(args, model, tokenizer, [(contexts[index], text) for index, text in texts])
     numbers = {
         "settings": {name: getattr(args, name) for name in ("model_name", "dataset_name", "dataset_split", "seed")},
         "texts": len(rows),
@@ -87,7 +87,7 @@ def damaged_texts(args: argparse.Namespace, rows: list) -> list[tuple[int, str, 
     damaged = []
     for draw in range(args.draws):
         damages = Damages([message_text(text) for _, text in rows], f"{args.seed} {draw}", args.language)
-        damaged += [(place, name, text) for place in range(len(rows)) for name, text in damages.all(place).items()]
+        damaged += [(index, name, text) for index in range(len(rows)) for name, text in damages.all(index).items()]
     return damaged
 
 
@@ -95,12 +95,12 @@ def sampled(args: argparse.Namespace, model, tokenizer, rows: list) -> list[tupl
     """[(row, completion)]: what the model itself writes after each prompt, as in training."""
     from ppl.sampling import sample_completions
 
-    places = [place for place, (prompt, _) in enumerate(rows) if message_text(prompt)]
+    indices = [index for index, (prompt, _) in enumerate(rows) if message_text(prompt)]
     groups = sample_completions(
-        model, tokenizer, [rows[place][0] for place in places],
+        model, tokenizer, [rows[index][0] for index in indices],
         num_generations=args.samples, max_new_tokens=64, seed=args.seed, progress="completions",
     )  # fmt: skip
-    return [(place, text) for place, group in zip(places, groups, strict=True) for text in group if text.strip()]
+    return [(index, text) for index, group in zip(indices, groups, strict=True) for text in group if text.strip()]
 
 
 def log_perplexities(args: argparse.Namespace, model, tokenizer, pairs: list[tuple[str, str]]) -> dict:
@@ -134,28 +134,28 @@ def of_aggregation(args: argparse.Namespace, values, damaged, samples) -> dict:
     import numpy as np
 
     size = len(values) - len(damaged) - len(samples)
-    places = np.array([place for place, _, _ in damaged])
+    indices = np.array([index for index, _, _ in damaged])
     names = np.array([name for _, name, _ in damaged])
-    rise = values[size : size + len(damaged)] - values[places]  # of ln PPL, [pairs, 3]
-    found = {"damages": {}, "correlations": {}}
+    rise = values[size : size + len(damaged)] - values[indices]  # of ln PPL, [pairs, 3]
+    results = {"damages": {}, "correlations": {}}
     for name in DAMAGES:
         mine = names == name
-        found["damages"][name] = {"pairs": int(mine.sum())} | {
-            level: effect(rise[mine, column], places[mine], args.seed) for column, level in enumerate(LEVELS)
+        results["damages"][name] = {"pairs": int(mine.sum())} | {
+            level: effect(rise[mine, column], indices[mine], args.seed) for column, level in enumerate(LEVELS)
         }
     written = values[size + len(damaged) :]
-    group = np.array([place for place, _ in samples])
-    written = written - np.array([written[group == place].mean(axis=0) for place in group]).reshape(-1, len(LEVELS))
+    group = np.array([index for index, _ in samples])
+    written = written - np.array([written[group == index].mean(axis=0) for index in group]).reshape(-1, len(LEVELS))
     for one, other in PAIRS:
         a, b = LEVELS.index(one), LEVELS.index(other)
         within = [correlation(rise[names == name][:, a], rise[names == name][:, b]) for name in DAMAGES]
         within = [value for value in within if value is not None]
-        found["correlations"][f"{one}, {other}"] = {
+        results["correlations"][f"{one}, {other}"] = {
             "damages": correlation(rise[:, a], rise[:, b]),
             "within": sum(within) / len(within) if within else None,
             "samples": correlation(written[:, a], written[:, b]),
         }
-    return found
+    return results
 
 
 def effect(rise, texts, seed: int) -> dict | None:
@@ -190,8 +190,8 @@ def correlation(a, b) -> float | None:
 
 def show(numbers: dict) -> None:
     rows = []
-    for aggregation, found in numbers["aggregations"].items():
-        for name, of_damage in found["damages"].items():
+    for aggregation, results in numbers["aggregations"].items():
+        for name, of_damage in results["damages"].items():
             known = {level: of_damage[level] for level in LEVELS if of_damage[level]}
             best = max(known, key=lambda level: known[level]["effect"], default="")
             form = "{effect:.2f} [{low:.2f}, {high:.2f}] {ranked:.0%}"
@@ -201,8 +201,8 @@ def show(numbers: dict) -> None:
     print_table(title, ["", *LEVELS, "most at"], rows)
     rows = [
         [f"{aggregation}: {pair}", *("" if of_pair[key] is None else f"{of_pair[key]:.2f}" for key in CORRELATIONS)]
-        for aggregation, found in numbers["aggregations"].items()
-        for pair, of_pair in found["correlations"].items()
+        for aggregation, results in numbers["aggregations"].items()
+        for pair, of_pair in results["correlations"].items()
     ]
     print_table("Correlation between levels, over", ["", *CORRELATIONS.values()], rows)
 
@@ -218,8 +218,8 @@ def figure(numbers: dict):
     FigureCanvasAgg(made)
     *panels, last = made.subplots(1, len(DAMAGES) + 1, sharey=True, width_ratios=[1] * len(DAMAGES) + [1.25])
     for panel, name in zip(panels, DAMAGES, strict=True):
-        for group, found in enumerate(numbers["aggregations"].values()):
-            known = {level: found["damages"][name][level] for level in LEVELS}
+        for group, results in enumerate(numbers["aggregations"].values()):
+            known = {level: results["damages"][name][level] for level in LEVELS}
             most = max((one["effect"] for one in known.values() if one), default=None)
             for shift, (level, one) in zip((-0.24, 0, 0.24), known.items(), strict=True):
                 if one:
@@ -229,8 +229,8 @@ def figure(numbers: dict):
         panel.axvline(0, color="0.6", linewidth=0.8)
         panel.set_title(name, fontsize=10)
         panel.set_xlabel("effect size")
-    for group, found in enumerate(numbers["aggregations"].values()):
-        for shift, (pair, of_pair) in zip((-0.24, 0, 0.24), found["correlations"].items(), strict=True):
+    for group, results in enumerate(numbers["aggregations"].values()):
+        for shift, (pair, of_pair) in zip((-0.24, 0, 0.24), results["correlations"].items(), strict=True):
             for key, mark in {"damages": "o", "within": "|", "samples": "x"}.items():
                 if of_pair[key] is not None:
                     last.scatter([of_pair[key]], [group + shift], color="0.25", marker=mark, s=34)

@@ -78,8 +78,8 @@ def study(args: argparse.Namespace) -> int:
         for seed in args.seeds:
             runs[arm, seed] = (output / re.sub(r"\W+", "_", arm) / f"seed_{seed}", flags)
     run_all(runs, args.jobs)
-    found = {run: json.loads((folder / "heldout.json").read_text("utf-8")) for run, (folder, _) in runs.items()}
-    scores = common_scores(args, found)
+    heldout = {run: json.loads((folder / "heldout.json").read_text("utf-8")) for run, (folder, _) in runs.items()}
+    scores = common_scores(args, heldout)
     settings = ("model_name", "dataset_name", "seeds", "max_steps", "flags")
     numbers = {
         "settings": {name: getattr(args, name) for name in settings},
@@ -173,7 +173,7 @@ def call(script: str, flags: list[str], log: Path) -> None:
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def common_scores(args: argparse.Namespace, found: dict) -> dict:
+def common_scores(args: argparse.Namespace, heldout: dict) -> dict:
     """Per run {"before", "after"}: what the run says of its held-out completions, and on one scale for all arms the
     geometric mean over the completions of their own geometric perplexities ("word", "phrase", "sentence")."""
     import numpy as np
@@ -182,20 +182,20 @@ def common_scores(args: argparse.Namespace, found: dict) -> dict:
     from ppl.scoring.calculator import MultiLevelPPLCalculator
 
     model, tokenizer, _ = load_model(args.model_name)
-    pairs, places = [], []
-    for key, sides in found.items():
+    pairs, owners = [], []
+    for key, sides in heldout.items():
         for side in ("before", "after"):
             prompts, completions = sides[side]["prompts"], sides[side]["completions"]
             of_side = [(prompt, text) for prompt, group in zip(prompts, completions, strict=True) for text in group]
             pairs += of_side
-            places += [(*key, side)] * len(of_side)
+            owners += [(*key, side)] * len(of_side)
     contexts, texts = zip(*pairs, strict=True)
     levels = MultiLevelPPLCalculator(tokenizer).compute_all_levels(model, list(texts), list(contexts))
     scores = {}
-    for (arm, seed), sides in found.items():
+    for (arm, seed), sides in heldout.items():
         scores[arm, seed] = {}
         for side in ("before", "after"):
-            mine = np.array([place == (arm, seed, side) for place in places])
+            mine = np.array([owner == (arm, seed, side) for owner in owners])
             ppls = {level: float(np.exp(np.nanmean(levels[level].log().numpy()[mine]))) for level in LEVELS}
             scores[arm, seed][side] = sides[side]["scores"] | ppls
     return scores

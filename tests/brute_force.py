@@ -52,16 +52,16 @@ def units(text: str, language: str = "en", max_phrase_words: int = 4) -> dict[st
                 words[0][0] += part
             else:
                 words.append([part, ""])
-        place, phrase, count = start, start, 0
+        index, phrase, count = start, start, 0
         for word, trailing in words:
-            end = place + len(word) + len(trailing)
-            found["word"].append((place, end))
-            place, count = end, count + 1
+            end = index + len(word) + len(trailing)
+            found["word"].append((index, end))
+            index, count = end, count + 1
             if count == max_phrase_words or (CLAUSE & set(trailing)):
-                found["phrase"].append((phrase, place))
-                phrase, count = place, 0
+                found["phrase"].append((phrase, index))
+                phrase, count = index, 0
         if count:
-            found["phrase"].append((phrase, place))
+            found["phrase"].append((phrase, index))
         start += len(piece)
     return found
 
@@ -78,12 +78,12 @@ def scored_tokens(tokenizer, text: str, context: str = "", eos_for_bos: bool = F
     if start is not None and (not ids or ids[0] != start):
         ids, offsets = [start, *ids], [(0, 0), *offsets]
     found = []
-    for place in range(1, len(ids)):
-        start, end = offsets[place]
-        if end <= len(context) or ids[place] in tokenizer.all_special_ids:
+    for index in range(1, len(ids)):
+        start, end = offsets[index]
+        if end <= len(context) or ids[index] in tokenizer.all_special_ids:
             continue
         visible = [at for at in range(max(start, len(context)), end) if not (context + text)[at].isspace()]
-        found.append([place, visible[0] - len(context) if visible else None])
+        found.append([index, visible[0] - len(context) if visible else None])
     for at in reversed(range(len(found) - 1)):
         if found[at][1] is None:
             found[at][1] = found[at + 1][1]
@@ -97,16 +97,16 @@ def scored_tokens(tokenizer, text: str, context: str = "", eos_for_bos: bool = F
 def token_surprisals(model, tokenizer, text: str, context: str = "", window: int | None = None):
     """[(character of the target, surprisal in nats)] of the scored tokens, in order."""
     ids, tokens = scored_tokens(tokenizer, text, context)
-    return [[char, _surprisal(model, ids, place, window)] for place, char in tokens]
+    return [[char, _surprisal(model, ids, index, window)] for index, char in tokens]
 
 
-def _surprisal(model, ids: list[int], place: int, window: int | None) -> float:
+def _surprisal(model, ids: list[int], index: int, window: int | None) -> float:
     start = 0
-    while window and place >= start + window:  # the first window that reaches the token scores it
+    while window and index >= start + window:  # the first window that reaches the token scores it
         start += window // 2
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids[start:place]])).logits[0, -1]
-    return -torch.log_softmax(logits.float(), dim=-1)[ids[place]].item()
+        logits = model(input_ids=torch.tensor([ids[start:index]])).logits[0, -1]
+    return -torch.log_softmax(logits.float(), dim=-1)[ids[index]].item()
 
 
 def all_levels(model, tokenizer, text, context="", window=None, aggregation="geometric", **options) -> dict[str, float]:
@@ -153,12 +153,12 @@ def nested_levels(model, tokenizer, text: str, context="", window: int | None = 
         return [math.nan] * 3
     spans = units(text, **options)
     totals = {"phrase": [], "sentence": []}
-    for place, char in tokens:
+    for index, char in tokens:
         for level, values in totals.items():
             [(first, last)] = [span for span in spans[level] if span[0] <= char < span[1]]
             begin = min(at for at, other in tokens if first <= other < last)
-            alone = [start, *ids[begin : place + 1]]
+            alone = [start, *ids[begin : index + 1]]
             values.append(_surprisal(model, alone, len(alone) - 1, window))
     a, b = (math.fsum(values) / len(values) for values in totals.values())
-    c = math.fsum(_surprisal(model, ids, place, window) for place, _ in tokens) / len(tokens)
+    c = math.fsum(_surprisal(model, ids, index, window) for index, _ in tokens) / len(tokens)
     return [math.exp(a), math.exp(b - a), math.exp(c - b)]

@@ -74,7 +74,7 @@ def test_reads_what_it_writes(tmp_path, suffix, keys, data):
 
 
 def test_many_rows_in_pieces(tmp_path):
-    records = {f"row {place}": {**RECORD, "word": place + 1.0} for place in range(20_001)}
+    records = {f"row {index}": {**RECORD, "word": index + 1.0} for index in range(20_001)}
     for suffix in SUFFIXES:
         path = tmp_path / f"baselines{suffix}"
         write(path, records, {})
@@ -284,9 +284,9 @@ def assert_plain(value):
 )
 def test_a_damaged_pickle_is_plain_data_or_refused(value, protocol, edits):
     data = bytearray(pickle.dumps({"a": RECORD, "b": value}, protocol))
-    for place, removed, put in edits:
-        place %= len(data)
-        data[place : place + removed] = put
+    for index, removed, put in edits:
+        index %= len(data)
+        data[index : index + removed] = put
     _read_or_refuse(bytes(data))
 
 

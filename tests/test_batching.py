@@ -187,9 +187,9 @@ def test_every_row_is_in_one_batch_within_all_limits(sizes, max_tokens, overhead
 
 
 def test_a_padded_batch_and_the_places_that_are_read():
-    ids, rows, places = padded([row(1, 2, 3, 4, read=[2, 3]), row(1, 2, 9)], skip=1)
+    ids, rows, indices = padded([row(1, 2, 3, 4, read=[2, 3]), row(1, 2, 9)], skip=1)
     assert ids.tolist() == [[2, 3, 4], [2, 9, 0]]
-    assert (rows.tolist(), places.tolist()) == ([0, 0, 1], [1, 2, 1])
+    assert (rows.tolist(), indices.tolist()) == ([0, 0, 1], [1, 2, 1])
 
 
 # --- packs -----------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def function(model, tokenizer):
     return make
 
 
-EVERY = [f"Prompt {place}" for place in range(3)]
+EVERY = [f"Prompt {index}" for index in range(3)]
 
 
 def test_saturated(function, capsys):

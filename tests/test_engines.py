@@ -100,8 +100,8 @@ def verl_rows(prompts, **info) -> list[dict]:
     given = {"num_turns": None, "rollout_reward_scores": {}}
     return [
         {"data_source": "stories", "solution_str": text, "ground_truth": reference,
-         "extra_info": {"prompt": prompt, **{name: values[place] for name, values in info.items()}, **given}}
-        for place, (prompt, text, reference) in enumerate(zip(prompts, COMPLETIONS, REFERENCES, strict=True))
+         "extra_info": {"prompt": prompt, **{name: values[index] for name, values in info.items()}, **given}}
+        for index, (prompt, text, reference) in enumerate(zip(prompts, COMPLETIONS, REFERENCES, strict=True))
     ]  # fmt: skip
 
 

@@ -63,8 +63,8 @@ MODELS = [plain, lora, lora_in_place, modules_to_save, trainable_tokens, two_ada
 def mixed_modes(model):
     """Some modules in train mode, some in eval mode, and one layer of the base frozen."""
     model.train()
-    for place, module in enumerate(model.modules()):
-        if place % 3 == 1:
+    for index, module in enumerate(model.modules()):
+        if index % 3 == 1:
             module.training = False
     next(base_parameters(model)).requires_grad_(False)
     return model

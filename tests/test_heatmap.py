@@ -51,8 +51,8 @@ def fragment() -> str:
         *[(1e9, 20), (math.inf, 20), (0.9999999, 0)],
     ],
 )
-def test_a_colour_is_half_a_doubling_of_perplexity(perplexity, place):
-    assert heatmap.colour(perplexity) == place
+def test_a_colour_is_half_a_doubling_of_perplexity(perplexity, index):
+    assert heatmap.colour(perplexity) == index
 
 
 def luminance(colour: str) -> float:
@@ -243,25 +243,25 @@ def test_the_legend_has_the_numbers_at_which_its_colours_start(browser, page):
     browser.open(page)
     numbers = browser.value("[...document.querySelectorAll('.scale > ol > li')].map(li => li.textContent)")
     assert len(numbers) == 21
-    assert {place: shown for place, shown in enumerate(numbers) if shown} == {
+    assert {index: shown for index, shown in enumerate(numbers) if shown} == {
         0: "1", 4: "4", 8: "16", 12: "64", 16: "256", 20: "1024+",
     }  # fmt: skip
-    for place, shown in enumerate(numbers):
+    for index, shown in enumerate(numbers):
         if shown:
-            assert heatmap.colour(float(shown.rstrip("+"))) == place
+            assert heatmap.colour(float(shown.rstrip("+"))) == index
 
 
 @pytest.mark.browser
 def test_pointing_at_a_unit_shows_its_numbers_inside_the_window(browser, page, explained):
     browser.open(page, 390)
     spans = "document.querySelectorAll('section[data-level=word] .text span')"
-    for place in (0, 5, 11):
+    for index in (0, 5, 11):
         x, y = browser.value(
             f"(s => {{ s.scrollIntoView({{block: 'center'}}); const r = s.getClientRects()[0];"
-            f" return [r.x + r.width / 2, r.y + r.height / 2] }})({spans}[{place}])"
+            f" return [r.x + r.width / 2, r.y + r.height / 2] }})({spans}[{index}])"
         )
         browser.move(x, y)
-        one = explained[0]["word"][place]
+        one = explained[0]["word"][index]
         shown = browser.value("document.querySelector('.tip').textContent")
         assert shown.startswith(f"perplexity {heatmap.number(one['perplexity'])} · {one['n_tokens']} token")
         assert shown.endswith(f"surprisal {one['surprisal']:.2f} nats")
@@ -278,9 +278,9 @@ def test_the_page_can_be_used_with_the_keyboard_alone(browser, page, explained):
     assert visible(browser) == ["phrase"]
     browser.value("document.querySelector('section[data-level=phrase] .text').focus()")
     assert browser.value(tip) == ""
-    for place in (0, 1):
+    for index in (0, 1):
         browser.key("ArrowRight")
-        surprisal = explained[0]["phrase"][place]["surprisal"]
+        surprisal = explained[0]["phrase"][index]["surprisal"]
         assert browser.value(tip).endswith(f"surprisal {surprisal:.2f} nats")
     browser.key("Escape")
     assert browser.value(tip) == ""

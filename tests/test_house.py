@@ -47,9 +47,9 @@ def imported(path: Path) -> set[Path]:
             top, *parts = name.split(".")
             if top == "ppl":
                 found |= {
-                    place
-                    for place in (PPL.joinpath(*parts).with_suffix(".py"), PPL.joinpath(*parts, "__init__.py"))
-                    if place.exists()
+                    index
+                    for index in (PPL.joinpath(*parts).with_suffix(".py"), PPL.joinpath(*parts, "__init__.py"))
+                    if index.exists()
                 }
     return found
 

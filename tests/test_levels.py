@@ -77,13 +77,13 @@ def test_selective_takes_the_first_word_of_a_sentence_that_a_token_starts_in():
 @given(
     surprisals=st.lists(st.floats(0, 20), min_size=12, max_size=12),
     more=st.floats(0, 20),
-    place=st.integers(0, 11),
+    index=st.integers(0, 11),
 )
-def test_no_level_falls_when_a_token_becomes_more_surprising(aggregation, surprisals, more, place):
+def test_no_level_falls_when_a_token_becomes_more_surprising(aggregation, surprisals, more, index):
     text = "A fox, a crow and I. Yes, we can go home."
     chars = [0, 2, 5, 7, 9, 14, 18, 21, 26, 29, 33, 36]
     before = by_hand(text, chars, surprisals, aggregation)
-    surprisals[place] += more
+    surprisals[index] += more
     after = by_hand(text, chars, surprisals, aggregation)
     assert all(after[level] >= before[level] * (1 - 1e-12) for level in LEVELS)
 
@@ -151,7 +151,7 @@ def test_units_of_equal_length_give_the_ordinary_token_perplexity(model, calcula
 
 @given(surprisals=st.lists(st.floats(0, 20), min_size=1, max_size=12))
 def test_one_token_a_word_gives_the_ordinary_token_perplexity_of_words(surprisals):
-    found = by_hand("x " * len(surprisals), [2 * place for place in range(len(surprisals))], surprisals)
+    found = by_hand("x " * len(surprisals), [2 * index for index in range(len(surprisals))], surprisals)
     assert found["word"] == found["sentence"] == pytest.approx(math.exp(math.fsum(surprisals) / len(surprisals)))
 
 

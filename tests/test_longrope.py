@@ -16,7 +16,7 @@ ORIGINAL, LONGEST = 16, 64
 ROPE = {
     "rope_type": "longrope",
     "short_factor": [1.0] * 8,
-    "long_factor": [4.0 + place for place in range(8)],
+    "long_factor": [4.0 + index for index in range(8)],
     "original_max_position_embeddings": ORIGINAL,
 }
 

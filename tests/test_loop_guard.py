@@ -33,7 +33,7 @@ def share(ids) -> float:
 
 @given(st.integers(0, 60), st.integers(1, 30), st.integers(1, 120))
 def test_a_loop_repeats_at_least_the_share_that_the_bound_says(before, unit, looped):
-    tokens = [*range(before), *(1000 + place % unit for place in range(looped))]
+    tokens = [*range(before), *(1000 + index % unit for index in range(looped))]
     if len(tokens) >= NGRAM:
         repeated = max(0, looped - unit - NGRAM + 1)
         assert share(tokens) == pytest.approx(repeated / (len(tokens) - NGRAM + 1))

@@ -232,14 +232,14 @@ def test_both_targets_on_a_real_model_equal_the_slow_twin():
     _, details = function.compute_rewards(plans, prompts=prompts, references=references, return_details=True)
     completion = MultiLevelPPLRewardFunction(MODEL, TOKENIZER)
     _, own = completion.compute_rewards(plans, prompts=prompts, return_details=True)
-    for place, (prompt, plan, reference) in enumerate(zip(prompts, plans, references, strict=True)):
+    for index, (prompt, plan, reference) in enumerate(zip(prompts, plans, references, strict=True)):
         for found, text, context in [
             (details["ppls"], reference, prompt + plan),
             (details["baselines"], reference, prompt),
             (own["ppls"], plan, prompt),
         ]:
             twin = brute_force.all_levels(MODEL, TOKENIZER, text, context)
-            assert {level: found[level][place].item() for level in LEVELS} == pytest.approx(twin, rel=1e-4)
+            assert {level: found[level][index].item() for level in LEVELS} == pytest.approx(twin, rel=1e-4)
 
 
 # --- what cannot be scored, what is not finite -----------------------------------------------------------------------

@@ -156,7 +156,7 @@ def test_under_a_launcher_the_command_is_the_launchers(monkeypatch, parent, expe
 @pytest.fixture(scope="module")
 def hard() -> HeldOut:
     completions = [[text, "never shown"] for text in HOSTILE]
-    rewards = [[NAN if place == 1 else 0.5, 1.0] for place in range(len(HOSTILE))]
+    rewards = [[NAN if index == 1 else 0.5, 1.0] for index in range(len(HOSTILE))]
     prompts = [*(f"<b>Prompt</b> {'y' * 90}" for _ in HOSTILE[1:]), [{"role": "user", "content": "</script><i>Hi"}]]
     return HeldOut(prompts, completions, rewards, {"reward": 0.5, "word PPL": NAN, "<u>": -1e7, "phrase PPL": 3e9})
 

@@ -47,7 +47,7 @@ def generate(model, tokenizer, prompts, seed, length=24):
     )  # fmt: skip
     found = []
     for row, ids in enumerate(output.sequences[:, longest:].tolist()):
-        size = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+        size = next((index for index, token in enumerate(ids) if token in ends), len(ids))
         logits = torch.stack([step[row] for step in output.logits[:size]] or [torch.zeros(1)])
         logps = logits.log_softmax(-1)[range(size), ids[:size]] if size else torch.zeros(0)
         found.append((given[row], ids[: size + 1], logps.double()))
@@ -137,7 +137,7 @@ def test_a_token_begins_where_the_text_before_it_ceases_to_be_that_of_the_whole(
 
 
 def common(a: str, b: str) -> int:
-    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 # --- what a text does not tell ---------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def common(a: str, b: str) -> int:
 def surprisals(model, prompt, completion):
     """nats, of each token: one forward pass, by hand."""
     logits = model(torch.tensor([[*prompt, *completion]])).logits[0].log_softmax(-1)
-    return [-logits[len(prompt) - 1 + place, token].item() for place, token in enumerate(completion)]
+    return [-logits[len(prompt) - 1 + index, token].item() for index, token in enumerate(completion)]
 
 
 def scored(model, tokenizer, prompt, completion, **columns):

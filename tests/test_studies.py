@@ -43,7 +43,7 @@ def damage():
 def damaged(damage):
     """[(story, {kind: damaged story})]"""
     damages = damage.Damages(STORIES, seed=0)
-    return [(story, damages.all(place)) for place, story in enumerate(STORIES)]
+    return [(story, damages.all(index)) for index, story in enumerate(STORIES)]
 
 
 def words(text: str) -> list[str]:

@@ -25,7 +25,7 @@ def test_the_default_thresholds(percent, expected):
 
 
 def test_thresholds_in_any_order():
-    shuffled = [DEFAULT_THRESHOLDS[place] for place in (3, 0, 4, 2, 1)]
+    shuffled = [DEFAULT_THRESHOLDS[index] for index in (3, 0, 4, 2, 1)]
     for percent, expected in [(0.04, 0), (0.05, 0.2), (1.5, 0.7), (2, 0.9), (4, 1)]:
         assert of_improvement(percent, reward_thresholds=shuffled) == pytest.approx(expected)
 

@@ -20,7 +20,7 @@ def baselines(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("baselines") / "baselines.json"
     stories = json.loads((EXAMPLES / "tiny_stories" / "train.json").read_text())[:20]
     levels = ({"word": 5.0, "phrase": 5.0, "sentence": 5.0}, {"word": 240.0, "phrase": 240.0, "sentence": 240.0})
-    path.write_text(json.dumps({story["id"]: levels[place % 2] for place, story in enumerate(stories)}))
+    path.write_text(json.dumps({story["id"]: levels[index % 2] for index, story in enumerate(stories)}))
     return path
 
 
@@ -123,15 +123,15 @@ def wandb_records(path: Path):
     """The records of an offline run: a LevelDB log, whose blocks of 32 KiB hold chunks of (checksum, size, kind)."""
     from wandb.proto import wandb_internal_pb2
 
-    content, place, data = path.read_bytes(), 7, b""
-    while place + 7 <= len(content):
-        left = -place % 32768 or 32768
+    content, index, data = path.read_bytes(), 7, b""
+    while index + 7 <= len(content):
+        left = -index % 32768 or 32768
         if left < 7:
-            place += left
+            index += left
             continue
-        size, kind = struct.unpack_from("<HB", content, place + 4)
-        data += content[place + 7 : place + 7 + size]
-        place += 7 + size
+        size, kind = struct.unpack_from("<HB", content, index + 4)
+        data += content[index + 7 : index + 7 + size]
+        index += 7 + size
         if kind in (1, 4):  # whole, or the last chunk of several
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)

@@ -54,7 +54,7 @@ def llama2_like(strip=True, chat=False, sentences=None, vocab_size=400):
     tokens += sorted(bpe["vocab"], key=bpe["vocab"].get)
     tokenizer = Tokenizer(
         models.BPE(
-            vocab={token: place for place, token in enumerate(tokens)},
+            vocab={token: index for index, token in enumerate(tokens)},
             merges=[tuple(merge) for merge in bpe["merges"]],
             unk_token="<unk>",
             fuse_unk=True,

@@ -164,10 +164,10 @@ def print_tables(explained, perplexities, top: int = 5) -> None:
     for level, units in explained.items():
         tokens = sum(unit["n_tokens"] for unit in units)
         levels.add_row(level, f"{perplexities[level]:,.4f}", f"{len(units):,}", f"{tokens:,}")
-        for place, unit in enumerate(most_surprising(units, top)):
+        for index, unit in enumerate(most_surprising(units, top)):
             # A Text, since brackets in a string would be markup.
             shown = Text(one_line(unit["text"]), no_wrap=True, overflow="ellipsis")
-            surprising.add_row("" if place else level, shown, number(unit["perplexity"]), str(unit["n_tokens"]))
+            surprising.add_row("" if index else level, shown, number(unit["perplexity"]), str(unit["n_tokens"]))
         surprising.add_section()
     console = Console()
     console.print(levels)

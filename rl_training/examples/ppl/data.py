@@ -234,12 +234,12 @@ def load_split(name: str, config: str | None = None, split: str = "train", strea
         raise InputError(f"data set {name!r} does not exist: expected a folder, a file, a hub name, or tiny-stories")
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            found = datasets.load_from_disk(str(path))
-            if isinstance(found, datasets.DatasetDict):
-                if split not in found:
-                    raise InputError(f"{name} has no split {split!r}, it has {', '.join(found)}")
-                found = found[split]
-            return found.to_iterable_dataset() if streaming else found
+            data = datasets.load_from_disk(str(path))
+            if isinstance(data, datasets.DatasetDict):
+                if split not in data:
+                    raise InputError(f"{name} has no split {split!r}, it has {', '.join(data)}")
+                data = data[split]
+            return data.to_iterable_dataset() if streaming else data
         if path.is_file():
             builder = DATA_FILES.get(path.suffix)
             if builder is None:

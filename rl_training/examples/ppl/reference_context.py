@@ -58,15 +58,15 @@ class ReferenceContext:
         if self._pattern is None:
             return completion, True
         try:
-            found = self._pattern.search(completion, timeout=SECONDS)
+            match = self._pattern.search(completion, timeout=SECONDS)
         except TimeoutError as error:
             raise InputError(
                 f"extract {self._pattern.pattern!r} takes more than {SECONDS:g} s for one completion: write it so that "
                 "it does not try the same text in many ways"
             ) from error
-        if found is None:
+        if match is None:
             return completion, False
-        return found.group(1 if self._pattern.groups else 0) or "", True
+        return match.group(1 if self._pattern.groups else 0) or "", True
 
     def context(self, prompt: str, completion: str = "") -> str:
         """What the reference's perplexity is conditioned on."""

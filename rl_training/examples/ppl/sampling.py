@@ -33,13 +33,13 @@ def prompt_ids(prompts: Sequence[Text], tokenizer, **chat) -> list[list[int]]:
     rendered = [render_prompt(prompt, tokenizer, **chat) for prompt in prompts]
     # A chat template writes the special tokens itself.
     plain = [isinstance(prompt, str) for prompt in prompts]
-    found = tokenizer(rendered, add_special_tokens=True)["input_ids"] if any(plain) else rendered
+    prompt_ids = tokenizer(rendered, add_special_tokens=True)["input_ids"] if any(plain) else rendered
     if not all(plain):
         of_chats = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        found = [one if text else other for one, other, text in zip(found, of_chats, plain, strict=True)]
+        prompt_ids = [one if text else other for one, other, text in zip(prompt_ids, of_chats, plain, strict=True)]
     # Nothing cannot be continued.
     nothing = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return [list(ids) or nothing for ids in found]
+    return [list(ids) or nothing for ids in prompt_ids]
 
 
 def end_tokens(model, tokenizer) -> list[int]:
@@ -97,7 +97,7 @@ def sample(
         finally:
             for module, kind in checkpointing:
                 module.gradient_checkpointing = kind
-    return [completions[place : place + num_generations] for place in range(0, len(completions), num_generations)]
+    return [completions[index : index + num_generations] for index in range(0, len(completions), num_generations)]
 
 
 def _sample(model, tokenizer, given: list[list[int]], max_new_tokens: int, temperature: float) -> list[Completion]:

@@ -252,8 +252,8 @@ class MultiLevelPPLRewardFunction:
         skipped = np.isnan(baseline).any(axis=1) & ~first_visit
         if self.target == "reference":
             if unscorable.any() and self.missing == "error":
-                place = np.flatnonzero(unscorable)[0]
-                raise InputError(f"row {place} of this call has a blank reference: drop it, or use missing='skip'")
+                index = np.flatnonzero(unscorable)[0]
+                raise InputError(f"row {index} of this call has a blank reference: drop it, or use missing='skip'")
             skipped |= unscorable
         with np.errstate(over="ignore", invalid="ignore"):
             improvement = 100 * (baseline - current) / baseline
@@ -339,21 +339,21 @@ class MultiLevelPPLRewardFunction:
 
     def _given_baselines(self, prompts, references, ids, rows) -> np.ndarray:
         """float64 [B, 3] from the data set's columns, else from `baselines`; nan where a row has none."""
-        found = np.full((len(prompts), len(LEVELS)), np.nan)
+        values = np.full((len(prompts), len(LEVELS)), np.nan)
         if rows is not None:
-            given = {place: row for place, row in enumerate(rows) if row is not None}
-            for place, values in Baselines(given, source="the data set").items():
-                found[place] = values
+            given = {index: row for index, row in enumerate(rows) if row is not None}
+            for index, of_row in Baselines(given, source="the data set").items():
+                values[index] = of_row
         if self.baselines is not None:
-            for place in np.flatnonzero(np.isnan(found[:, 0])):
-                reference = (references[place] or "") if self.target == "reference" else None
-                values = self.baselines.find(_key(ids, prompts, references, place), prompts[place], reference, place)
-                if values is not None:
-                    found[place] = values
-        return found
+            for index in np.flatnonzero(np.isnan(values[:, 0])):
+                reference = (references[index] or "") if self.target == "reference" else None
+                of_row = self.baselines.find(_key(ids, prompts, references, index), prompts[index], reference, index)
+                if of_row is not None:
+                    values[index] = of_row
+        return values
 
     def _refuse(self, absent, prompts, references, ids) -> None:
-        first = [_key(ids, prompts, references, place) for place in np.flatnonzero(absent)[:3]]
+        first = [_key(ids, prompts, references, index) for index in np.flatnonzero(absent)[:3]]
         raise BaselineError(
             f"{self.baselines.source} has no baseline for {absent.sum()} of {len(absent)} rows, the first are {first}: "
             "compute them with compute_baselines_trl.py on this data set, or skip such rows with missing='skip'"
@@ -402,11 +402,11 @@ class _LastCall(NamedTuple):
     clipped: np.ndarray | None  # bool [B]: with form="nats", those whose ratio is beyond NATS_CLIP
 
 
-def _key(ids, prompts, references, place: int):
+def _key(ids, prompts, references, index: int):
     if ids is not None:
-        return ids[place]
-    return None if prompts[place] is None else stable_id(prompts[place], references[place] or "")
+        return ids[index]
+    return None if prompts[index] is None else stable_id(prompts[index], references[index] or "")
 
 
 def _by_level(values: np.ndarray) -> dict[str, torch.Tensor]:
-    return {level: torch.from_numpy(values[:, place].copy()) for place, level in enumerate(LEVELS)}
+    return {level: torch.from_numpy(values[:, index].copy()) for index, level in enumerate(LEVELS)}

@@ -121,8 +121,8 @@ class MultiLevelPPLCalculator:
         pairs = [self.turns(context, text) for context, text in zip(contexts, texts, strict=True)]
         values = self.score_pairs(model, pairs)
         return {
-            level: float(values[0, place]) if single else torch.from_numpy(values[:, place].copy())
-            for place, level in enumerate(LEVELS)
+            level: float(values[0, index]) if single else torch.from_numpy(values[:, index].copy())
+            for index, level in enumerate(LEVELS)
         }
 
     def score_pairs(self, model, pairs: Sequence[Turn | Turns | Sampled]) -> np.ndarray:

@@ -120,9 +120,9 @@ class _Alike:
             shape = (length, prefix + length)
             mask = torch.ones(shape, dtype=torch.bool, device=device).tril(prefix)[None, None]
         if len(spans) == 1 and seen[0, -1] - seen[0, 0] == seen.shape[1] - 1:
-            queries, keys = (slice(int(places[0, 0]), int(places[0, -1]) + 1) for places in (own, seen))
+            queries, keys = (slice(int(indices[0, 0]), int(indices[0, -1]) + 1) for indices in (own, seen))
         else:
-            queries, keys = (torch.from_numpy(places.ravel()).to(device) for places in (own, seen))
+            queries, keys = (torch.from_numpy(indices.ravel()).to(device) for indices in (own, seen))
         return cls(len(spans), queries, keys, mask)
 
 
@@ -249,11 +249,11 @@ def _attention(module, query, key, value, attention_mask, **options):
     return result[None], None
 
 
-def _rows(x: torch.Tensor, places: slice | torch.Tensor, count: int) -> torch.Tensor:
+def _rows(x: torch.Tensor, indices: slice | torch.Tensor, count: int) -> torch.Tensor:
     """[count, heads, L, width] from x [1, heads, T, width]."""
-    if isinstance(places, slice):
-        return x[:, :, places]
-    return x[0].index_select(1, places).unflatten(1, (count, -1)).transpose(0, 1)
+    if isinstance(indices, slice):
+        return x[:, :, indices]
+    return x[0].index_select(1, indices).unflatten(1, (count, -1)).transpose(0, 1)
 
 
 # --- Unsloth, on a GPU -----------------------------------------------------------------------------------------------

@@ -82,8 +82,8 @@ class SurprisalScorer:
                 for beyond, rows in enumerate(self._sides(texts)):
                     # A prefix that runs before its rows may be on the other side than they are.
                     self._score_rows(rows, surprisals, prefixes=not beyond)
-        for number, found in enumerate(surprisals):
-            if np.isnan(found).any():
+        for number, of_text in enumerate(surprisals):
+            if np.isnan(of_text).any():
                 raise FloatingPointError(f"the model's logits are NaN for text {number} of this call")
         return surprisals
 
@@ -325,8 +325,8 @@ class SurprisalScorer:
             try:
                 states = self._read(batch, skip, prefix)
                 labels = _labels(batch, states.device)
-                found = self._head.surprisal(states, labels) if self._head_agrees else surprisal(states, labels)
-                self._write(batch, found, surprisals)
+                values = self._head.surprisal(states, labels) if self._head_agrees else surprisal(states, labels)
+                self._write(batch, values, surprisals)
                 return
             except RuntimeError as error:
                 if len(batch) == 1 or not should_reduce_batch_size(error):
@@ -359,8 +359,8 @@ class SurprisalScorer:
             logits = self._read(batch, model=self.model)
             self._write(batch, surprisal(logits, _labels(batch, logits.device)), surprisals)
 
-    def _write(self, rows: list[Row], found: torch.Tensor, surprisals: list[np.ndarray]) -> None:
-        values = found.double().cpu().numpy()
+    def _write(self, rows: list[Row], scored: torch.Tensor, surprisals: list[np.ndarray]) -> None:
+        values = scored.double().cpu().numpy()
         end = np.cumsum([len(row.read) for row in rows])
         for row, piece in zip(rows, np.split(values, end[:-1]), strict=True):
             surprisals[row.text][row.first : row.first + len(piece)] = piece

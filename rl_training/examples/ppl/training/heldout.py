@@ -54,20 +54,20 @@ class HeldOutPrompts:
 
     def before(self) -> HeldOut:
         """Of a run that goes on: what it measured before its first step."""
-        found = None
+        before = None
         if self.job.checkpoint:
             kept = Path(self.job.checkpoint).parent / self.path.name
-            found = read_before(kept, self.job.heldout_rows, self.sampling)
-        self._before = found or self._evaluate("held-out, before")
+            before = read_before(kept, self.job.heldout_rows, self.sampling)
+        self._before = before or self._evaluate("held-out, before")
         if is_first():
             write_heldout(self.path, self.sampling, self._before)
         return self._before
 
     def after(self) -> HeldOut:
-        found = self._evaluate("held-out, after")
+        after = self._evaluate("held-out, after")
         if is_first():
-            write_heldout(self.path, self.sampling, self._before, found)
-        return found
+            write_heldout(self.path, self.sampling, self._before, after)
+        return after
 
     def _evaluate(self, progress: str) -> HeldOut:
         return evaluate(
@@ -98,8 +98,8 @@ def evaluate(
     """
     (reward_fn, weight), *others = rewards
     # Weights spread over processes are gathered for every forward pass, so all must sample equally often.
-    places = share(len(rows), padded=is_sharded(model))
-    columns = {name: [rows[name][place] for place in places] for name in rows.column_names}
+    indices = share(len(rows), padded=is_sharded(model))
+    columns = {name: [rows[name][index] for index in indices] for name in rows.column_names}
     chat = reward_fn.calculator.chat
     sampled = sample(model, tokenizer, columns["prompt"], num_generations=num_generations, **sampling, **chat)
     groups = [[(one.text, one.ids) for one in group] for group in sampled]
@@ -134,9 +134,9 @@ def evaluate(
     ]
     levels = [details[name][level] for name in ("improvements", "ppls") for level in LEVELS]
     table = np.stack([np.asarray(column) for column in (weight * details["rewards"], *levels, *earned)], axis=1)
-    table = np.concatenate([table, np.reshape(moved, (-1, 2))], axis=1).reshape(len(places), num_generations, -1)
-    found = dict(zip(from_all(places), from_all(zip(groups, table.tolist(), strict=True)), strict=True))
-    groups, table = zip(*(found[place] for place in range(len(rows))), strict=True)
+    table = np.concatenate([table, np.reshape(moved, (-1, 2))], axis=1).reshape(len(indices), num_generations, -1)
+    by_index = dict(zip(from_all(indices), from_all(zip(groups, table.tolist(), strict=True)), strict=True))
+    groups, table = zip(*(by_index[index] for index in range(len(rows))), strict=True)
     completions = [[text for text, _ in group] for group in groups]
     texts = [text for group in completions for text in group]
     *columns, moved, tokens = np.moveaxis(np.array(table), -1, 0)
