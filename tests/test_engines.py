@@ -177,15 +177,32 @@ def test_what_a_completion_alone_cannot_have_is_refused_when_the_file_is_loaded(
         by_path("reward_func", False)
 
 
-def test_a_missing_prompt_is_no_score(configure):
+def test_what_is_no_score_is_printed_since_openrlhf_swallows_it(configure, capsys):
     configure(target="reference")
     module = by_path("custom_module", True)
     with pytest.raises(InputError, match="extra_info has no 'prompt'"):
         module.compute_score("stories", " So.", "The end.", {"index": 3})
     with pytest.raises(InputError, match="does not begin with its prompt"):
-        module.reward_func(["upon a time. So"], ["Once upon a time."], ["The end."])
+        module.reward_func(["upon it. So"], ["Once upon a time."], ["The end."])
+    assert "error: the query 'upon it. So' does not begin with its prompt" in capsys.readouterr().err
     with pytest.raises(InputError, match="blank reference"):
         module.reward_func(["Once. So"], ["Once."], [None])
+
+
+@pytest.mark.parametrize(
+    ("query", "prompt"),
+    [
+        ("<s> [INST] hi [/INST] So.", "<s>[INST] hi [/INST]"),  # the policy's tokenizer is not the scorer's
+        ("Caf\u00e9 [/INST] So.", "Cafe\u0301 [/INST]"),
+        ("a time there was a fox. So.", "Once upon a time there was a fox."),
+    ],
+)
+def test_a_prompt_that_its_tokenizer_or_a_limit_changed_gets_the_reward_of_its_completion(configure, query, prompt):
+    configure(target="reference", reward_thresholds=[(-1000.0, 0.0), (1000.0, 1.0)])
+    module = by_path("reward_func", False)
+    whole = module.reward_func([f"{prompt} So."], [prompt], ["The end."])
+    assert whole["rewards"].item() > 0
+    assert module.reward_func([query], [prompt], ["The end."])["rewards"].tolist() == whole["rewards"].tolist()
 
 
 def test_the_example_files_point_to_what_is_there():

@@ -9,7 +9,7 @@ read here on import, the model is loaded at the first call, once a process. Call
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from ppl.data import Text, message_text, stable_id
 from ppl.definitions import LEVELS
 from ppl.errors import InputError
 from ppl.reward.config import SCORING, config_path, read_settings, reward_from_config
+from ppl.reward.query import completion_of
 
 
 def _check(settings: dict) -> None:
@@ -46,25 +47,24 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
     queries: prompt and completion as one string, special tokens and all. labels: the references (`--data.label_key`),
     or whatever, if the target is the completion and the baselines are found by prompt.
     """
-    texts = []
-    for query, prompt in zip(queries, prompts, strict=True):
-        start = next((start for start in _as_decoded(prompt) if query.startswith(start)), None)
-        if start is None:
-            raise InputError(
-                f"the query {query!r:.80} does not begin with its prompt {prompt!r:.80}: was it cut? Allow "
-                "longer prompts (--data.max_len)"
-            )
-        texts.append(query[len(start) :])
-    rewards, improvements = _score(texts, prompts, labels)
+    try:
+        texts = [_completion(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
+        rewards, improvements = _score(texts, prompts, labels)
+    except Exception as error:
+        # OpenRLHF logs it at the level of details, goes on without a reward, and dies elsewhere of that.
+        print(f"error: {'' if isinstance(error, InputError) else type(error).__name__ + ': '}{error}", file=sys.stderr)
+        raise
     return {"rewards": rewards, "scores": rewards, "extra_logs": improvements}
 
 
-def _as_decoded(prompt: str) -> Iterator[str]:
-    """What a prompt can look like in a query, which is decoded from its ids: some tokenizers write BOS, and a space."""
-    yield prompt
-    tokenizer = reward_from_config().tokenizer
-    for special in (False, True):
-        yield tokenizer.decode(tokenizer(prompt, add_special_tokens=special)["input_ids"])
+def _completion(query: str, prompt: str) -> str:
+    text = completion_of(query, prompt, reward_from_config().tokenizer)
+    if text is None:
+        raise InputError(
+            f"the query {query!r:.80} does not begin with its prompt {prompt!r:.80}, nor with the end of it: expected "
+            "the prompt and the completion, decoded together"
+        )
+    return text
 
 
 def compute_score(data_source, solution_str: str, ground_truth, extra_info=None, **_) -> dict[str, float]:

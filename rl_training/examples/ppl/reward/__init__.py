@@ -7,5 +7,6 @@ first_visits.py  without baselines: a prompt's first completions make its own
 thresholds.py    improvement in percent -> reward
 nats.py          log-likelihood ratio -> reward
 loop_guard.py    a second reward function: what a loop costs
+query.py         OpenRLHF's prompt and completion in one string -> the completion
 config.py        the reward as a YAML file describes it, for programs that take a function by its name
 """
