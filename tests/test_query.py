@@ -1,4 +1,4 @@
-"""Where the completion begins in a query of OpenRLHF's: decode(prompt ids, perhaps cut on the left, + completion ids)."""
+"""Where the completion begins in a query of OpenRLHF's: decode(prompt ids, perhaps cut, + completion ids)."""
 
 import unicodedata
 
@@ -36,14 +36,16 @@ def test_the_prompts_of_llama_2_and_mistral_lose_or_gain_a_space():
     assert completion_of("<s> [INST] hi [/INST] So.", "<s>[INST] hi [/INST]") == " So."
     assert completion_of("<s>[INST] hi [/INST]So.", "<s> [INST] hi [/INST] ") == "So."
     tokenizer = toys.llama2_like()
-    query, _ = query_of(tokenizer, "<s>[INST] hi [/INST]", "So.")
-    assert not query.startswith("<s>[INST] hi [/INST]")
-    assert completion_of(query, "<s>[INST] hi [/INST]", tokenizer) == completion_of(query, "<s>[INST] hi [/INST]") == " So."
+    prompt = "<s>[INST] hi [/INST]"
+    query, _ = query_of(tokenizer, prompt, "So.")
+    assert not query.startswith(prompt)
+    assert completion_of(query, prompt, tokenizer) == completion_of(query, prompt) == " So."
 
 
 def test_a_normalised_prompt_is_known_again():
+    prompts = ["Cafe\u0301, ﬁn ½.", "Café, ﬁn ½.", "한국 \u1112\u1161\u11ab", "a\u0301\u0323b", "a\u0323\u0301b"]
     for form in ("NFC", "NFD", "NFKC", "NFKD"):
-        for prompt in ("Cafe\u0301, ﬁn ½.", "Café, ﬁn ½.", "한국 \u1112\u1161\u11ab", "a\u0301\u0323b", "a\u0323\u0301b"):
+        for prompt in prompts:
             assert completion_of(unicodedata.normalize(form, prompt) + " So.", prompt) == " So."
 
 
