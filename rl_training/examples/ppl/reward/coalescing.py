@@ -24,6 +24,9 @@ class Coalescing:
         self._scoring = threading.Lock()
         self._waiting: deque[_Call] = deque()
 
+    def __reduce__(self):
+        return Coalescing, (self._score,)  # verl's reward manager `remote` pickles; nobody waits elsewhere
+
     @property
     def waiting(self) -> int:
         """Calls that nobody has begun to score."""
