@@ -14,7 +14,6 @@ from ..reward.function import MultiLevelPPLRewardFunction
 from .diagnostics import Diagnostics
 from .job import Job
 
-_NO_COLUMNS = ("prompt", "completion", "completion_ids")  # TRL gives them under names of its own
 Reward = tuple[Any, float]  # a function in TRL's calling convention, and its weight
 
 
@@ -65,9 +64,7 @@ def call_as_trl(
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(prompts, texts, strict=True)
     ]
-    others = {
-        name: values for name, values in columns.items() if name not in ("prompt", "completion", "completion_ids")
-    }
+    others = {name: values for name, values in columns.items() if name != "prompt"}
     rewards = function(
         prompts=list(prompts),
         completions=completions,
