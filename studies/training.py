@@ -43,6 +43,8 @@ ARMS = {
     "nested, nats": "--aggregation nested --reward_form nats",
     "nested, nats, equal": "--aggregation nested --reward_form nats --ppl_weights 1 1 1",
     "nested, nats, 0.3 0.3 0.4": "--aggregation nested --reward_form nats --ppl_weights 0.3 0.3 0.4",
+    "nested, nats, 1 2 1": "--aggregation nested --reward_form nats --ppl_weights 1 2 1",
+    "nested, nats, per level": "--aggregation nested --reward_form nats --ppl_weights 1 1 1 --per_level",
 }
 QUICK = {"arms": ["default", "sentence only"], "seeds": [0], "max_steps": 2}
 QUICK_FLAGS = "--max_samples 20 --heldout_samples 4 --max_new_tokens 12"

@@ -1,13 +1,15 @@
 """What is said of held-out completions: numbers by hand, and the KL beside a forward pass a token."""
 
 import math
+from types import SimpleNamespace
 
 import brute_force
 import peft
 import pytest
 import toys
 
-from ppl.training.heldout import kl_a_token, kl_by_text
+from ppl.training.heldout import HeldOutPrompts, kl_a_token, kl_by_text
+from ppl.training.load import Loaded
 from ppl.variety import distinct
 
 PROMPTS = ["Once upon a time", "The fox said: ", "The fox said: "]
@@ -44,6 +46,19 @@ def test_kl_is_the_mean_difference_of_the_surprisals_with_and_without_adapters(a
 def test_kl_is_0_without_adapters_and_nan_without_tokens(model, adapted, tokenizer):
     assert kl(model, tokenizer, PROMPTS, COMPLETIONS) == 0
     assert math.isnan(kl(adapted, tokenizer, ["Once"], [" "]))
+
+
+def test_the_distance_that_the_diagnostics_ask_for_is_that_of_what_was_just_sampled(adapted, tokenizer):
+    """By ids, up to their end token, or by texts where there are no ids; None where there is no start."""
+    run = SimpleNamespace(start=adapted, policy=Loaded(adapted, tokenizer), job=SimpleNamespace(chat={}))
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in COMPLETIONS]
+    ended = [[*one, tokenizer.eos_token_id, 7] for one in ids]
+    by_ids = HeldOutPrompts.kl(run, PROMPTS, ended)
+    expected = kl(adapted, tokenizer, PROMPTS, ids)
+    assert by_ids == pytest.approx(expected, abs=1e-6) and abs(expected) > 0.02
+    assert HeldOutPrompts.kl(run, PROMPTS, COMPLETIONS) == pytest.approx(kl(adapted, tokenizer, PROMPTS, COMPLETIONS))
+    run.start = None
+    assert HeldOutPrompts.kl(run, PROMPTS, ended) is None
 
 
 def test_distinct_is_the_share_of_runs_that_are_not_said_twice():
