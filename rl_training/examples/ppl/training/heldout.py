@@ -12,6 +12,7 @@ import torch
 from ..chat import render_prompt
 from ..data import Text
 from ..definitions import LEVELS
+from ..errors import InputError
 from ..files import write_text
 from ..processes import from_all, is_first, is_sharded, share
 from ..reward.function import row_baselines
@@ -170,16 +171,24 @@ def write_heldout(path: Path, sampling: dict, before: HeldOut, after: HeldOut | 
 
 
 def read_before(path: Path, rows, sampling: dict) -> HeldOut | None:
-    """What a run that is resumed has measured before its first step; None if it was with other prompts or sampling."""
+    """What a run that is resumed has measured before its first step; None if it was with other prompts or sampling.
+
+    Raises `InputError` for a file that is damaged.
+    """
     if not path.exists():
         return None
-    kept = json.loads(path.read_text(encoding="utf-8", errors="surrogatepass"))
-    if kept["sampling"] != sampling or kept["before"]["prompts"] != list(rows["prompt"]):
-        return None
-    before = kept["before"]
-    rewards = [[math.nan if reward is None else reward for reward in group] for group in before["rewards"]]
-    scores = {name: math.nan if score is None else score for name, score in before["scores"].items()}
-    return HeldOut(before["prompts"], before["completions"], rewards, scores, before.get("completion_ids"))
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8", errors="surrogatepass"))
+        before = kept["before"]
+        if kept["sampling"] != sampling or before["prompts"] != list(rows["prompt"]):
+            return None
+        rewards = [[math.nan if reward is None else float(reward) for reward in group] for group in before["rewards"]]
+        scores = {name: math.nan if score is None else float(score) for name, score in before["scores"].items()}
+        return HeldOut(before["prompts"], before["completions"], rewards, scores, before.get("completion_ids"))
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: {error!r:.200}: this script did not write it so; delete it to measure anew"
+        ) from error
 
 
 def _without_nan(value):
