@@ -52,16 +52,16 @@ def units(text: str, language: str = "en", max_phrase_words: int = 4) -> dict[st
                 words[0][0] += part
             else:
                 words.append([part, ""])
-        index, phrase, count = start, start, 0
+        offset, phrase, count = start, start, 0
         for word, trailing in words:
-            end = index + len(word) + len(trailing)
-            found["word"].append((index, end))
-            index, count = end, count + 1
+            end = offset + len(word) + len(trailing)
+            found["word"].append((offset, end))
+            offset, count = end, count + 1
             if count == max_phrase_words or (CLAUSE & set(trailing)):
-                found["phrase"].append((phrase, index))
-                phrase, count = index, 0
+                found["phrase"].append((phrase, offset))
+                phrase, count = offset, 0
         if count:
-            found["phrase"].append((phrase, index))
+            found["phrase"].append((phrase, offset))
         start += len(piece)
     return found
 

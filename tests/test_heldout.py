@@ -7,7 +7,8 @@ import peft
 import pytest
 import toys
 
-from ppl.training.heldout import kl_a_token, kl_by_text
+from ppl.errors import InputError
+from ppl.training.heldout import HeldOut, kl_a_token, kl_by_text, read_before, write_heldout
 from ppl.variety import distinct
 
 PROMPTS = ["Once upon a time", "The fox said: ", "The fox said: "]
@@ -52,3 +53,18 @@ def test_distinct_is_the_share_of_runs_that_are_not_said_twice():
     assert distinct(["A b. a B.", "x y z"], 2) == pytest.approx((2 / 3 + 1) / 2)  # ab. b.a ab. | xy yz
     assert distinct(["one two", "a b c"], 3) == 1  # the first has no run of three
     assert math.isnan(distinct(["one", ""], 2))
+
+
+def test_what_is_written_is_read_and_ids_stand_on_one_line(tmp_path):
+    texts = ["[\n 1,\n 2\n]", "\ud83d [ 1, 2 ]", ""]
+    before = HeldOut(["a"], [texts], [[0.5, math.nan, 1.0]], {"KL": math.nan, "words": 3.0}, [[[1, 22, 3], [4], []]])
+    path = tmp_path / "heldout.json"
+    write_heldout(path, {"seed": 1}, before)
+    lines = [line.strip().rstrip(",") for line in path.read_text(errors="surrogatepass").splitlines()]
+    assert {"[1, 22, 3]", "[4]", "[]"} < set(lines)
+    kept = read_before(path, {"prompt": ["a"]}, {"seed": 1})
+    assert repr(kept) == repr(before)
+    assert read_before(path, {"prompt": ["b"]}, {"seed": 1}) is None
+    path.write_bytes(path.read_bytes()[:90])
+    with pytest.raises(InputError, match=r"heldout.json: .*delete it to measure anew"):
+        read_before(path, {"prompt": ["a"]}, {"seed": 1})

@@ -47,9 +47,9 @@ def imported(path: Path) -> set[Path]:
             top, *parts = name.split(".")
             if top == "ppl":
                 found |= {
-                    index
-                    for index in (PPL.joinpath(*parts).with_suffix(".py"), PPL.joinpath(*parts, "__init__.py"))
-                    if index.exists()
+                    module
+                    for module in (PPL.joinpath(*parts).with_suffix(".py"), PPL.joinpath(*parts, "__init__.py"))
+                    if module.exists()
                 }
     return found
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -167,6 +168,8 @@ def write_heldout(path: Path, sampling: dict, before: HeldOut, after: HeldOut | 
     """
     content = {"sampling": sampling, "before": asdict(before), "after": after and asdict(after)}
     text = json.dumps(_without_nan(content), ensure_ascii=False, indent=1, allow_nan=False)
+    # A list of ids on one line. Inside of a string there is no line break.
+    text = re.sub(r"\[\n\s+(\d+(?:,\n\s+\d+)*)\n\s+\]", lambda ids: "[" + " ".join(ids[1].split()) + "]", text)
     write_text(path, text, "surrogatepass")
 
 
