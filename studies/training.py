@@ -110,8 +110,8 @@ def study(args: argparse.Namespace) -> int:
 
 
 def resolved(name: str) -> str:
-    """A folder or file by its whole path, since every run works in a folder of its own."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    """A folder or file by its whole path, since every run works in a folder of its own; names stay names."""
+    return str(Path(name).resolve()) if Path(name).exists() and name not in ("tiny-stories", "smollm2") else name
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
