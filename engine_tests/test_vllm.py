@@ -1,6 +1,6 @@
 """A server of vLLM itself as scorer, on the CPU: the numbers of the model here, also when it was killed and came back.
 
-VLLM_PYTHON names the Python of an environment that has vLLM; without it, these tests are skipped. `make vllm` makes one.
+VLLM_PYTHON names the Python of an environment that has vLLM; without it, these tests are skipped. `make vllm` makes it.
 """
 
 import contextlib

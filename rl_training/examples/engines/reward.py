@@ -24,7 +24,7 @@ from ppl.definitions import LEVELS
 from ppl.errors import InputError
 from ppl.reward.coalescing import Coalescing
 from ppl.reward.config import config_path, read_settings, reward_from_config
-from ppl.reward.level_scores import level_scores
+from ppl.reward.per_level import level_scores
 from ppl.reward.query import completion_of
 
 
@@ -38,6 +38,8 @@ def _check(settings: dict) -> None:
         )
     if settings.get("normalize"):
         raise InputError(f"{where}: normalize: true needs many completions at a time, and here they come one by one")
+    if settings.get("reference_tokens") == "group":
+        raise InputError(f"{where}: reference_tokens: group needs a prompt's completions together: use hard or all")
     if settings.get("missing") == "skip":
         raise InputError(f"{where}: missing: skip gives rows without a reward, which this engine cannot take")
     if settings.get("device") is None and settings.get("scorer_url") is None:
@@ -117,7 +119,7 @@ def _score_calls(calls: list[list[_Row]]) -> list[list[dict[str, float]]]:
         ids.append(stable_id(prompt, references[-1]) if row_id is None else row_id)
     rewards, details = reward.compute_rewards(texts, prompts, references, ids, return_details=True)
     columns = {"score": rewards, **{f"reward_{level}": details["improvements"][level] for level in LEVELS}}
-    columns |= level_scores(reward, details)
+    columns |= zip((f"score_{level}" for level in LEVELS), level_scores(reward, details).T, strict=True)
     values = iter(zip(*(column.tolist() for column in columns.values()), strict=True))
     return [[dict(zip(columns, next(values), strict=True)) for _ in rows] for rows in calls]
 

@@ -14,5 +14,6 @@ padded.py      where a model cannot be packed: rows in a padded batch, behind a 
 head.py        hidden states -> surprisals, a piece of the vocabulary at a time
 onednn.py      faster matrix products on an AMD CPU
 nested.py      levels that condition on different things: a token in its phrase, its sentence, its text
+selection.py   which tokens of a reference count
 levels.py      surprisals and units -> the perplexity of each level
 """

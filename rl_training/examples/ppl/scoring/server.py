@@ -20,9 +20,9 @@ import httpx
 import numpy as np
 
 from ..chat import read_template
-from ..data import TINY_STORIES
 from ..errors import InputError
 from ..identity import BEHIND_AN_ADDRESS, differences
+from ..models import tokenizer_path
 from .batching import Row, windows
 from .tokens import Encoded, TextEncoder
 
@@ -256,7 +256,7 @@ def connect(url: str, model_name: str, chat_template_path: str | None = None) ->
     """
     from transformers import AutoTokenizer, GenerationConfig
 
-    path = str(TINY_STORIES) if model_name == "tiny-stories" else model_name
+    path = tokenizer_path(model_name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
