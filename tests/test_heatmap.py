@@ -45,7 +45,7 @@ def fragment() -> str:
 
 
 @pytest.mark.parametrize(
-    "perplexity, place",
+    "perplexity, index",
     [
         *[(1.0, 0), (1.41, 0), (1.42, 1), (1.99, 1), (2.0, 2), (4.0, 4), (64.0, 12), (1023.9, 19), (1024.0, 20)],
         *[(1e9, 20), (math.inf, 20), (0.9999999, 0)],

@@ -21,6 +21,7 @@ from ppl.definitions import (
     MISSING,
     TARGETS,
 )
+from ppl.notebooks import script
 from ppl.reward.loop_guard import WEIGHT
 from ppl.training import flags as train_flags
 from ppl.training.config import REPORTERS
@@ -196,10 +197,10 @@ def make_trainer(job, policy, rewards):
     )
 
 
-def main(argv=None) -> int:
+@script
+def main(argv) -> int:
     args, rest = parse_args(argv)
-    command = sys.argv[1:] if argv is None else argv
-    return cli.run(args, lambda args: train(args, rest, command))
+    return cli.run(args, lambda args: train(args, rest, argv))
 
 
 def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:

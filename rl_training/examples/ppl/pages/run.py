@@ -21,6 +21,7 @@ from .charts import charts
 from .comparison import plot_training, print_comparison
 from .frame import ENVIRONMENT
 from .heatmap import heatmap, number
+from .notebook import LiveCurves
 
 SHOWN = 8  # prompts whose completions stand on the page
 SECONDS = 60  # at least, between two writings while the run goes on
@@ -105,6 +106,8 @@ def finish_report(job: Job, page: "RunPage", reward_fn, after: HeldOut, state) -
 class RunPage(TrainerCallback):
     """Keeps `path` up to date while a run goes on, at most once a minute; `write` with `after` makes it final.
 
+    In a notebook the curves also grow below the cell.
+
     title: of the page. facts: names and values below it. command: as `command_line` gives it. config: the file of
     settings that `ppl.training.flags.write_config` writes. before: held-out prompts before the first step. shown: what
     `explain_heldout` gives of them.
@@ -128,15 +131,18 @@ class RunPage(TrainerCallback):
         self.before = before
         self.shown = shown
         self._written = -math.inf
+        self._curves = LiveCurves(LINE_COLORS)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.write(state)
 
     def on_log(self, args, state, control, **kwargs) -> None:
+        self._curves.draw(state.log_history, (state.global_step, state.max_steps))
         if time.monotonic() - self._written > SECONDS:
             self.write(state)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
+        self._curves.draw(state.log_history, (state.global_step, state.max_steps), at_once=True)
         self.write(state)
 
     def write(self, state, after: HeldOut | None = None, shown_after: Sequence[Completion] = ()) -> None:
