@@ -123,6 +123,13 @@ def test_rows_for_the_trainer():
     check_references(rows, columns, form, blank_is_wrong=True)
 
 
+def test_the_other_columns_stay_for_the_rewards():
+    row = {"story": "A fox ran.", "rest": " It fell.", "number": 3, "prompt": "unused", "genre": "fable"}
+    data = Dataset.from_list([{**row, "completion": "", "images": [], "log_metric": 1}])
+    [prepared] = prepare_rows(data, Columns("story", "rest", "number"), PromptForm())
+    assert prepared == {"id": 3, "prompt": "A fox ran.", "reference": " It fell.", "genre": "fable"}
+
+
 @pytest.mark.parametrize(
     ("cell", "words"),
     [

@@ -1,6 +1,7 @@
 """What is scored is what was sampled: ids, whatever text they decode to."""
 
 import copy
+import functools
 import json
 import math
 
@@ -15,9 +16,11 @@ from hypothesis import strategies as st
 
 import compute_baselines_trl
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
+from ppl.baselines.file import Baselines
 from ppl.sampling import end_tokens, prompt_ids, sample
 from ppl.scoring.tokens import Sampled, TextEncoder
 from ppl.training.heldout import evaluate
+from ppl.training.rewards import other_beginning
 
 PROMPTS = ["Once upon a time", "The fox said: ", "They walked home together,"]
 CHATS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
@@ -367,3 +370,23 @@ def test_held_out_numbers_and_own_baselines_are_those_of_the_sampling(story, tmp
     found = json.loads(baselines.read_text())
     for row, (one, two) in enumerate(levels.reshape(-1, 2, 3)):
         assert [found[str(row)][level] for level in LEVELS] == pytest.approx(((one + two) / 2).tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prompt", "meta", "said"),
+    [
+        (toys.byte_level, "The fox", {"target": "completion", "generated": None}, True),
+        (toys.byte_level, "The fox", {"target": "completion", "generated": {"generate": 4}}, False),
+        (toys.byte_level, "The fox", {"target": "reference", "generated": None}, False),
+        (toys.byte_level, "The fox", {}, False),  # a dict without a meta file
+        (functools.partial(toys.byte_level, bos=False), "The fox", {"target": "completion"}, False),
+        (functools.partial(toys.byte_level, chat=True), CHATS[0], {"target": "completion"}, False),
+        (toys.llama2_like, "The fox", {"target": "completion", "generated": None}, False),
+    ],
+)
+def test_baselines_behind_a_bos_token_that_the_policy_is_not_given_are_named(tokenizer, prompt, meta, said):
+    calculator = MultiLevelPPLCalculator(tokenizer())
+    notice = other_beginning(Baselines({}, meta, "b.pkl"), prompt, calculator)
+    assert (notice is not None) == said
+    if said:
+        assert notice.startswith("b.pkl: these baselines are of texts behind <s>") and "--generate 4" in notice

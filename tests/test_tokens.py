@@ -180,7 +180,7 @@ def test_no_text_gives_nothing(tokenizer):
 
 
 def _place_telling_model(input_ids):
-    """A model whose vocabulary grows with its input, so that a token's surprisal tells its place: ln(600 + place)."""
+    """A model whose vocabulary grows with its input, so that a token's surprisal tells its place: ln(600 + index)."""
     return SimpleNamespace(logits=torch.zeros(1, 1, 600 + input_ids.shape[1]))
 
 

@@ -126,7 +126,7 @@ def _threshold(text: str) -> tuple[float, float]:
 
 
 def prepare_dataset(dataset, columns, form):
-    """The rows that the trainer gets: `prompt`, `id`, `reference`, and the columns `baseline_...` if there are any.
+    """The rows that the trainer gets: `prompt`, `id`, `reference`, and the data set's other columns for the rewards.
 
     Edit this function to make prompts of your own:
 
@@ -149,8 +149,10 @@ def make_rewards(job, scorer):
     Edit this function to add one. It is called as TRL calls it, with prompts, completions (behind chat prompts: lists
     of messages), completion_ids and the data set's columns, and returns a number a completion, or None to skip it:
 
+        from ppl.data import message_text
+
         def brevity(completions, **columns):
-            return [-len(text.split()) / 100 for text in completions]
+            return [-len(message_text(one).split()) / 100 for one in completions]
 
         rewards.append((brevity, 0.5))
 

@@ -161,13 +161,21 @@ def make_row(example: Mapping, index: int, columns: Columns, form: PromptForm) -
     return {"id": row_id, "prompt": prompt, "reference": reference}
 
 
+# What GRPOTrainer reads from a row, or calls a reward function with under a name of its own.
+TRL_COLUMNS = (
+    *("prompts", "completion", "completions", "completion_ids", "image", "images", "environment", "environments"),
+    *("trainer_state", "log_extra", "log_metric"),
+)
+
+
 def prepare_rows(dataset, columns: Columns, form: PromptForm):
-    """A `datasets.Dataset` -> the rows that GRPOTrainer gets: `make_row`'s columns and `baseline_...` if there are any.
+    """A `datasets.Dataset` -> the rows that GRPOTrainer gets: `make_row`'s columns in place of those they are made of,
+    and all others but `TRL_COLUMNS`, for reward functions to read.
 
     TRL drops a column named `completion`, so the reference has another name. Rows without a prompt are left out, and
     those of which `prompt_sentences` leaves nothing after the prompt.
     """
-    dropped = [name for name in dataset.column_names if not name.startswith("baseline_")]
+    dropped = [name for name in dataset.column_names if name in {*columns, *TRL_COLUMNS}]
     rows = dataset.map(
         lambda example, index: make_row(example, index, columns, form), with_indices=True, remove_columns=dropped
     )

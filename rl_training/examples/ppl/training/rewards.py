@@ -2,20 +2,22 @@
 
 import asyncio
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from ..baselines.file import check_meta
+from ..baselines.file import Baselines, check_meta
 from ..data import Text
 from ..errors import InputError
 from ..reward.function import MultiLevelPPLRewardFunction
+from ..sampling import prompt_ids
+from ..scoring.calculator import MultiLevelPPLCalculator
 from .diagnostics import Diagnostics
 from .job import Job
 
-_NO_COLUMNS = ("prompt", "completion", "completion_ids")  # TRL gives them under names of its own
 Reward = tuple[Any, float]  # a function in TRL's calling convention, and its weight
 
 
@@ -29,11 +31,32 @@ def weighted(job: Job, rewards: Sequence[Reward]) -> list[Reward]:
         raise InputError(f"the first reward is {name_of(first)}, expected the perplexity reward: put it first")
     if job.baselines is None and not job.args.allow_baseline_mismatch:
         check_meta(job.column_meta, first.identity)
+    if notice := other_beginning(job.baselines or job.column_meta, job.train_rows["prompt"][0], first.calculator):
+        print(notice, file=sys.stderr)
     first.observer = Diagnostics()
     functions = [function for function, _ in rewards]
     check_reward_weights(job.config.reward_weights, list(map(name_of, functions)))
     job.config.reward_weights = job.config.reward_weights or [weight for _, weight in rewards]
     return list(zip(functions, job.config.reward_weights, strict=True))
+
+
+def other_beginning(baselines: Baselines, prompt: Text, calculator: MultiLevelPPLCalculator) -> str | None:
+    """What to say if the baselines are of texts behind a BOS token that the policy is not given.
+
+    A text behind a string is scored after BOS where the tokenizer has one; what a policy sampled is scored after the
+    ids it was given, and GPT-2's kind of tokenizer puts no BOS before them. With SmolLM2-135M and 16 stories behind
+    two sentences the perplexities with and without it differ by 1.7 % (standard deviation), 3.8 % at most.
+    """
+    bos = calculator.tokenizer.bos_token
+    of_texts = baselines.meta.get("target") == "completion" and baselines.meta.get("generated") is None
+    given = prompt_ids([prompt], calculator.tokenizer, **calculator.chat)[0]
+    if bos is None or not of_texts or given[:1] == [calculator.tokenizer.bos_token_id]:
+        return None
+    return (
+        f"{baselines.source}: these baselines are of texts behind {bos}, which this tokenizer does not put before a "
+        "prompt, so completions are scored without it, some percent higher or lower: baselines of the model's own "
+        "writing, compute_baselines_trl.py --generate 4, are scored as completions are"
+    )
 
 
 def check_reward_weights(weights: Sequence[float] | None, names: Sequence[str]) -> None:
@@ -66,9 +89,7 @@ def call_as_trl(
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(prompts, texts, strict=True)
     ]
-    others = {
-        name: values for name, values in columns.items() if name not in ("prompt", "completion", "completion_ids")
-    }
+    others = {name: values for name, values in columns.items() if name != "prompt"}
     rewards = function(
         prompts=list(prompts),
         completions=completions,
