@@ -51,7 +51,7 @@ def parse_args(
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run of each arm for each")
     parser.add_argument("--max_steps", type=cli.positive_int, default=100, help="optimizer steps of a run")
     parser.add_argument("--jobs", type=cli.positive_int, default=2, help="runs at a time")
-    parser.add_argument("--quick", action="store_true", help="two arms, one seed, two steps of short texts: a try")
+    parser.add_argument("--quick", action="store_true", help="few arms, one seed, two steps of short texts: a try")
     parser.add_argument("--model_name", default="tiny-stories", help="as for the training script")
     parser.add_argument("--dataset_name", default="tiny-stories", help="as for the training script")
     parser.add_argument(
@@ -73,14 +73,8 @@ def study(args: argparse.Namespace) -> int:
     common = ["--model_name", resolved(args.model_name), "--dataset_name", resolved(args.dataset_name)]
     runs = {}
     for arm in args.arms:
-        flags = [
-            *common,
-            *DEMO.split(),
-            *args.arm_flags[arm].split(),
-            *args.flags.split(),
-            "--max_steps",
-            str(args.max_steps),
-        ]
+        words = f"{DEMO} {args.arm_flags[arm]} {args.flags}".split()
+        flags = [*common, *words, "--max_steps", str(args.max_steps)]
         if "reference" not in flags:  # for which the reward computes them itself
             definitions = ["--aggregation", "selective"] if "selective" in flags else []
             short = QUICK_BASELINES.split() if args.quick else []

@@ -1,4 +1,4 @@
-"""A script's `main` called in a notebook: the kernel's own arguments are not its flags, an error is one line of the cell."""
+"""A script's `main` called in a notebook: its flags are not the kernel's, its errors are one line of the cell."""
 
 import functools
 import sys

@@ -1,4 +1,4 @@
-"""Pages in a notebook: each in a frame of its own, so that neither has the other's style; curves of a run that goes on."""
+"""Pages in a notebook, each in a frame that keeps its style to itself, and the curves of a run that goes on."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -24,10 +24,8 @@ class Framed:
 
     def _repr_html_(self) -> str:
         # The page's script runs, and reaches nothing outside of the frame.
-        return (
-            f'<iframe srcdoc="{escape(self.html)}" sandbox="allow-scripts" style="width: 100%; height: {self.height}px; '
-            'border: 0; resize: vertical; overflow: auto"></iframe>'
-        )
+        style = f"width: 100%; height: {self.height}px; border: 0; resize: vertical; overflow: auto"
+        return f'<iframe srcdoc="{escape(self.html)}" sandbox="allow-scripts" style="{style}"></iframe>'
 
 
 class LiveCurves:

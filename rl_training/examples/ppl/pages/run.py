@@ -21,6 +21,7 @@ from .charts import charts
 from .comparison import plot_training, print_comparison
 from .frame import ENVIRONMENT
 from .heatmap import heatmap, number
+from .loggers import hand_over, hand_to_trackio
 from .notebook import LiveCurves
 
 SHOWN = 8  # prompts whose completions stand on the page
@@ -97,6 +98,7 @@ def finish_report(job: Job, page: "RunPage", reward_fn, after: HeldOut, state) -
     if not is_first():
         return
     page.write(state, after, shown)
+    hand_over(page.path, job.config.report_to, state.global_step)
     plot_training(state.log_history, job.output / "reward.png")
     print_comparison(page.before, after)
     print(f"{'Model' if job.args.full_finetuning else 'Adapter'} and tokenizer: {job.output}")
@@ -134,12 +136,16 @@ class RunPage(TrainerCallback):
         self._curves = LiveCurves(LINE_COLORS)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._curves.draw(state.log_history, (state.global_step, state.max_steps), at_once=True)
         self.write(state)
 
-    def on_log(self, args, state, control, **kwargs) -> None:
+    def on_log(self, args, state, control, logs, **kwargs) -> None:
         self._curves.draw(state.log_history, (state.global_step, state.max_steps))
         if time.monotonic() - self._written > SECONDS:
             self.write(state)
+        if "train_runtime" in logs and state.is_world_process_zero:  # the last entry
+            self.write(state)
+            hand_to_trackio(self.path, args.report_to)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self._curves.draw(state.log_history, (state.global_step, state.max_steps), at_once=True)

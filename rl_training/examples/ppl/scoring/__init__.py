@@ -1,5 +1,5 @@
-"""Text and model -> the perplexity of its words, phrases and sentences. Imports no other wing; only an explained text that is
-shown imports pages.
+"""Text and model -> the perplexity of its words, phrases and sentences. Imports no other wing; only an explained text
+that is shown imports pages.
 
 calculator.py  the whole way: texts and a model -> the perplexity of each level
 units.py       text -> sentences, words, phrases, as character offsets
