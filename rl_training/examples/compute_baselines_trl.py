@@ -18,6 +18,7 @@ from ppl.definitions import (
     DEFAULT_TEMPERATURE,
     TARGETS,
 )
+from ppl.notebooks import script
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -56,7 +57,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv=None) -> int:
+@script
+def main(argv) -> int:
     return cli.run(parse_args(argv), _compute)
 
 

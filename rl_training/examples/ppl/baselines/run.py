@@ -58,7 +58,9 @@ def _compute(args: argparse.Namespace, load: Callable[..., Scorer], processes: P
             print(f"{job.output} is complete")
         return 0
 
-    with Console(stderr=True, quiet=not processes.is_main).status(f"Loading {args.model_name} ..."):
+    # In a notebook rich would show what other libraries' progress bars write, and they what it writes.
+    console = Console(stderr=True, quiet=not processes.is_main, force_jupyter=False)
+    with console.status(f"Loading {args.model_name} ..."):
         scorer = load(args, job.columns, processes.device or args.device)
     through_template = scorer.identity.get("prompt", {}) if job.is_conversational() else {}
     scorer.identity["prompt"] = {**job.form.identity, **through_template}

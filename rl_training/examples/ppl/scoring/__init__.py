@@ -1,4 +1,5 @@
-"""Text and model -> the perplexity of its words, phrases and sentences. Imports no other wing.
+"""Text and model -> the perplexity of its words, phrases and sentences. Imports no other wing; only an explained text
+that is shown imports pages.
 
 calculator.py  the whole way: texts and a model -> the perplexity of each level
 units.py       text -> sentences, words, phrases, as character offsets
@@ -15,5 +16,6 @@ head.py        hidden states -> surprisals, a piece of the vocabulary at a time
 onednn.py      faster matrix products on an AMD CPU
 nested.py      levels that condition on different things: a token in its phrase, its sentence, its text
 selection.py   which tokens of a reference count
+explained.py   the units of one text, which a notebook shows coloured
 levels.py      surprisals and units -> the perplexity of each level
 """

@@ -70,7 +70,17 @@ def check_prompts(prompts: Sequence[Text], policy: Loaded, scorer: Loaded, job: 
 
 def save(trainer, job: Job) -> None:
     """What was trained and its tokenizer. Several processes must all call."""
-    trainer.save_model(str(job.output))
+    trainer.save_model(str(job.output), _internal_call=True)  # not pushed yet: the report is not finished
+
+
+def publish(trainer, job: Job) -> None:
+    """The model card; with --push_to_hub all of the output folder goes to the hub. Several processes must all call."""
+    if job.config.push_to_hub:
+        trainer.push_to_hub(revision=job.config.hub_revision)
+    else:
+        trainer.create_model_card(model_name=job.output.name)
+    if is_first():
+        print(f"Model card: {job.output / 'README.md'}")
 
 
 def merge(job: Job, policy: Loaded) -> None:
