@@ -180,6 +180,22 @@ def impatient(scorer):
     return copy
 
 
+def test_who_stops_a_call_does_not_wait_for_a_server_that_is_gone(server, scorer, local, monkeypatch):
+    """Of two requests one is stopped while the other waits for the server, which it would do for an hour."""
+    server.misbehave("busy")
+    ask = scorer._ask
+
+    def refused(method, path, content, **options):
+        if len(content["prompt"]) == 1:
+            raise KeyboardInterrupt
+        return ask(method, path, content, **options)
+
+    monkeypatch.setattr(scorer, "_ask", refused)
+    encoded = TextEncoder(local[1]).encode([""] * 65, ["Once there was a fox."] * 65)
+    with pytest.raises(KeyboardInterrupt):
+        scorer.score(encoded)
+
+
 def test_a_server_that_comes_back_with_another_model_is_refused(server, scorer, local):
     calculator = MultiLevelPPLCalculator(local[1])
     server.misbehave("other")
