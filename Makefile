@@ -2,6 +2,7 @@
 #
 #   make demo     the four scripts, from a text's perplexity to a trained adapter and its plots
 #   make test     the tests, and the examples in docstrings; brings Chromium if it can (root, apt)
+#   make newest   the tests of the training script again, with the newest TRL that is known to work
 #   make lint     ruff's checks and format, mypy
 #   make clean    remove .venv and the caches; the next target then sets up anew
 #
@@ -44,7 +45,7 @@ SAME_MINOR = $(PY) -c 'import sys; sys.exit("$(PYTHON_VERSION)".split(".")[:2] !
 # The embedded model's matrices are too small to be shared out between threads: one thread is faster than two.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint clean setup browser
+.PHONY: demo test newest lint clean setup browser
 
 # The four scripts on the embedded model and data set; OUT is where everything goes.
 OUT ?= $(CURDIR)/demo_output
@@ -70,6 +71,13 @@ demo: setup
 
 test: setup browser
 	$(PY) -m pytest -q --durations=10
+
+# A user without Unsloth has the TRL that pip gives today. It stands before .venv's own, which stays as it is.
+NEWEST_TRL := 1.16.0
+
+newest: setup
+	@mkdir -p .venv/newest && $(PIP) install --no-deps --upgrade --target .venv/newest trl==$(NEWEST_TRL)
+	PYTHONPATH=$(abspath .venv/newest) $(PY) -m pytest -q tests/test_training.py tests/test_script_seams.py
 
 # Without one, the tests that open a page are skipped; with CI=true they fail.
 browser:
