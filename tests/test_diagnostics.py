@@ -5,13 +5,14 @@ import os
 import random
 import types
 
+import numpy as np
 import pytest
 import torch
 from training_runs import train
 
 from ppl.data import TINY_STORIES
 from ppl.reward.function import MultiLevelPPLRewardFunction
-from ppl.training.diagnostics import WINDOW, Diagnostics, in_one_line
+from ppl.training.diagnostics import START, WINDOW, Diagnostics, in_one_line
 
 STATE = types.SimpleNamespace(is_world_process_zero=True, global_step=0)
 WORDS = ["fox", "mill", "river", "stone", "bread", "crow", "cheese", "winter", "lamp", "garden", "boat", "song"]
@@ -25,10 +26,10 @@ def writing(rng, words=12):
     return " " + " ".join(rng.choices(WORDS, k=words))
 
 
-def run(reward_fn, steps=WINDOW, prompts=None, write=writing, group=4):
+def run(reward_fn, steps=WINDOW, prompts=None, write=writing, group=4, kl=None):
     """The verdicts after so many steps of real reward calls, and the metrics of the last one."""
     rng = random.Random(0)
-    watch = reward_fn.observer = Diagnostics()
+    watch = reward_fn.observer = Diagnostics(kl)
     for step in range(steps):
         watch.on_step_begin(None, STATE, None)
         prompt = prompts(step) if prompts else f"Prompt {step % 3}"
@@ -118,6 +119,64 @@ def test_a_run_that_learns_is_told_nothing(function, capsys):
     assert watch.named == [] and logged["diagnostics/no_spread"] == 0
     assert logged["diagnostics/distinct_2_of_start"] == pytest.approx(1, abs=0.1)
     assert capsys.readouterr().out == ""
+
+
+def level_run(reward_fn, levels, steps=WINDOW + START):
+    """A run in which the improvements are written down: of each step word, phrase and sentence."""
+    watch = reward_fn.observer = Diagnostics()
+    for step in range(steps):
+        watch.on_step_begin(None, STATE, None)
+        current = 100 - np.array(levels(step))
+        reward_fn.calculator.score_pairs = lambda model, pairs, one=current: np.array([one] * len(pairs))
+        reward_fn([EVERY[0]] * 2, [f" fox {step}", f" mill {step}"], id=[EVERY[0]] * 2)
+        watch.on_step_end(None, STATE, None)
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("late", "said"),
+    [
+        ((39.0, 4.0, -26.0), "the word level has risen by 28 points"),
+        ((39.0, 4.0, 2.0), None),  # nobody pays
+        ((39.0, 4.0, -3.0), None),  # a little
+        ((3.0, 2.0, -26.0), None),  # nobody gains
+    ],
+)
+def test_one_level_pays_for_another(function, capsys, late, said):
+    watch = level_run(
+        function(dict.fromkeys(EVERY, level(100.0)), use_cache=False),
+        lambda step: (1.0, 2.0, 3.0) if step < START else late,
+    )
+    assert ("level pays" in watch.named) == (said is not None)
+    printed = capsys.readouterr().out
+    if said:
+        assert said in printed and "the sentence level pays for: -19 %" in printed and "--ppl_weights 1 1 1" in printed
+    else:
+        assert "PAYS" not in printed
+
+
+def test_a_level_that_was_below_its_baseline_from_the_start_pays_for_nothing(function):
+    bad = (1.0, 2.0, -30.0)
+    watch = level_run(
+        function(dict.fromkeys(EVERY, level(100.0)), use_cache=False),
+        lambda step: bad if step < START else (30.0, 2.0, -29.0),
+    )
+    assert watch.named == []
+
+
+@pytest.mark.parametrize(("kl", "named"), [(0.003, ["not moved"]), (0.05, []), (None, [])])
+def test_a_policy_that_has_not_moved(function, capsys, kl, named):
+    reward_fn = function(dict.fromkeys(EVERY, level(500.0)), interpolate=True, reward_thresholds=[(-1e6, 0), (100, 1)])
+    asked = []
+    watch, _ = run(reward_fn, steps=2 * WINDOW, kl=lambda prompts, texts: asked.append((prompts, texts)) or kl)
+    assert watch.named == named and len(asked) == 1 and len(asked[0][1]) == 4
+    printed = capsys.readouterr().out
+    assert ("NOT MOVED: after 20 steps the policy is 0.003 nats" in printed) == bool(named)
+
+
+def test_where_nothing_can_be_learned_that_is_why_it_has_not_moved(function):
+    watch, _ = run(function(dict.fromkeys(EVERY, level(1e9))), kl=lambda prompts, texts: 1 / 0)
+    assert watch.named == ["saturated"]
 
 
 def test_not_before_its_twenty_steps_and_not_from_evaluations(function):

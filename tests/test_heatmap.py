@@ -45,14 +45,14 @@ def fragment() -> str:
 
 
 @pytest.mark.parametrize(
-    "perplexity, index",
+    "perplexity, step",
     [
         *[(1.0, 0), (1.41, 0), (1.42, 1), (1.99, 1), (2.0, 2), (4.0, 4), (64.0, 12), (1023.9, 19), (1024.0, 20)],
         *[(1e9, 20), (math.inf, 20), (0.9999999, 0)],
     ],
 )
-def test_a_colour_is_half_a_doubling_of_perplexity(perplexity, index):
-    assert heatmap.colour(perplexity) == index
+def test_a_colour_is_half_a_doubling_of_perplexity(perplexity, step):
+    assert heatmap.colour(perplexity) == step
 
 
 def luminance(colour: str) -> float:

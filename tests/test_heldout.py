@@ -1,13 +1,16 @@
 """What is said of held-out completions: numbers by hand, and the KL beside a forward pass a token."""
 
 import math
+from types import SimpleNamespace
 
 import brute_force
 import peft
 import pytest
 import toys
 
-from ppl.training.heldout import kl_a_token, kl_by_text
+from ppl.errors import InputError
+from ppl.training.heldout import HeldOut, HeldOutPrompts, kl_a_token, kl_by_text, read_before, write_heldout
+from ppl.training.load import Loaded
 from ppl.variety import distinct
 
 PROMPTS = ["Once upon a time", "The fox said: ", "The fox said: "]
@@ -46,9 +49,37 @@ def test_kl_is_0_without_adapters_and_nan_without_tokens(model, adapted, tokeniz
     assert math.isnan(kl(adapted, tokenizer, ["Once"], [" "]))
 
 
+def test_the_distance_that_the_diagnostics_ask_for_is_that_of_what_was_just_sampled(adapted, tokenizer):
+    """By ids, up to their end token, or by texts where there are no ids; None where there is no start."""
+    run = SimpleNamespace(start=adapted, policy=Loaded(adapted, tokenizer), job=SimpleNamespace(chat={}))
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in COMPLETIONS]
+    ended = [[*one, tokenizer.eos_token_id, 7] for one in ids]
+    by_ids = HeldOutPrompts.kl(run, PROMPTS, ended)
+    expected = kl(adapted, tokenizer, PROMPTS, ids)
+    assert by_ids == pytest.approx(expected, abs=1e-6) and abs(expected) > 0.02
+    assert HeldOutPrompts.kl(run, PROMPTS, COMPLETIONS) == pytest.approx(kl(adapted, tokenizer, PROMPTS, COMPLETIONS))
+    run.start = None
+    assert HeldOutPrompts.kl(run, PROMPTS, ended) is None
+
+
 def test_distinct_is_the_share_of_runs_that_are_not_said_twice():
     assert distinct(["a b a b a"], 2) == 2 / 4  # ab ba ab ba
     assert distinct(["a b a b a"], 3) == 2 / 3  # aba bab aba
     assert distinct(["A b. a B.", "x y z"], 2) == pytest.approx((2 / 3 + 1) / 2)  # ab. b.a ab. | xy yz
     assert distinct(["one two", "a b c"], 3) == 1  # the first has no run of three
     assert math.isnan(distinct(["one", ""], 2))
+
+
+def test_what_is_written_is_read_and_ids_stand_on_one_line(tmp_path):
+    texts = ["[\n 1,\n 2\n]", "\ud83d [ 1, 2 ]", ""]
+    before = HeldOut(["a"], [texts], [[0.5, math.nan, 1.0]], {"KL": math.nan, "words": 3.0}, [[[1, 22, 3], [4], []]])
+    path = tmp_path / "heldout.json"
+    write_heldout(path, {"seed": 1}, before)
+    lines = [line.strip().rstrip(",") for line in path.read_text(errors="surrogatepass").splitlines()]
+    assert {"[1, 22, 3]", "[4]", "[]"} < set(lines)
+    kept = read_before(path, {"prompt": ["a"]}, {"seed": 1})
+    assert repr(kept) == repr(before)
+    assert read_before(path, {"prompt": ["b"]}, {"seed": 1}) is None
+    path.write_bytes(path.read_bytes()[:90])
+    with pytest.raises(InputError, match=r"heldout.json: .*delete it to measure anew"):
+        read_before(path, {"prompt": ["a"]}, {"seed": 1})

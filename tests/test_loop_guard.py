@@ -1,4 +1,5 @@
-"""No loop earns more than the text it loops from: the bound for any model, and real stories under the real reward."""
+"""No loop or copy earns more than the text it is made of: the bound for any model, and real stories under the real
+reward."""
 
 import itertools
 import json
@@ -11,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.rewards import get_repetition_penalty_reward
+from written_down import TOKENIZER
 
 from ppl.data import TINY_STORIES
 from ppl.errors import InputError
 from ppl.reward.function import MultiLevelPPLRewardFunction
-from ppl.reward.loop_guard import NGRAM, WEIGHT, loop_guard
+from ppl.reward.loop_guard import NGRAM, WEIGHT, RepeatedShare, loop_guard, loop_veto
 from ppl.reward.thresholds import normalized
 from ppl.sampling import sample_completions
 from ppl.scoring.units import segment
@@ -50,6 +52,44 @@ def test_who_repeats_more_by_one_over_the_weight_earns_less_whatever_the_perplex
     if max(rewards) > min(rewards) and share(one) > share(other) + 1 / WEIGHT + 1e-9:
         of_one, of_other = penalty(completion_ids=[one, other])
         assert max(rewards) + weight * of_one < min(rewards) + weight * of_other
+
+
+@given(st.lists(st.lists(st.integers(0, 3), max_size=40), min_size=1, max_size=4))
+def test_without_prompts_it_is_trls_penalty(completions):
+    penalty, _ = loop_guard()
+    assert penalty(completion_ids=completions, prompts=["p"] * len(completions)) == pytest.approx(
+        get_repetition_penalty_reward(NGRAM, -1.0)(completion_ids=completions)
+    )
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 40))
+def test_a_copy_repeats_at_least_the_share_that_the_bound_says(before, copied, after):
+    """A run of the prompt, `copied` tokens long, between text of one's own."""
+    prompt = list(range(100, 140))
+    ids = [*range(before), *prompt[:copied], *range(1000, 1000 + after)]
+    [found] = RepeatedShare(tokenizer=object())([ids], prompt_ids=[prompt])
+    total = max(len(ids) - NGRAM + 1, 0)
+    assert found == pytest.approx(max(0, copied - NGRAM + 1) / total if total else 0)  # less than NGRAM tokens are free
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=NGRAM, max_size=30),
+    st.lists(st.integers(0, 3), min_size=NGRAM, max_size=30),
+    st.lists(st.integers(0, 3), max_size=30),
+)
+def test_brute_force_and_the_guarantee_with_a_prompt(one, other, prompt):
+    def slow(ids):
+        runs = [ids[start : start + NGRAM] for start in range(len(ids) - NGRAM + 1)]
+        of_prompt = [prompt[start : start + NGRAM] for start in range(len(prompt) - NGRAM + 1)]
+        return sum(run in of_prompt or run in runs[:index] for index, run in enumerate(runs)) / len(runs)
+
+    penalty, weight = loop_guard(form="nats", tokenizer=object())
+    paid = penalty(completion_ids=[one, other], prompt_ids=[prompt] * 2)
+    assert paid == pytest.approx([-slow(one), -slow(other)])
+    if slow(one) > slow(other) + 1 / WEIGHT + 1e-9:
+        assert 0.5 + weight * paid[0] < -0.5 + weight * paid[1]
+    veto = loop_veto(tokenizer=object())
+    assert veto(completion_ids=[one], prompt_ids=[prompt]) == [slow(one) > 1 / WEIGHT]
 
 
 @given(st.lists(st.sampled_from([0.0, 0.2, 0.5, 1.0]), min_size=2, max_size=32))
@@ -178,3 +218,63 @@ def test_honest_prose_loses_next_to_nothing(embedded):
     own = sample_completions(model, tokenizer, prompts, num_generations=2, max_new_tokens=64, seed=1, batch_size=80)
     written = [ids_of(tokenizer, text) for texts in own for text in texts]
     assert max(-weight * np.array(penalty(completion_ids=written))) == 0
+
+
+# --- the prompt, lists and code --------------------------------------------------------------------------------------
+
+
+def share_of(tokenizer, prompt: str, text: str) -> float:
+    [found] = RepeatedShare(tokenizer)([ids_of(tokenizer, text)], prompts=[prompt])
+    return found
+
+
+def test_no_copy_of_the_prompt_out_earns_the_story_and_honest_prose_quotes_for_nothing(embedded):
+    """Rewards 1 for the copy and 0 for the story, whatever the model: that is what the weight is for."""
+    tokenizer, _, stories = embedded
+    penalty, weight = loop_guard(tokenizer=tokenizer)
+    prompts, written = zip(*((story["prompt"], story["completion"]) for story in stories), strict=True)
+    human = [ids_of(tokenizer, text) for text in written]
+    half = [f" {prompt} {text[: len(prompt)]}" for prompt, text in zip(prompts, written, strict=True)]
+    copies = [ids_of(tokenizer, text) for text in half]
+    of_human = weight * np.array(penalty(completion_ids=human, prompts=prompts))
+    of_copies = weight * np.array(penalty(completion_ids=copies, prompts=prompts))
+    assert (1 + of_copies < 0 + of_human).all() and of_copies.max() < -5
+    # The guide's numbers: what human prose pays with its prompt in view, and how many stories pay more for it.
+    without = weight * np.array(loop_guard()[0](completion_ids=human, prompts=prompts))
+    assert -of_human.mean() == pytest.approx(0.019, abs=0.003) and np.sum(of_human < without) == 4
+    veto = loop_veto(tokenizer=tokenizer)
+    assert not any(veto(completion_ids=human, prompts=prompts)) and all(veto(completion_ids=copies, prompts=prompts))
+
+
+LIST = """
+- milk, two bottles
+- bread, if it is fresh
+- a bag of apples
+- six eggs
+- honey from the market
+"""
+CODE = """
+def area(width, height):
+    if width < 0 or height < 0:
+        raise ValueError("negative side")
+    return width * height
+
+
+def perimeter(width, height):
+    return 2 * (width + height)
+"""
+
+
+def test_a_list_is_free_and_code_is_not(embedded):
+    """Indentation and brackets are tokens, too: the guide says to lower the weight for code."""
+    tokenizer, *_ = embedded
+    assert share_of(tokenizer, "Write it down:", LIST) == 0
+    assert share_of(tokenizer, "Write it down:", CODE) == pytest.approx(0.059, abs=0.001)
+
+
+def test_the_messages_of_a_chat_are_its_prompt():
+    said = "The old crow sat in the tall tree and looked down."
+    prompt = [{"role": "user", "content": said}]
+    ids = TOKENIZER(said, add_special_tokens=False)["input_ids"]
+    assert RepeatedShare(TOKENIZER)([ids], prompts=[prompt]) == [1.0]
+    assert RepeatedShare()([ids], prompts=[prompt])[0] < 0.05

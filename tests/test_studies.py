@@ -8,12 +8,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import toys
 import warm
 from folders import importable
 from waiting import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 TEST = ROOT / "rl_training" / "examples" / "tiny_stories" / "test.json"
+PROMPTS = [story["prompt"] for story in json.loads(TEST.read_text(encoding="utf-8"))]
 STORIES = [story["completion"] for story in json.loads(TEST.read_text(encoding="utf-8"))]
 LEVELS = ("word", "phrase", "sentence")
 
@@ -42,7 +44,7 @@ def damage():
 @pytest.fixture(scope="module")
 def damaged(damage):
     """[(story, {kind: damaged story})]"""
-    damages = damage.Damages(STORIES, seed=0)
+    damages = damage.Damages(STORIES, seed=0, prompts=PROMPTS)
     return [(story, damages.all(index)) for index, story in enumerate(STORIES)]
 
 
@@ -52,8 +54,8 @@ def words(text: str) -> list[str]:
 
 def test_every_story_is_damaged_in_every_way_and_the_same_way_again(damage, damaged):
     assert all(set(kinds) == set(damage.DAMAGES) for _, kinds in damaged)
-    assert damage.Damages(STORIES, seed=0).all(3) == damaged[3][1]
-    assert damage.Damages(STORIES, seed=1).all(3) != damaged[3][1]
+    assert damage.Damages(STORIES, seed=0, prompts=PROMPTS).all(3) == damaged[3][1]
+    assert damage.Damages(STORIES, seed=1, prompts=PROMPTS).all(3) != damaged[3][1]
 
 
 def test_one_word_in_twelve_is_replaced(damage, damaged):
@@ -89,6 +91,30 @@ def test_sentences_are_moved_whole_or_come_from_elsewhere(damage, damaged):
         assert len(loop) >= len(story) and any(loop.count(sentence) > 1 for sentence in before)
 
 
+def test_phrases_are_moved_inside_their_sentence(damage, damaged):
+    for story, kinds in damaged:
+        shuffled, start = kinds["phrases shuffled"], 0
+        for before in damage.units_of(story, "sentence"):
+            after = shuffled[start : start + len(before)]
+            assert Counter(words(after)) == Counter(words(before))
+            start += len(before)
+        assert [char for char in shuffled if not char.isalnum()] != [] and len(shuffled) == len(story)
+
+
+def test_bland_foreign_and_copied_sentences_stand_in_place_of_others(damage, damaged):
+    for (story, kinds), prompt in zip(damaged, PROMPTS, strict=True):
+        before = [unit.strip() for unit in damage.units_of(story, "sentence")]
+        for name, sentences, count in (
+            ("bland sentences", damage.BLAND, len(before) // 2),
+            ("another register", damage.OTHER_REGISTER, max(1, len(before) // 6)),
+        ):
+            after = [unit.strip() for unit in damage.units_of(kinds[name], "sentence")]
+            assert sum(sentence in after for sentence in sentences) and after[0] == before[0]
+            assert sum(sentence not in after for sentence in set(before)) <= count
+        copied = kinds["the prompt copied"]
+        assert copied.startswith(f" {prompt.strip()} ") and len(copied) <= len(story) + len(prompt)
+
+
 def test_a_text_that_cannot_be_damaged_is_left_out(damage):
     damages = damage.Damages(["Go.", "He ran home. She saw him."], seed=0)
     assert set(damages.all(0)) == {"words replaced"}
@@ -99,11 +125,15 @@ def test_a_text_that_cannot_be_damaged_is_left_out(damage):
 
 
 def test_which_level_sees_what(tmp_path):
-    printed = run("levels.py", "--quick", "--output_dir", tmp_path)
+    printed = run("levels.py", "--quick", "--openings", "--output_dir", tmp_path)
     numbers = json.loads((tmp_path / "levels.json").read_text())
-    assert set(numbers["aggregations"]) == {"geometric", "arithmetic", "selective", "nested"} and numbers["texts"] == 12
+    plain = {"geometric", "arithmetic", "selective", "nested"}
+    openings = {f"nested behind {name}" for name in ("a line break", "a sentence", "EOS")}
+    assert set(numbers["aggregations"]) == plain | openings and numbers["texts"] == 12
     for name, found in numbers["aggregations"].items():
-        assert len(found["damages"]) == 5 and len(found["correlations"]) == 3
+        assert len(found["damages"]) == 9 and len(found["correlations"]) == 3
+        for name in ("a loop", "the prompt copied"):
+            assert set(found["damages"][name]["preferred"].values()) == {0}
         for of_damage in found["damages"].values():
             assert of_damage["pairs"] == 24
             assert all(one["low"] <= one["effect"] <= one["high"] for one in (of_damage[level] for level in LEVELS))
@@ -141,8 +171,40 @@ def test_does_training_work_and_a_finished_run_is_not_run_again(tmp_path):
 def test_a_score_that_a_collapsed_policy_lacks_is_left_out_of_the_mean(damage):
     from training import summary
 
-    scores = dict.fromkeys(("reward", "word", "phrase", "sentence", "distinct-2", "repetition", "KL", "words"), 0.5)
+    names = ("reward", *LEVELS, *(f"{level} PPL" for level in LEVELS), "distinct-2", "repetition", "KL", "words")
+    scores = dict.fromkeys((*names, "copied", "commonest words"), 0.5)
     runs = [{"before": scores, "after": scores | {"repetition": value}} for value in (None, 0.25)]
     assert summary(runs)["repetition"] == {"mean": 0.25, "sd": None}
     assert summary(runs[:1])["repetition"] == {"mean": None, "sd": None}
     assert summary(runs)["reward change"] == {"mean": 0, "sd": 0}
+
+
+@pytest.mark.slow
+def test_plans_are_compared_with_their_controls_and_a_stopped_study_goes_on(tmp_path):
+    """With a model that has learned nothing: what it plans is noise, and the numbers are those of the texts."""
+    model, tokenizer = toys.llama(max_position_embeddings=2048), toys.byte_level(chat=True)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    stories = [
+        {"prompt": f"{animal} sat on the mill.", "completion": f" It ate {number} plums. It slept. It ran."}
+        for number, animal in enumerate(["A fox", "A crow", "A dog", "An ant", "A cat", "A cow"] * 4)
+    ]
+    (tmp_path / "stories.jsonl").write_text("".join(json.dumps(story) + "\n" for story in stories))
+    flags = ["--quick", "--model_name", tmp_path / "model", "--dataset_name", tmp_path / "stories.jsonl"]
+    printed = run("reference.py", *flags, "--save_steps", 1, "--output_dir", tmp_path / "out")
+    folder = tmp_path / "out" / "nats" / "seed_0"
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert [row["reference"] for row in rows[:2]] == ["It ate 0 plums.", "It ate 1 plums."]
+    controls = json.loads((folder / "controls.json").read_text())
+    assert len(controls) == 6 and all(set(one) == {*LEVELS, "mean", "words"} for one in controls.values())
+    cut = controls["untrained plan, cut to the trained one's length"]
+    assert cut["words"] <= controls["untrained plan"]["words"]
+    tuned = controls["SFT on the continuations, no plan"]
+    assert tuned["words"] == 0 and 0 < abs(tuned["mean"]) < 50
+    assert "| nats: another row's trained plan" in printed and (folder / "plans.txt").read_text().count("AFTER") == 10
+
+    # Stopped behind its last checkpoint: it goes on from there, and ends where it had ended.
+    made = json.loads((tmp_path / "out" / "reference.json").read_text())
+    (folder / "flags.json").unlink()
+    run("reference.py", *flags, "--save_steps", 1, "--output_dir", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "reference.json").read_text()) == made

@@ -125,15 +125,15 @@ def wandb_records(path: Path):
     """The records of an offline run: a LevelDB log, whose blocks of 32 KiB hold chunks of (checksum, size, kind)."""
     from wandb.proto import wandb_internal_pb2
 
-    content, index, data = path.read_bytes(), 7, b""
-    while index + 7 <= len(content):
-        left = -index % 32768 or 32768
+    content, offset, data = path.read_bytes(), 7, b""
+    while offset + 7 <= len(content):
+        left = -offset % 32768 or 32768
         if left < 7:
-            index += left
+            offset += left
             continue
-        size, kind = struct.unpack_from("<HB", content, index + 4)
-        data += content[index + 7 : index + 7 + size]
-        index += 7 + size
+        size, kind = struct.unpack_from("<HB", content, offset + 4)
+        data += content[offset + 7 : offset + 7 + size]
+        offset += 7 + size
         if kind in (1, 4):  # whole, or the last chunk of several
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)

@@ -35,6 +35,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="what the reward will measure; kept in the meta file, the baseline is that of the reference either way",
     )
     cli.add_template_flag(parser)
+    cli.add_reference_tokens_flag(parser)
     parser.add_argument("--num_samples", type=cli.positive_int, help="only the first rows with text (default: all)")
     parser.add_argument(
         "--batch_size", type=cli.positive_int, help="most texts in one forward pass (default: as many as fit)"

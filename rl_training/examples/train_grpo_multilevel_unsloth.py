@@ -64,6 +64,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
         "'.*In summary[:,]\\s*(.*?)\\s*$' (default, and without a match: all of it)",
     )  # fmt: skip
     cli.add_template_flag(reward)
+    cli.add_reference_tokens_flag(reward)
     reward.add_argument(
         "--ppl_weights", type=float, nargs=3, metavar=("W", "P", "S"), default=list(DEFAULT_WEIGHTS),
         help="weights of word, phrase and sentence",
@@ -79,9 +80,15 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     )  # fmt: skip
     reward.add_argument("--normalize_rewards", action="store_true", help="mean 0, standard deviation 1 in each call")
     reward.add_argument(
-        "--loop_penalty", type=float, default=WEIGHT, metavar="W",
-        help="what loops cost, in ranges of the reward; 0: nothing",
+        "--per_level", action="store_true",
+        help="three rewards over one scoring pass, each normalised within its group (GDPO); --ppl_weights weigh them",
     )  # fmt: skip
+    reward.add_argument(
+        "--loop_penalty", type=float, default=WEIGHT, metavar="W",
+        help="what loops and copies of the prompt cost, in ranges of the reward; with --per_level, one over the share "
+        "that is vetoed; 0: nothing",
+    )  # fmt: skip
+    reward.add_argument("--allow_copies", action="store_true", help="what repeats the prompt is no loop")
     reward.add_argument("--missing", choices=MISSING, default="error", help="rows without a baseline")
     reward.add_argument("--allow_baseline_mismatch", action="store_true", help="use baselines made otherwise")
 
@@ -143,7 +150,7 @@ def prepare_dataset(dataset, columns, form):
     return prepare_rows(dataset, columns, form)
 
 
-def make_rewards(job, scorer):
+def make_rewards(job, policy, scorer):
     """The reward functions, the perplexity reward first, each with its weight; --reward_weights, in this order, wins.
 
     Edit this function to add one. It is called as TRL calls it, with prompts, completions (behind chat prompts: lists
@@ -158,15 +165,22 @@ def make_rewards(job, scorer):
 
     The log and the held-out table have a row of its name.
 
-    job: `ppl.training.job.Job`. scorer: the frozen model and its tokenizer.
+    job: `ppl.training.job.Job`. policy: the model that is trained and its tokenizer, whose ids the completions are.
+    scorer: the frozen model and its tokenizer.
     """
     from ppl.reward.function import MultiLevelPPLRewardFunction
-    from ppl.reward.loop_guard import loop_guard
+    from ppl.reward.loop_guard import loop_guard, loop_veto
 
-    rewards = [(MultiLevelPPLRewardFunction(*scorer, job.baselines, **job.settings), 1.0)]
-    if job.args.loop_penalty:
-        thresholds, form = job.settings["reward_thresholds"], job.settings["form"]
-        rewards.append(loop_guard(job.args.loop_penalty, thresholds, job.normalized_over, form))
+    perplexity = MultiLevelPPLRewardFunction(*scorer, job.baselines, **job.settings)
+    guard, of_prompts = job.args.loop_penalty, job.guarded_prompts(policy.tokenizer)
+    if job.args.per_level:
+        veto = loop_veto(guard, **of_prompts) if guard else None
+        rewards = list(zip(perplexity.per_level(veto), job.settings["weights"], strict=True))
+    else:
+        rewards = [(perplexity, 1.0)]
+        if guard:
+            thresholds, form = job.settings["reward_thresholds"], job.settings["form"]
+            rewards.append(loop_guard(guard, thresholds, job.normalized_over, form, **of_prompts))
     return rewards
 
 
@@ -216,15 +230,16 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     from ppl.training.callbacks import stopped_by, watch
     from ppl.training.heldout import HeldOutPrompts
     from ppl.training.load import load_policy_and_scorer, merge, publish, save
-    from ppl.training.rewards import weighted
+    from ppl.training.rewards import perplexity_reward, weighted
 
     policy, scorer = load_policy_and_scorer(job)
-    rewards = weighted(job, make_rewards(job, scorer))
+    rewards = weighted(job, make_rewards(job, policy, scorer))
     trainer = make_trainer(job, policy, rewards)
-    perplexity = rewards[0][0]
+    perplexity = perplexity_reward(rewards)
     watch(trainer, job, perplexity)
     job.write_config()
     held_out = HeldOutPrompts(job, policy, scorer, rewards, trainer)
+    perplexity.observer.kl = held_out.kl
     page = start_report(job, perplexity, held_out.before())
     trainer.add_callback(page)
     trainer.train(resume_from_checkpoint=job.checkpoint)

@@ -19,6 +19,7 @@ data.py               a data set -> rows of prompt, reference and id
 chat.py               chat messages -> text: prompts, and completions of several messages
 sentences.py          text -> where its sentences start
 models.py             model and tokenizer from Unsloth, transformers or the embedded folder
+gguf.py               a GGUF file -> a folder that they load
 frozen.py             adapters off, eval mode, no gradient, and back
 sampling.py           completions of the model as it stands
 processes.py          several processes of one run, weights spread over them

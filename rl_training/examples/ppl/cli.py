@@ -15,8 +15,10 @@ from .definitions import (
     DEFAULT_LANGUAGE,
     DEFAULT_PHRASE_WORDS,
     DEFAULT_PROMPT_TEMPLATE,
+    DEFAULT_REFERENCE_TOKENS,
     DEFAULT_TEMPLATE,
     DTYPES,
+    REFERENCE_TOKENS,
 )
 from .errors import InputError
 from .languages import checked_language
@@ -54,7 +56,11 @@ def parser(description: str, epilog: str | None = None) -> argparse.ArgumentPars
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model_name", default="tiny-stories", help="hub name, folder, or the embedded tiny-stories")
+    group.add_argument(
+        "--model_name",
+        default="tiny-stories",
+        help="hub name, folder, GGUF file, the embedded tiny-stories, or smollm2",
+    )
     group.add_argument(
         "--load_in_4bit", action=argparse.BooleanOptionalAction, default=None, help="bitsandbytes NF4 weights"
     )
@@ -120,6 +126,14 @@ def add_template_flag(parser) -> None:
     parser.add_argument(
         "--template", default=DEFAULT_TEMPLATE, metavar="TEXT",
         help="how they are put together with --target reference; a baseline has an empty completion",
+    )  # fmt: skip
+
+
+def add_reference_tokens_flag(parser) -> None:
+    parser.add_argument(
+        "--reference_tokens", choices=REFERENCE_TOKENS, default=DEFAULT_REFERENCE_TOKENS,
+        help="with --target reference, which of its tokens count; hard: the fifth that surprises most without a "
+        "completion; group: the fifth that a prompt's completions disagree on most",
     )  # fmt: skip
 
 

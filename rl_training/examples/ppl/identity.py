@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+from .definitions import DEFAULT_REFERENCE_TOKENS
 from .models import describe_model, tokenizer_fingerprint
 
 
@@ -15,17 +16,19 @@ def identity(
     target: str,
     definitions: Mapping,
     template: str,
+    reference_tokens: str,
     prompt: Mapping,
 ) -> dict:
     """What perplexities were computed with: the same keys in a baselines file's meta and in a reward.
 
     name: the model's, which is told but not compared. window: most tokens the scorer takes at once, None without a
-    limit. definitions: the calculator's. template: how a reference stands behind its prompt; only of that target.
+    limit. definitions: the calculator's. template, reference_tokens: how a reference stands behind its prompt, and what
+    of it counts; only of that target.
     prompt: how prompts are made of a data set's texts, and how chat messages become text, as far as it is known.
     """
     return {
         "target": target,
-        "definitions": with_template(definitions, template, target),
+        "definitions": of_target(definitions, target, template, reference_tokens),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "model": {**describe_model(model), "name": name},
         "window": window,
@@ -33,9 +36,11 @@ def identity(
     }
 
 
-def with_template(definitions: Mapping, template: str, target: str) -> dict:
-    """The definitions that a baseline must share: for references also how they stand behind their prompt."""
-    return {**definitions, **({"template": template} if target == "reference" else {})}
+def of_target(definitions: Mapping, target: str, template: str, reference_tokens: str) -> dict:
+    """The definitions that a baseline must share: for references also how they stand behind their prompt, and what of
+    them counts."""
+    of_reference = {"template": template, "reference_tokens": reference_tokens}
+    return {**definitions, **(of_reference if target == "reference" else {})}
 
 
 def differences(made: Mapping, expected: Mapping) -> dict[str, tuple]:
@@ -55,8 +60,11 @@ def differences(made: Mapping, expected: Mapping) -> dict[str, tuple]:
 
 def _flat(identity: Mapping) -> dict:
     """What is compared, by the name a message gives it."""
+    # Before there was a choice, all of a reference's tokens counted.
+    usual = {"reference_tokens": DEFAULT_REFERENCE_TOKENS} if "template" in identity.get("definitions", {}) else {}
     return {
         **{key: identity[key] for key in ("target", "tokenizer") if key in identity},
+        **usual,
         **identity.get("definitions", {}),
         **identity.get("prompt", {}),
         **{key: value for key, value in identity.get("model", {}).items() if key != "name"},

@@ -1,4 +1,4 @@
-"""Model and tokenizer from Unsloth, transformers, or the embedded folder; and what names them."""
+"""Model and tokenizer from Unsloth, transformers, a GGUF file or the embedded folder; and what names them."""
 
 import hashlib
 import json
@@ -8,22 +8,34 @@ from pathlib import Path
 from .chat import read_template
 from .data import TINY_STORIES
 from .errors import InputError
+from .gguf import check_package, is_gguf, plain_folder, smollm2_file
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def model_path(name: str) -> str:
-    """What to load for a name: the embedded folder for tiny-stories, else the name itself.
+    """What to load for a name: the embedded folder for tiny-stories, a package's file for smollm2, else the name.
 
-    Raises `InputError` for a folder that holds no model.
+    Raises `InputError` for a folder or a file that holds no model, and without the packages that a file needs.
     """
+    if name == "smollm2":
+        return str(smollm2_file())
     path = TINY_STORIES if name == "tiny-stories" else Path(name)
     if not path.exists():
+        if path.suffix == ".gguf":
+            raise InputError(f"the GGUF file {name!r} does not exist")
         if path.is_absolute() or name.startswith("."):
             raise InputError(f"model folder {name!r} does not exist")
         return name
+    if is_gguf(path):
+        check_package()
+        return str(path)
+    if path.suffix == ".gguf":
+        raise InputError(f"{name!r} is no GGUF file, or a damaged one: it does not begin with the letters GGUF")
     if path.is_file() or not ((path / "config.json").exists() or (path / "adapter_config.json").exists()):
-        raise InputError(f"{name!r} is no model: expected a folder with config.json, weights and tokenizer")
+        raise InputError(
+            f"{name!r} is no model: expected a folder with config.json, weights and tokenizer, or a GGUF file"
+        )
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise InputError(f"model folder {name!r} holds no weights: expected a .safetensors or .bin file in it")
     return str(path)
@@ -49,6 +61,8 @@ def load_model(
     Raises `InputError` if it cannot be loaded.
     """
     path = model_path(name)
+    if is_gguf(Path(path)):
+        path = plain_folder(Path(path))
     reason = loaded = None
     template = None if chat_template_path is None else read_template(chat_template_path)
     if unsloth:
@@ -175,7 +189,7 @@ def _from_transformers(path: str, name: str, load_in_4bit: bool, dtype: str, dev
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(
             f"cannot load model {name!r}: {(str(error).splitlines() or [repr(error)])[0]}; expected a folder with "
-            "config.json, weights and tokenizer, a name on the hub (with a network), or tiny-stories"
+            "config.json, weights and tokenizer, a GGUF file, a name on the hub (with a network), or tiny-stories"
         ) from error
     if not tokenizer.is_fast:
         raise InputError(f"{name!r} has a slow tokenizer, {type(tokenizer).__name__}: expected a tokenizer.json")

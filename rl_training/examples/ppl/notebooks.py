@@ -33,7 +33,7 @@ def script(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
         try:
             return main(list(argv))
         except SystemExit as end:
-            return end.code
+            return int(end.code or 0)
 
     return called
 

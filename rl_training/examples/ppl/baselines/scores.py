@@ -86,7 +86,7 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
             pairs = [(context, message_text(row.reference)) for context, row in zip(contexts, rows, strict=True)]
         else:
             pairs = [calculator.turns(row.prompt, row.reference) for row in rows]
-        return calculator.score(model, pairs)
+        return calculator.score(model, pairs, only_hard=args.reference_tokens == "hard")
 
     made_with = {
         **identity(
@@ -97,6 +97,7 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
             target=args.target,
             definitions=calculator.definitions,
             template=args.template,
+            reference_tokens=args.reference_tokens,
             prompt=chat_identity(tokenizer, **chat),
         ),
         "generated": generation(args),

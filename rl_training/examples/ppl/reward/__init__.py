@@ -6,6 +6,8 @@ cache.py         perplexities already computed, for as long as the scorer's weig
 first_visits.py  without baselines: a prompt's first completions make its own
 thresholds.py    improvement in percent -> reward
 nats.py          log-likelihood ratio -> reward
-loop_guard.py    a second reward function: what a loop costs
+per_level.py     the three levels as three reward functions over one scoring pass, and the veto beside them
+reference_tokens.py  references measured by some of their tokens
+loop_guard.py    a second reward function: what a loop or a copy of the prompt costs
 config.py        the reward as a YAML file describes it, for programs that take a function by its name
 """

@@ -17,6 +17,7 @@ from ..chat import Turn, Turns, chat_identity
 from ..data import Text, check_text, message_text, stable_id
 from ..definitions import (
     BASELINE_COLUMNS,
+    DEFAULT_REFERENCE_TOKENS,
     DEFAULT_TARGET,
     DEFAULT_TEMPLATE,
     DEFAULT_THRESHOLDS,
@@ -25,6 +26,7 @@ from ..definitions import (
     LEVELS,
     MISSING,
     NATS_CLIP,
+    REFERENCE_TOKENS,
     TARGETS,
 )
 from ..errors import InputError, one_of
@@ -38,11 +40,17 @@ from ..scoring.tokens import Sampled
 from .cache import PerplexityCache
 from .first_visits import FirstVisits
 from .nats import clipped, nats
+from .per_level import LevelReward, ScoredOnce, Veto, level_scores
+from .reference_tokens import of_some_tokens
 from .sampled import those_of
 from .thresholds import Thresholds, checked_weights, normalized
 
 logger = logging.getLogger(__name__)
 
+_CHOSEN_ANEW = (
+    "reference_tokens='group' chooses the tokens anew in each call, so that no baseline computed before is of the same "
+    "ones: leave out baselines (the reward computes them), or use reference_tokens='hard'"
+)
 _HIGHEST = 1e300  # in place of a perplexity too large for float64: means and differences stay finite
 
 
@@ -69,6 +77,9 @@ class MultiLevelPPLRewardFunction:
         `baselines` lacks), allow_baseline_mismatch (use a file made by another model or with other definitions).
     extract, template: for references, the part of a completion that counts and how the three texts are put together:
         see `ppl.reference_context.ReferenceContext`.
+    reference_tokens: which tokens of a reference count, the same for it and its baseline: "all"; "hard", the fifth that
+        surprises most behind the prompt alone; "group", the fifth whose surprisal varies most over the completions of
+        its prompt in a call, so that no baselines can be given.
     Further keywords go to `MultiLevelPPLCalculator`.
 
     Raises `InputError` (a `ValueError`) for settings or columns that make no sense, `BaselineError` for baselines.
@@ -92,6 +103,7 @@ class MultiLevelPPLRewardFunction:
         allow_baseline_mismatch: bool = False,
         extract: str | None = None,
         template: str = DEFAULT_TEMPLATE,
+        reference_tokens: str = DEFAULT_REFERENCE_TOKENS,
         **calculator_options,
     ) -> None:
         self.__name__ = "multi_level_ppl"
@@ -111,6 +123,11 @@ class MultiLevelPPLRewardFunction:
         self.target = one_of("target", target, TARGETS)
         self.missing = one_of("missing", missing, MISSING)
         self.reference_context = ReferenceContext(extract, template, target)
+        self.reference_tokens = one_of("reference_tokens", reference_tokens, REFERENCE_TOKENS)
+        if reference_tokens != "all" and target != "reference":
+            raise InputError(f"reference_tokens={reference_tokens!r} is of a reference: it needs target='reference'")
+        if reference_tokens == "group" and baselines is not None:
+            raise InputError(_CHOSEN_ANEW)
         if isinstance(baselines, str | Path):
             baselines = Baselines.load(baselines)
         elif baselines is not None and not isinstance(baselines, Baselines):
@@ -138,6 +155,11 @@ class MultiLevelPPLRewardFunction:
         return NATS_CLIP if self.form == "nats" else self.thresholds.highest
 
     @property
+    def lowest(self) -> float:
+        """The least that a level can earn: what a blank completion gets there."""
+        return -NATS_CLIP if self.form == "nats" else min(0.0, self.thresholds.lowest)
+
+    @property
     def identity(self) -> dict:
         """What a baselines file must have been made with to be compared with this reward's numbers."""
         return identity(
@@ -148,6 +170,7 @@ class MultiLevelPPLRewardFunction:
             target=self.target,
             definitions=self.calculator.definitions,
             template=self.reference_context.template,
+            reference_tokens=self.reference_tokens,
             prompt=chat_identity(self.tokenizer, **self.calculator.chat),
         )
 
@@ -157,6 +180,50 @@ class MultiLevelPPLRewardFunction:
         columns: the data set's own, as lists (`id`, `reference`, `baseline_word`, ...), and TRL's `completion_ids` and
         `log_metric`. Where prompts were cut before the policy got them, `prompt_ids` are what it got.
         """
+        rewards, seconds = self._timed(prompts, completions, columns)
+        skipped = self._last.skipped.tolist() if self._last else [False] * len(completions)
+        for reward, skip in zip(rewards, skipped, strict=True):
+            if not (skip or math.isfinite(reward)):
+                raise FloatingPointError(f"{self.__name__} gave a reward of {reward}, expected a finite number")
+        rewards = [None if skip else reward for reward, skip in zip(rewards, skipped, strict=True)]
+        self._report(prompts, completions, rewards, seconds, columns)
+        return rewards
+
+    def per_level(self, veto: Veto | None = None) -> list[LevelReward]:
+        """Three reward functions, of word, phrase and sentence, over one scoring pass: see `ppl.reward.per_level`.
+
+        A level's reward is this function's with all the weight on that level, but for blank completions, which get
+        `lowest` in both forms. `weights` only make the sum that the diagnostics see: give them to the trainer, too.
+
+        veto: of `ppl.reward.loop_guard.loop_veto`; None: nothing is vetoed. Raises `InputError` with `normalize`, and
+        for a subclass whose `compute_rewards` is its own.
+        """
+        if self.normalize:
+            raise InputError("per_level: the trainer normalises each level itself: leave out normalize=True")
+        if type(self).compute_rewards is not MultiLevelPPLRewardFunction.compute_rewards:
+            raise InputError(
+                f"{type(self).__name__} has a compute_rewards of its own, which knows no levels: use it whole, or "
+                "per_level() of MultiLevelPPLRewardFunction"
+            )
+        scored_once = ScoredOnce(self, veto)
+        return [LevelReward(level, scored_once) for level in LEVELS]
+
+    def level_rewards(self, prompts, completions, vetoed=None, **columns) -> list[list[float | None]]:
+        """Of each level one reward a completion, None for a skipped row. vetoed: bool [B]: see `level_scores`."""
+        _, seconds = self._timed(prompts, completions, columns)
+        last = self._last
+        values = level_scores(self, last.details, vetoed)
+        if vetoed is not None and (log_metric := columns.get("log_metric")):
+            every = from_all(np.asarray(vetoed, dtype=bool).tolist())
+            log_metric("diagnostics/vetoed", sum(every) / len(every) if every else 0.0)
+        total = values @ self.weights / self.weights.sum()
+        self._last = last._replace(details={**last.details, "rewards": torch.from_numpy(total)})
+        rewards = [None if skip else reward for reward, skip in zip(total.tolist(), last.skipped, strict=True)]
+        self._report(prompts, completions, rewards, seconds, columns)
+        return [[None if np.isnan(value) else value for value in column] for column in values.T.tolist()]
+
+    def _timed(self, prompts, completions, columns: Mapping) -> tuple[list[float], float]:
+        """(what `compute_rewards` gives for TRL's columns, seconds it took)"""
         texts = [message_text(completion) for completion in completions]
         arguments = {
             "prompts": prompts,
@@ -171,18 +238,18 @@ class MultiLevelPPLRewardFunction:
         self._last = None
         start = time.perf_counter()
         rewards = torch.as_tensor(self.compute_rewards(texts, **arguments)).tolist()
-        seconds = time.perf_counter() - start
-        skipped = self._last.skipped.tolist() if self._last else [False] * len(texts)
-        for reward, skip in zip(rewards, skipped, strict=True):
-            if not (skip or math.isfinite(reward)):
-                raise FloatingPointError(f"{self.__name__} gave a reward of {reward}, expected a finite number")
-        if self._last and (log_metric := columns.get("log_metric")):
+        return rewards, time.perf_counter() - start
+
+    def _report(self, prompts, completions, rewards: list[float | None], seconds: float, columns: Mapping) -> None:
+        """Log the last call, and show it to the observer."""
+        if self._last is None:
+            return
+        if log_metric := columns.get("log_metric"):
             self._log(log_metric, columns.get("log_extra"))
             log_metric("reward_time", seconds)  # as TRL's step_time
-        rewards = [None if skip else reward for reward, skip in zip(rewards, skipped, strict=True)]
-        if self._last and self.observer is not None:
-            self.observer.observe(self._last, self.highest, prompts, texts, rewards, columns.get("log_metric"))
-        return rewards
+        if self.observer is not None:
+            texts = [message_text(completion) for completion in completions]
+            self.observer.observe(self._last, self.highest, prompts, texts, rewards, **columns)
 
     def compute_rewards(
         self,
@@ -204,7 +271,7 @@ class MultiLevelPPLRewardFunction:
         end token, behind `prompt_ids` (None: those that GRPOTrainer makes of `prompts`).
         details: "ppls" and "baselines", each `{level: float64 [B]}`, nan where there is none; "improvements",
         `{level or "avg": float64 [B]}` in percent, 0 for a completion without a scored token; "rewards", float64 [B],
-        before `normalize`.
+        before `normalize`; "level_rewards", `{level: float64 [B]}`, what each level would earn alone (`per_level`).
         """
         n = len(texts)
         for name, column in {
@@ -234,11 +301,18 @@ class MultiLevelPPLRewardFunction:
             targets = [message_text(reference or "") for reference in references]
             parts, has_part = zip(*map(self.reference_context.extracted, texts), strict=True) if texts else ((), ())
             with_text = list(zip(map(self.reference_context.context, contexts, parts), targets, strict=True))
-            without = zip(map(self.reference_context.context, contexts), targets, strict=True)
-            alone = [pair for pair, unknown in zip(without, absent, strict=True) if unknown]
+            without = list(zip(map(self.reference_context.context, contexts), targets, strict=True))
             # One call, so that they share the prompts' forward passes.
-            values = np.minimum(self._perplexities(with_text + alone), _HIGHEST)
-            current, baseline[absent] = values[:n], values[n:]
+            if self.reference_tokens == "all":
+                alone = [pair for pair, unknown in zip(without, absent, strict=True) if unknown]
+                values = np.minimum(self._perplexities(with_text + alone), _HIGHEST)
+                current, baseline[absent] = values[:n], values[n:]
+            elif self.reference_tokens == "group" and not absent.all():
+                raise InputError(_CHOSEN_ANEW)
+            else:
+                values = of_some_tokens(self.calculator, self.model, self.reference_tokens, with_text, without)
+                current, of_prompts = (np.minimum(one, _HIGHEST) for one in values)
+                baseline[absent] = of_prompts[absent]
         else:
             current = np.minimum(self._perplexities(pairs), _HIGHEST)
             if self.baselines is None:
@@ -269,11 +343,19 @@ class MultiLevelPPLRewardFunction:
             ratio = None
             rewards = self.thresholds.rewards(average)
             rewards[unscorable] = 0.0
-        rewards[first_visit] = 0.0
-        rewards[skipped] = np.nan
+        if self.form == "nats":
+            with np.errstate(divide="ignore", invalid="ignore"):
+                of_levels = clipped(np.log(baseline) - np.log(current))
+        else:
+            of_levels = self.thresholds.rewards(improvement)
+        of_levels[unscorable] = self.lowest
+        for earned in (rewards, of_levels):
+            earned[first_visit] = 0.0
+            earned[skipped] = np.nan
 
         details = {
             "rewards": torch.from_numpy(rewards.copy()),
+            "level_rewards": _by_level(of_levels),
             "improvements": {**_by_level(improvement), "avg": torch.from_numpy(average)},
             "ppls": _by_level(current),
             "baselines": _by_level(baseline),

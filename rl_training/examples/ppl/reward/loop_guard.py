@@ -1,8 +1,10 @@
-"""A second reward function, against loops: a text that repeats itself is easy to predict, so perplexity rewards it."""
+"""A second reward function, against loops and copies: what stood there before is easy to predict, so perplexity pays
+for saying it again."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from ..data import Text
 from ..definitions import DEFAULT_THRESHOLDS, NATS_CLIP
 from ..errors import InputError
 
@@ -15,11 +17,15 @@ def loop_guard(
     reward_thresholds: Sequence[tuple[float, float]] = DEFAULT_THRESHOLDS,
     normalized_over: int | None = None,
     form: str = "thresholds",
+    tokenizer=None,
+    chat: Mapping | None = None,
 ) -> tuple[Callable, float]:
-    """(TRL's repetition penalty, its weight for GRPOConfig's `reward_weights`), to stand beside the perplexity reward.
+    """(a penalty on repetition, its weight for GRPOConfig's `reward_weights`), to stand beside the perplexity reward.
 
-    The penalty is minus a completion's share of repeated token n-grams, 1 - distinct / all (`NGRAM` tokens;
-    `trl.rewards.get_repetition_penalty_reward`, after https://arxiv.org/abs/2502.03373). The weight is `weight` * R, R
+    The penalty is minus the share of a completion's token n-grams (`NGRAM` tokens) that stood there before: earlier in
+    the completion, or, given a tokenizer, in its prompt: 1 - (distinct n-grams that the prompt has not) / (all). A
+    quotation of fewer than `NGRAM` tokens is free. Without a tokenizer it is TRL's repetition penalty
+    (`trl.rewards.get_repetition_penalty_reward`, after https://arxiv.org/abs/2502.03373). The weight is `weight` * R, R
     being what two perplexity rewards can differ by at most: from the lowest of `reward_thresholds`, or 0, to the
     highest, with `form="nats"` twice its clip, or with `normalize` over B completions the widest that standard
     deviation 1 allows, sqrt(2 (B - 1)).
@@ -28,26 +34,99 @@ def loop_guard(
     n-grams is larger by more than 1 / weight earns less in sum, as its penalty outweighs R. A run of m tokens said
     over and over from some place on, l tokens of L in all, repeats at least l - m - NGRAM + 1 of its L - NGRAM + 1
     n-grams, so the guarantee holds from l = m + NGRAM - 1 + (L - NGRAM + 1) / weight on over a text without
-    repetition: from a twentieth of the text beyond the first time. TRL must add the rewards up before it normalises
-    them, as it does by default (`multi_objective_aggregation`).
+    repetition: from a twentieth of the text beyond the first time. A copy of l tokens of the prompt repeats
+    l - NGRAM + 1, so for a copy it holds from l = NGRAM - 1 + (L - NGRAM + 1) / weight on.
+
+    TRL must add the rewards up before it normalises them, as it does by default (`multi_objective_aggregation`). Where
+    each is normalised by itself (`normalize_then_sum`, GDPO), a penalty is as large as its group's spread makes it, and
+    nothing is guaranteed: there `loop_veto` is the guard.
 
     weight: 0 or more. normalized_over: completions in one call of a reward with `normalize=True`, else None.
-    Raises `InputError` for a weight that is not finite or below 0.
+    tokenizer: the policy's, whose ids the completions are; None: copies of the prompt are free. chat: keywords of
+    `ppl.chat.render_prompt`. Raises `InputError` for a weight that is not finite or below 0.
 
     >>> penalty, weight = loop_guard()
     >>> [weight * share for share in penalty(completion_ids=[list(range(20)), [1, 2, 3, 4] * 5])]
     [0.0, -13.846153846153847]
     """
-    from trl.rewards import get_repetition_penalty_reward
-
     check_weight(weight)
     values = [0.0, *(reward for _, reward in reward_thresholds)]
     widest = 2 * NATS_CLIP if form == "nats" else max(values) - min(values)
     if normalized_over:
         widest = math.sqrt(2 * (normalized_over - 1))
-    penalty = get_repetition_penalty_reward(NGRAM, max_penalty=-1.0)
-    penalty.__name__ = "loop_penalty"
-    return penalty, weight * widest
+    return LoopPenalty(RepeatedShare(tokenizer, chat)), weight * widest
+
+
+def loop_veto(weight: float = WEIGHT, tokenizer=None, chat: Mapping | None = None) -> "LoopVeto":
+    """The guard of `MultiLevelPPLRewardFunction.per_level`: who repeats more than 1 / weight of its n-grams is vetoed.
+
+    The arguments are those of `loop_guard`. The guarantee is that of the veto: see `ppl.reward.per_level`.
+
+    >>> loop_veto()(prompts=["a", "a"], completion_ids=[list(range(20)), [1, 2, 3, 4] * 5])
+    [False, True]
+    """
+    check_weight(weight)
+    return LoopVeto(RepeatedShare(tokenizer, chat), 1 / weight if weight else math.inf)
+
+
+class RepeatedShare:
+    """The share of each completion's n-grams that stood before: in it or, given a tokenizer, in its prompt.
+
+    >>> RepeatedShare()([[1, 2, 3, 4] * 5])
+    [0.6923076923076923]
+    """
+
+    def __init__(self, tokenizer=None, chat: Mapping | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.chat = dict(chat or {})
+
+    def __call__(
+        self,
+        completion_ids: Sequence[Sequence[int]],
+        prompts: Sequence[Text] | None = None,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
+    ) -> list[float]:
+        """float [B], from 0 to 1. prompt_ids: what the policy was given, where that is known; else made of prompts."""
+        before: list[set[tuple]] = [set() for _ in completion_ids]
+        if self.tokenizer is not None:
+            if prompt_ids is None:
+                from ..sampling import prompt_ids as ids_of_prompts  # here, since --help imports this file
+
+                prompt_ids = ids_of_prompts(list(prompts or ()), self.tokenizer, **self.chat)
+            before = [set(_ngrams(ids)) for ids in prompt_ids]
+        return [_repeated(_ngrams(ids), there) for ids, there in zip(completion_ids, before, strict=True)]
+
+
+class LoopPenalty:
+    """Minus the repeated share, in TRL's calling convention. A class, since TRL may have to pickle it."""
+
+    __name__ = "loop_penalty"
+
+    def __init__(self, share: RepeatedShare) -> None:
+        self.share = share
+
+    def __call__(self, completion_ids, prompts=None, prompt_ids=None, **columns) -> list[float]:
+        return [-share if share else 0.0 for share in self.share(completion_ids, prompts, prompt_ids)]
+
+
+class LoopVeto:
+    """Whether the repeated share is beyond `most`, of the columns that TRL gives a reward function."""
+
+    def __init__(self, share: RepeatedShare, most: float) -> None:
+        self.share = share
+        self.most = most
+
+    def __call__(self, completion_ids, prompts=None, prompt_ids=None, **columns) -> list[bool]:
+        return [share > self.most for share in self.share(completion_ids, prompts, prompt_ids)]
+
+
+def _ngrams(ids: Sequence[int]) -> list[tuple[int, ...]]:
+    ids = list(map(int, ids))
+    return list(zip(*(ids[start:] for start in range(NGRAM)), strict=False))
+
+
+def _repeated(ngrams: list[tuple], before: set[tuple]) -> float:
+    return 1 - len(set(ngrams) - before) / len(ngrams) if ngrams else 0.0
 
 
 def check_weight(weight: float) -> None:

@@ -29,8 +29,12 @@ class Thresholds:
     def highest(self) -> float:
         return float(self.values.max())
 
+    @property
+    def lowest(self) -> float:
+        return float(self.values.min())
+
     def rewards(self, improvement: np.ndarray) -> np.ndarray:
-        """float64 [B] from float64 [B], in percent; nan gives nan."""
+        """As many rewards as improvements, in percent, whatever their shape; nan gives nan."""
         # Rounded, so that the last bit of a float does not decide whether 3 % is 3 %.
         improvement = np.round(improvement, 9)
         if self.interpolate:

@@ -13,6 +13,7 @@ padded.py      where a model cannot be packed: rows in a padded batch, behind a 
 head.py        hidden states -> surprisals, a piece of the vocabulary at a time
 onednn.py      faster matrix products on an AMD CPU
 nested.py      levels that condition on different things: a token in its phrase, its sentence, its text
+selection.py   which tokens of a reference count
 explained.py   the units of one text, which a notebook shows coloured
 levels.py      surprisals and units -> the perplexity of each level
 """

@@ -1,6 +1,7 @@
 """The model card: what a model was trained on, with which reward, what came of it, how to load it; TRL's text below."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, hf_hub_download, metadata_load
@@ -86,7 +87,7 @@ def licence_of(base: str) -> str | None:
     # No card, no network, no name on the hub, metadata that is none: a trained model is not lost for that.
     except (OSError, ValueError, YAMLError):
         return None
-    return data and data.get("license")
+    return data.get("license") if data else None
 
 
 def base_name(name: str) -> str:
@@ -122,12 +123,12 @@ def _heldout(path: Path) -> str:
     if after is None:
         rows = [(name, _number(score)) for name, score in before["scores"].items()]
         return f"{text} Training has not ended yet.\n\n{_table(('', 'before'), rows)}"
-    rows = []
+    changes = []
     for name, score in before["scores"].items():
         new = after["scores"][name]
         change = None if None in (score, new) else new - score
-        rows.append((name, _number(score), _number(new), _number(change, "+")))
-    return f"{text}\n\n{_table(('', 'before', 'after', 'change'), rows)}"
+        changes.append((name, _number(score), _number(new), _number(change, "+")))
+    return f"{text}\n\n{_table(('', 'before', 'after', 'change'), changes)}"
 
 
 def _number(value: float | None, sign: str = "") -> str:
@@ -162,7 +163,7 @@ def _loading(job: Job, name: str, base: str, adapter: bool) -> str:
     return note + "\n".join(["```python", *lines, "```"])
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[Sequence[str]]) -> str:
     def line(cells):
         return "| " + " | ".join(str(one).replace("|", "\\|").replace("\n", " ") for one in cells) + " |"
 

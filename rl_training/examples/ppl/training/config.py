@@ -26,9 +26,18 @@ def reward_settings(args: argparse.Namespace) -> dict:
     Thresholds(thresholds)
     if args.reward_form == "nats" and (args.reward_thresholds or args.interpolate):
         raise InputError("--reward_form nats has no thresholds: leave out --reward_thresholds and --interpolate")
+    if args.per_level and args.normalize_rewards:
+        raise InputError("--per_level normalises each level within its group: leave out --normalize_rewards")
     checked_weights(args.ppl_weights)
     check_weight(args.loop_penalty)
     ReferenceContext(args.extract, args.template, args.target)
+    if args.reference_tokens != "all" and args.target != "reference":
+        raise InputError(f"--reference_tokens {args.reference_tokens} chooses of a reference: add --target reference")
+    if args.reference_tokens == "group" and args.baselines_path:
+        raise InputError(
+            "--reference_tokens group chooses the tokens anew in each call, so no file holds their baselines: leave "
+            "out --baselines_path (the reward computes them), or use --reference_tokens hard"
+        )
     return {
         "weights": tuple(args.ppl_weights),
         "reward_thresholds": thresholds,
@@ -36,6 +45,7 @@ def reward_settings(args: argparse.Namespace) -> dict:
         "target": args.target,
         "extract": args.extract,
         "template": args.template,
+        "reference_tokens": args.reference_tokens,
         "interpolate": args.interpolate,
         "form": args.reward_form,
         "missing": args.missing,
@@ -102,6 +112,7 @@ def grpo_config(args: argparse.Namespace, rest: list[str], plan):
         "report_to": reporters,
         "log_completions": "wandb" in reporters or "trackio" in reporters,
         "num_completions_to_print": 0,
+        "multi_objective_aggregation": "normalize_then_sum" if args.per_level else "sum_then_normalize",
         "eval_strategy": "steps" if args.eval_split else "no",
         "eval_on_start": args.eval_split is not None,
         # The least that holds whole groups, which TRL asks for.

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from ..definitions import LEVELS
 from ..variety import distinct
 
 WINDOW = 20  # steps that a verdict looks back
@@ -17,6 +18,8 @@ START = 5  # reward calls that later ones are compared with
 NEARLY_ALL = 0.9
 LEAST_DISTINCT = 0.9  # of the start
 LEAST_LENGTH = 0.5  # of the start
+PAID = 5.0  # %, how far a level's improvement rises, and another's falls below 0 and below its start
+LEAST_KL = 0.02  # nats a token
 
 REMEDY = {
     "saturated": "Measure against the model's own writing (compute_baselines_trl.py --generate 4), sample at "
@@ -29,9 +32,16 @@ REMEDY = {
     "(compute_baselines_trl.py --generate 4), or reward the log-likelihood ratio (--reward_form nats).",
     "no spread": "Reward the log-likelihood ratio (--reward_form nats), draw lines between the thresholds "
     "(--interpolate), or sample more freely (--temperature 1, a larger --num_generations).",
+    "level pays": "Weigh the levels alike (--ppl_weights 1 1 1), let each be normalised by itself (--per_level), or "
+    "hold the policy near its start (--beta 0.04).",
+    "not moved": "Raise --learning_rate (five times is a usual step), and see that --warmup_steps are few beside the "
+    "steps of the run.",
     "gamed": "Hold the policy near its start (--beta 0.04), lower --learning_rate, keep --loop_penalty on, or "
     "measure what the model does not write (--target reference). A checkpoint from before is the one to keep.",
 }
+
+
+_NOTHING_TO_LEARN = {"saturated", "all zero", "no spread"}
 
 
 class _Sample(NamedTuple):
@@ -43,6 +53,7 @@ class _Sample(NamedTuple):
     skipped: bool
     first_visit: bool
     improvement: float
+    levels: tuple[float, ...]  # improvements, %
     distinct_2: float
     length: int  # characters
 
@@ -53,6 +64,7 @@ class _Call(NamedTuple):
     without_spread: int
     shares: dict[str, float]
     improvement: float
+    levels: tuple[float, ...] | None  # of the scored completions, means; None without one
     distinct_2: float
     length: float
 
@@ -67,26 +79,46 @@ class Diagnostics(TrainerCallback):
 
     After `WINDOW` steps in which 90 % of the groups had no spread, it says once whether the reward is saturated, all
     zero (and why), or without spread for another reason, with the remedy; and as soon as the mean distinct-2 of
-    `WINDOW` steps is below 0.9 of the start, or the length below half of it, that the reward is being gamed.
+    `WINDOW` steps is below 0.9 of the start, or the length below half of it, that the reward is being gamed. When one
+    level has become better than at the start by more than `PAID` % and another one worse, by more than that below its
+    baseline, it says which level pays for which. And where groups had spread, but the policy is still where it began
+    after `WINDOW` steps, it says that, too.
+
+    kl: of prompts and what was written for them (ids or texts), gives the policy's distance from its start in nats a
+    token, or None; asked once, after `WINDOW` steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kl: Callable[[list, list], float | None] | None = None) -> None:
+        self.kl = kl
+        self.start_levels: list[list[float]] = []  # improvements of word, phrase and sentence in the first calls
         self.start: list[list[float]] = []  # [distinct-2, length] of the first calls
         self.named: list[str] = []  # failures already told
         self._calls: deque[_Call] = deque()
         self._steps = 0
+        self._written: tuple[list, list] = ([], [])  # in the last step: prompts, and ids or texts
         self._in_step = False  # else it is an evaluation that asks for rewards
 
-    def observe(self, call, top: float, prompts: Sequence, texts: Sequence[str], rewards, log_metric=None) -> None:
+    def observe(
+        self,
+        call,
+        top: float,
+        prompts: Sequence,
+        texts: Sequence[str],
+        rewards,
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        log_metric=None,
+        **columns,
+    ) -> None:
         """call: the reward function's record of its call. top: the most a completion can earn. rewards: what it
-        returned, None for a skipped row."""
+        returned, None for a skipped row. The rest: as TRL calls a reward function."""
         raw = call.details["rewards"].tolist()
         average = call.details["improvements"]["avg"].tolist()
+        levels = list(zip(*(call.details["improvements"][level].tolist() for level in LEVELS), strict=True))
         local = [
             _Sample(
                 repr(prompts[index]), reward, raw[index] <= 0, raw[index] >= top, bool(call.scored[index]),
                 bool(call.skipped[index]), bool(call.first_visit[index]),
-                average[index], distinct([text], 2), len(text),
+                average[index], levels[index], distinct([text], 2), len(text),
             )
             for index, (text, reward) in enumerate(zip(texts, rewards, strict=True))
         ]  # fmt: skip
@@ -99,8 +131,11 @@ class Diagnostics(TrainerCallback):
         summary = _summary(samples, self._steps)
         if self._in_step:
             self._calls.append(summary)
+            self._written = (list(prompts), list(texts if completion_ids is None else completion_ids))
             if len(self.start) < START:
                 self.start.append([summary.distinct_2, summary.length])
+            if len(self.start_levels) < START and summary.levels is not None:
+                self.start_levels.append(list(summary.levels))
         if log_metric is not None:
             of_start = self._of_start([summary])
             metrics = {
@@ -121,7 +156,16 @@ class Diagnostics(TrainerCallback):
         self._steps += 1
         while self._calls and self._calls[0].step < self._steps - WINDOW:
             self._calls.popleft()
-        for name, text in self.verdicts().items():
+        verdicts = self.verdicts()
+        if self._steps == WINDOW and self.kl is not None and not set(verdicts) & _NOTHING_TO_LEARN:
+            # Where nothing can be learned, that is why it has not moved.
+            kl = self.kl(*self._written)
+            if kl is not None and kl < LEAST_KL:
+                verdicts["not moved"] = (
+                    f"NOT MOVED: after {WINDOW} steps the policy is {max(kl, 0.0):.3f} nats a token from its start, "
+                    f"less than {LEAST_KL}. {REMEDY['not moved']}"
+                )
+        for name, text in verdicts.items():
             if name not in self.named:
                 self.named.append(name)
                 if state.is_world_process_zero:
@@ -165,7 +209,25 @@ class Diagnostics(TrainerCallback):
                 f"GAMED: in the last {WINDOW} steps distinct-2 is {distinct_2:.2f} and the length {length:.2f} of what "
                 f"they were at the start: the model earns by loops, blandness or brevity. {REMEDY['gamed']}"
             )
+        if paying := self._paying():
+            better, worse, rise, fall = paying
+            verdicts["level pays"] = (
+                f"ONE LEVEL PAYS FOR ANOTHER: since the start the {better} level has risen by {rise:.0f} points to an "
+                f"improvement that the {worse} level pays for: {fall:+.0f} % from its baseline. {REMEDY['level pays']}"
+            )
         return verdicts
+
+    def _paying(self) -> tuple[str, str, float, float] | None:
+        """(the level that rose most, the one that fell furthest, by how much, its improvement), if both count."""
+        now = [call.levels for call in self._calls if call.levels is not None]
+        if len(self.start_levels) < START or not now:
+            return None
+        means, start = np.mean(now, axis=0), np.mean(self.start_levels, axis=0)
+        change = means - start
+        better, worse = int(change.argmax()), int(np.argmin(np.maximum(means, change)))
+        if change[better] > PAID and max(means[worse], change[worse]) < -PAID:
+            return LEVELS[better], LEVELS[worse], float(change[better]), float(means[worse])
+        return None
 
     def _of_start(self, calls) -> tuple[float, float]:
         """(distinct-2, length) of the calls relative to the start; 1 before there is one."""
@@ -176,10 +238,11 @@ class Diagnostics(TrainerCallback):
 
     def state_dict(self) -> dict:
         """What a resumed run needs to be compared with the same start, and not to repeat itself."""
-        return {"start": self.start, "named": self.named}
+        return {"start": self.start, "start_levels": self.start_levels, "named": self.named}
 
     def load_state_dict(self, state: Mapping) -> None:
         self.start, self.named = list(state["start"]), list(state["named"])
+        self.start_levels = list(state.get("start_levels", []))  # checkpoints of before have none
 
 
 def _summary(samples: Sequence[_Sample], step: int) -> _Call:
@@ -204,6 +267,7 @@ def _summary(samples: Sequence[_Sample], step: int) -> _Call:
         sum(not group or max(group) - min(group) <= 1e-9 for group in groups),
         shares,
         float(np.mean([sample.improvement for sample in kept])) if kept else 0.0,
+        tuple(np.mean([sample.levels for sample in kept], axis=0).tolist()) if kept else None,
         float(np.mean(distinct_2)) if distinct_2 else 1.0,  # without two words, nothing is said twice
         float(np.mean([sample.length for sample in samples])) if samples else 0.0,
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,16 +13,17 @@ import torch
 from ..chat import render_prompt
 from ..data import Text
 from ..definitions import LEVELS
+from ..errors import InputError
 from ..files import write_text
 from ..processes import from_all, is_first, is_sharded, share
 from ..reward.function import row_baselines
-from ..sampling import prompt_ids, sample
+from ..sampling import end_tokens, prompt_ids, sample, up_to_end
 from ..scoring.surprisal import SurprisalScorer
 from ..scoring.tokens import Sampled, TextEncoder
 from ..variety import distinct
 from .job import Job
 from .load import Loaded
-from .rewards import Reward, call_as_trl, name_of
+from .rewards import Reward, call_as_trl, name_of, perplexity_reward
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,19 @@ class HeldOutPrompts:
             write_heldout(self.path, self.sampling, self._before, after)
         return after
 
+    def kl(self, prompts: list, completions: list) -> float | None:
+        """How far the policy is from its start, in nats a token, by what it has just written: ids, or texts.
+
+        None where there is no start to compare with. Several processes must all call.
+        """
+        if self.start is None:
+            return None
+        ends = end_tokens(*self.policy)
+        written = [one if isinstance(one, str) else up_to_end(list(map(int, one)), ends) for one in completions]
+        sums = kl_by_text(self.policy.model, self.start, self.policy.tokenizer, prompts, written, **self.job.chat)
+        kl = kl_a_token(*zip(*from_all(sums), strict=True))
+        return None if math.isnan(kl) else kl
+
     def _evaluate(self, progress: str) -> HeldOut:
         return evaluate(
             *self.policy, self.rewards, self.job.heldout_rows, start=self.start, state=self.trainer.state,
@@ -91,12 +106,14 @@ def evaluate(
 
     Several processes must all call; each does its share of the rows, and all get the whole.
 
-    rewards: of `ppl.training.rewards.weighted`. The first one's mean is the score "reward", before its `normalize`;
-    each other one's mean is the score of the function's name. rows: a data set of `prepare_dataset`. start: the model
-    as it was before training: `model` itself if it trains adapters, a frozen copy, or None without one. state: the
-    trainer's. sampling: keywords of `ppl.sampling.sample`.
+    rewards: of `ppl.training.rewards.weighted`. The mean of the first one, before its `normalize`, is the score
+    "reward", or of its three levels the sum's; the mean of each other one, and of a level, that of the function's name.
+    rows: a data set of `prepare_dataset`. start: the model as it was before training: `model` itself if it trains
+    adapters, a frozen copy, or None without one. state: the trainer's. sampling: keywords of `ppl.sampling.sample`.
     """
-    (reward_fn, weight), *others = rewards
+    reward_fn = perplexity_reward(rewards)
+    per_level = rewards[0][0] is not reward_fn
+    others = rewards if per_level else rewards[1:]
     # Weights spread over processes are gathered for every forward pass, so all must sample equally often.
     indices = share(len(rows), padded=is_sharded(model))
     columns = {name: [rows[name][index] for index in indices] for name in rows.column_names}
@@ -128,12 +145,13 @@ def evaluate(
         details = measured()
     moved = kl_by_text(model, start, tokenizer, repeated(columns["prompt"]), written, **chat)
     as_columns = {name: repeated(column) for name, column in columns.items()}
-    earned = [
-        weight * call_as_trl(function, repeated(columns["prompt"]), texts, ids, as_columns, state)
-        for function, weight in others
-    ]
+    called = call_as_trl(
+        [function for function, _ in others], repeated(columns["prompt"]), texts, ids, as_columns, state
+    )
+    earned = [weight * one for (_, weight), one in zip(others, called, strict=True)]
+    total = sum(earned[: len(LEVELS)]) if per_level else rewards[0][1] * np.asarray(details["rewards"])
     levels = [details[name][level] for name in ("improvements", "ppls") for level in LEVELS]
-    table = np.stack([np.asarray(column) for column in (weight * details["rewards"], *levels, *earned)], axis=1)
+    table = np.stack([np.asarray(column) for column in (total, *levels, *earned)], axis=1)
     table = np.concatenate([table, np.reshape(moved, (-1, 2))], axis=1).reshape(len(indices), num_generations, -1)
     by_index = dict(zip(from_all(indices), from_all(zip(groups, table.tolist(), strict=True)), strict=True))
     groups, table = zip(*(by_index[index] for index in range(len(rows))), strict=True)
@@ -166,20 +184,30 @@ def write_heldout(path: Path, sampling: dict, before: HeldOut, after: HeldOut | 
     """
     content = {"sampling": sampling, "before": asdict(before), "after": after and asdict(after)}
     text = json.dumps(_without_nan(content), ensure_ascii=False, indent=1, allow_nan=False)
+    # A list of ids on one line. Inside of a string there is no line break.
+    text = re.sub(r"\[\n\s+(\d+(?:,\n\s+\d+)*)\n\s+\]", lambda ids: "[" + " ".join(ids[1].split()) + "]", text)
     write_text(path, text, "surrogatepass")
 
 
 def read_before(path: Path, rows, sampling: dict) -> HeldOut | None:
-    """What a run that is resumed has measured before its first step; None if it was with other prompts or sampling."""
+    """What a run that is resumed has measured before its first step; None if it was with other prompts or sampling.
+
+    Raises `InputError` for a file that is damaged.
+    """
     if not path.exists():
         return None
-    kept = json.loads(path.read_text(encoding="utf-8", errors="surrogatepass"))
-    if kept["sampling"] != sampling or kept["before"]["prompts"] != list(rows["prompt"]):
-        return None
-    before = kept["before"]
-    rewards = [[math.nan if reward is None else reward for reward in group] for group in before["rewards"]]
-    scores = {name: math.nan if score is None else score for name, score in before["scores"].items()}
-    return HeldOut(before["prompts"], before["completions"], rewards, scores, before.get("completion_ids"))
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8", errors="surrogatepass"))
+        before = kept["before"]
+        if kept["sampling"] != sampling or before["prompts"] != list(rows["prompt"]):
+            return None
+        rewards = [[math.nan if reward is None else float(reward) for reward in group] for group in before["rewards"]]
+        scores = {name: math.nan if score is None else float(score) for name, score in before["scores"].items()}
+        return HeldOut(before["prompts"], before["completions"], rewards, scores, before.get("completion_ids"))
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: {error!r:.200}: this script did not write it so; delete it to measure anew"
+        ) from error
 
 
 def _without_nan(value):

@@ -13,7 +13,7 @@ from ..baselines.file import BaselineError, Baselines, check_meta, read_meta
 from ..data import PromptForm, check_references, find_columns, load_split, prepare_rows, split_heldout
 from ..definitions import BASELINE_COLUMNS
 from ..errors import InputError
-from ..identity import with_template
+from ..identity import of_target
 from ..models import import_unsloth, model_path
 from .config import check_reporters, grpo_config, loading, reward_settings
 from .flags import CONFIG_FILE, write_config
@@ -55,6 +55,15 @@ class Job:
         in_one_call = config.per_device_train_batch_size * config.world_size * config.steps_per_generation
         return in_one_call if self.args.normalize_rewards else None
 
+    def guarded_prompts(self, tokenizer) -> dict:
+        """The keywords of the guard with which what repeats the prompt counts as a loop; none where it may.
+
+        With a reference as target a completion does not earn by what it repeats.
+        """
+        if self.args.allow_copies or self.args.target == "reference":
+            return {}
+        return {"tokenizer": tokenizer, "chat": self.chat}
+
     @property
     def config_file(self) -> Path:
         return self.output / CONFIG_FILE
@@ -90,7 +99,7 @@ def prepare(args: argparse.Namespace, rest: list[str], command: list[str], prepa
     column_meta = Baselines({}, read_meta(Path(args.dataset_name, ".baselines")), args.dataset_name)
     made = baselines or column_meta
     if not args.allow_baseline_mismatch:
-        definitions = with_template(cli.definitions(args), args.template, args.target)
+        definitions = of_target(cli.definitions(args), args.target, args.template, args.reference_tokens)
         scorer = {"name": args.scorer_model or args.model_name}
         expected = {"prompt": form.identity, "definitions": definitions, "target": args.target, "model": scorer}
         check_meta(made, expected)

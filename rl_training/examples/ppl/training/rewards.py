@@ -11,8 +11,10 @@ import numpy as np
 
 from ..baselines.file import Baselines, check_meta
 from ..data import Text
+from ..definitions import LEVELS
 from ..errors import InputError
 from ..reward.function import MultiLevelPPLRewardFunction
+from ..reward.per_level import LevelReward
 from ..sampling import prompt_ids
 from ..scoring.calculator import MultiLevelPPLCalculator
 from .diagnostics import Diagnostics
@@ -24,20 +26,39 @@ Reward = tuple[Any, float]  # a function in TRL's calling convention, and its we
 def weighted(job: Job, rewards: Sequence[Reward]) -> list[Reward]:
     """The rewards with the weights of --reward_weights where those are given; TRL adds them up with the same.
 
-    The first one must be the perplexity reward: the diagnostics and the report are of it. Raises `InputError`.
+    The first one must be the perplexity reward, or the first three its levels: the diagnostics and the report are of
+    it. Raises `InputError`, also for a guard that does not hold as the trainer adds up.
     """
-    first = rewards[0][0]
-    if not isinstance(first, MultiLevelPPLRewardFunction):
-        raise InputError(f"the first reward is {name_of(first)}, expected the perplexity reward: put it first")
+    first = perplexity_reward(rewards)
+    names = [name_of(function) for function, _ in rewards]
+    if "loop_penalty" in names and job.config.multi_objective_aggregation == "normalize_then_sum":
+        raise InputError(
+            "--multi_objective_aggregation normalize_then_sum normalises the loop guard, too, which then guarantees "
+            "nothing: add --per_level, whose veto holds, or turn the guard off with --loop_penalty 0"
+        )
     if job.baselines is None and not job.args.allow_baseline_mismatch:
         check_meta(job.column_meta, first.identity)
     if notice := other_beginning(job.baselines or job.column_meta, job.train_rows["prompt"][0], first.calculator):
         print(notice, file=sys.stderr)
     first.observer = Diagnostics()
     functions = [function for function, _ in rewards]
-    check_reward_weights(job.config.reward_weights, list(map(name_of, functions)))
+    check_reward_weights(job.config.reward_weights, names)
     job.config.reward_weights = job.config.reward_weights or [weight for _, weight in rewards]
     return list(zip(functions, job.config.reward_weights, strict=True))
+
+
+def perplexity_reward(rewards: Sequence[Reward]) -> MultiLevelPPLRewardFunction:
+    """The reward that stands first, whole or as its three levels. Raises `InputError` if another one does."""
+    functions = [function for function, _ in rewards]
+    first = functions[0]
+    if isinstance(first, MultiLevelPPLRewardFunction):
+        return first
+    levels = [function for function in functions if isinstance(function, LevelReward)]
+    if levels and levels == functions[: len(LEVELS)] and [one.level for one in levels] == list(LEVELS):
+        return first.of
+    raise InputError(
+        f"the first reward is {name_of(first)}, expected the perplexity reward, or its three levels: put it first"
+    )
 
 
 def other_beginning(baselines: Baselines, prompt: Text, calculator: MultiLevelPPLCalculator) -> str | None:
@@ -73,14 +94,14 @@ def name_of(function: Callable) -> str:
 
 
 def call_as_trl(
-    function: Callable,
+    functions: Sequence[Callable],
     prompts: Sequence[Text],
     texts: Sequence[str],
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Sequence],
     state,
-) -> np.ndarray:
-    """float64 [B], nan for None: a reward function called as GRPOTrainer does outside of training, nothing logged.
+) -> list[np.ndarray]:
+    """Of each function float64 [B], nan for None: called as GRPOTrainer does outside of training, nothing logged.
 
     texts: what was written; behind chat prompts each becomes an assistant's message. columns: all of the data set's.
     state: the trainer's.
@@ -90,21 +111,24 @@ def call_as_trl(
         for prompt, text in zip(prompts, texts, strict=True)
     ]
     others = {name: values for name, values in columns.items() if name != "prompt"}
-    rewards = function(
-        prompts=list(prompts),
-        completions=completions,
-        completion_ids=list(completion_ids),
-        **others,
-        trainer_state=state,
-        log_extra=lambda column, values: None,
-        log_metric=lambda name, value: None,
-    )
-    if inspect.isawaitable(rewards):
-        with ThreadPoolExecutor(1) as thread:  # a notebook's own thread has a loop that runs
-            rewards = thread.submit(asyncio.run, _awaited(rewards)).result()
-    if len(rewards) != len(texts):
-        raise ValueError(f"reward {name_of(function)} gave {len(rewards)} numbers for {len(texts)} completions")
-    return np.array([np.nan if reward is None else reward for reward in rewards], dtype=float)
+    results = []
+    for function in functions:
+        rewards = function(
+            prompts=list(prompts),
+            completions=completions,
+            completion_ids=list(completion_ids),
+            **others,
+            trainer_state=state,
+            log_extra=lambda column, values: None,
+            log_metric=lambda name, value: None,
+        )
+        if inspect.isawaitable(rewards):
+            with ThreadPoolExecutor(1) as thread:  # a notebook's own thread has a loop that runs
+                rewards = thread.submit(asyncio.run, _awaited(rewards)).result()
+        if len(rewards) != len(texts):
+            raise ValueError(f"reward {name_of(function)} gave {len(rewards)} numbers for {len(texts)} completions")
+        results.append(np.array([np.nan if reward is None else reward for reward in rewards], dtype=float))
+    return results
 
 
 async def _awaited(one):
