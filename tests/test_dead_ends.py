@@ -237,6 +237,5 @@ def test_a_trl_that_cannot_train_here_without_unsloth_is_said_in_one_line(monkey
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     if works:
         return check_trl("--no_unsloth")
-    with pytest.raises(InputError, match=r"TRL 1\.15\.0 cannot train .*--no_unsloth.*install trl==1\.14\.2 or") as error:
+    with pytest.raises(InputError, match=r"^TRL 1\.15\.0 cannot train .*--no_unsloth.*install trl==1\.14\.2 or .*$"):
         check_trl("--no_unsloth")
-    assert "\n" not in str(error.value)
