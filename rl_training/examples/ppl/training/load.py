@@ -22,6 +22,8 @@ class Loaded(NamedTuple):
 def load_policy_and_scorer(job: Job) -> tuple[Loaded, Loaded]:
     """(what is trained, what scores). Raises `InputError` for prompts that the chat template refuses."""
     args, reason = job.args, job.without_unsloth
+    if reason:
+        check_trl(reason)
     if is_first():
         options = ", ".join(f"{key}={value}" for key, value in job.policy_load.items())
         print(f"Loading {args.model_name} ({options}) ...")
@@ -33,6 +35,8 @@ def load_policy_and_scorer(job: Job) -> tuple[Loaded, Loaded]:
         **common,
         **job.policy_load,
     )
+    if refused:
+        check_trl(refused)
     reason = reason or refused
     if is_first():
         way = f"Training with transformers and PEFT: {reason}" if reason else "Training with Unsloth"
@@ -51,6 +55,22 @@ def load_policy_and_scorer(job: Job) -> tuple[Loaded, Loaded]:
     for rows in filter(None, (job.train_rows, job.heldout_rows, job.eval_rows)):
         check_prompts(rows["prompt"], policy, scorer, job)
     return policy, scorer
+
+
+def check_trl(reason: str) -> None:
+    """Raises `InputError` if the installed TRL cannot train here without Unsloth.
+
+    Its 1.15.0 has one implementation of log-probabilities, in Triton, which needs a GPU; the versions before and after
+    have another. reason: why Unsloth is not used.
+    """
+    import torch
+    import trl
+
+    if trl.__version__.startswith("1.15.") and not torch.cuda.is_available():
+        raise InputError(
+            f"TRL {trl.__version__} cannot train without a GPU and without Unsloth ({reason}): install trl==1.14.2 or "
+            "trl==1.16.0, or train with Unsloth"
+        )
 
 
 def check_prompts(prompts: Sequence[Text], policy: Loaded, scorer: Loaded, job: Job) -> None:
