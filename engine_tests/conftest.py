@@ -11,6 +11,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_AUTH_MODE"] = "disabled"  # else `ray start` wants a token that a driver here does not send
 
 TESTS = Path(__file__).parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
@@ -24,7 +25,7 @@ def cluster(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ray")
     environment = {name: value for name, value in os.environ.items() if name not in ("PPL_REWARD_CONFIG", "PYTHONPATH")}
     command = [Path(sys.executable).with_name("ray"), "start", "--head", "--port=0", "--num-cpus=4"]
-    command += ["--include-dashboard=false", f"--temp-dir={folder}"]
+    command += ["--include-dashboard=false", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"]
     for _ in range(5):  # it gives itself 30 s, which a busy machine may need more than once
         started = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         if started.returncode == 0:
