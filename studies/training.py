@@ -46,19 +46,23 @@ ARMS = {
     "nested, nats, 1 2 1": "--aggregation nested --reward_form nats --ppl_weights 1 2 1",
     "nested, nats, per level": "--aggregation nested --reward_form nats --ppl_weights 1 1 1 --per_level",
 }
-QUICK = {"arms": ["default", "sentence only"], "seeds": [0], "max_steps": 2}
+QUICK = {"seeds": [0], "max_steps": 2}
 QUICK_FLAGS = "--max_samples 20 --heldout_samples 4 --max_new_tokens 12"
 QUICK_BASELINES = "--num_samples 20 --generate 2 --max_new_tokens 12"
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = cli.parser(__doc__.splitlines()[0], epilog=__doc__.rpartition("\n\n")[2])
-    parser.add_argument("--output_dir", default="study_training", help="numbers, picture, and a folder for each run")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="what to compare")
+def parse_args(
+    argv=None, doc: str = __doc__, arms: dict[str, str] = ARMS, name: str = "training"
+) -> argparse.Namespace:
+    """Also of a study with other arms: `name` is that of its files."""
+    parser = cli.parser(doc.splitlines()[0], epilog=doc.rpartition("\n\n")[2])
+    parser.set_defaults(name=name, arm_flags=arms)
+    parser.add_argument("--output_dir", default=f"study_{name}", help="numbers, picture, and a folder for each run")
+    parser.add_argument("--arms", nargs="+", choices=arms, default=list(arms), help="what to compare")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run of each arm for each")
     parser.add_argument("--max_steps", type=cli.positive_int, default=100, help="optimizer steps of a run")
     parser.add_argument("--jobs", type=cli.positive_int, default=2, help="runs at a time")
-    parser.add_argument("--quick", action="store_true", help="two arms, one seed, two steps of short texts: a try")
+    parser.add_argument("--quick", action="store_true", help="few arms, one seed, two steps of short texts: a try")
     parser.add_argument("--model_name", default="tiny-stories", help="as for the training script")
     parser.add_argument("--dataset_name", default="tiny-stories", help="as for the training script")
     parser.add_argument("--judge_model", help="another model, which scores what each arm wrote (default: none)")
@@ -67,7 +71,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.quick:
-        vars(args).update(QUICK, flags=f"{QUICK_FLAGS} {args.flags}")
+        vars(args).update(QUICK, arms=list(arms)[::4], flags=f"{QUICK_FLAGS} {args.flags}")
     return args
 
 
@@ -81,7 +85,8 @@ def study(args: argparse.Namespace) -> int:
     common = ["--model_name", resolved(args.model_name), "--dataset_name", resolved(args.dataset_name)]
     runs = {}
     for arm in args.arms:
-        flags = [*common, *DEMO.split(), *ARMS[arm].split(), *args.flags.split(), "--max_steps", str(args.max_steps)]
+        words = f"{DEMO} {args.arm_flags[arm]} {args.flags}".split()
+        flags = [*common, *words, "--max_steps", str(args.max_steps)]
         if "reference" not in flags:  # for which the reward computes them itself
             aggregation = flags[flags.index("--aggregation") + 1] if "--aggregation" in flags else "geometric"
             short = QUICK_BASELINES.split() if args.quick else []
@@ -96,22 +101,23 @@ def study(args: argparse.Namespace) -> int:
     numbers = {
         "settings": {name: getattr(args, name) for name in settings},
         "arms": {
-            arm: {"flags": ARMS[arm], "seeds": {str(seed): scores[arm, seed] for seed in args.seeds}}
+            arm: {"flags": args.arm_flags[arm], "seeds": {str(seed): scores[arm, seed] for seed in args.seeds}}
             for arm in args.arms
         },
     }
     for arm in numbers["arms"].values():
         arm["summary"] = summary(list(arm["seeds"].values()))
-    write_json(output / "training.json", numbers)
-    write_figure(output / "training.png", figure(numbers))
+    numbers_file, picture = output / f"{args.name}.json", output / f"{args.name}.png"
+    write_json(numbers_file, numbers)
+    write_figure(picture, figure(numbers))
     show(numbers)
-    print(f"Numbers: {output / 'training.json'}\nPicture: {output / 'training.png'}")
+    print(f"Numbers: {numbers_file}\nPicture: {picture}")
     return 0
 
 
 def resolved(name: str) -> str:
-    """A folder or file by its whole path, since every run works in a folder of its own."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    """A folder or file by its whole path, since every run works in a folder of its own; names stay names."""
+    return str(Path(name).resolve()) if Path(name).exists() and name not in ("tiny-stories", "smollm2") else name
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -262,6 +268,7 @@ def show(numbers: dict) -> None:
     columns = {
         "reward before": "{:.2f}",
         "reward after": "{:.2f}",
+        "reward change": "{:+.2f}",
         "word PPL kept": "{:.2f}",
         "phrase PPL kept": "{:.2f}",
         "sentence PPL kept": "{:.2f}",

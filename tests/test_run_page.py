@@ -209,13 +209,16 @@ def test_it_is_kept_up_to_date_at_most_once_a_minute_by_one_process(tmp_path, ha
     page.on_train_begin(None, state(0), None)
     assert step_told() == "0" and "Nothing has been logged yet" in page.path.read_text()
     now += 59
-    page.on_log(None, state(1), None)
+    page.on_log(None, state(1), None, {})
     assert step_told() == "0"
     now += 2
-    page.on_log(None, state(2), None)
+    page.on_log(None, state(2), None, {})
     assert step_told() == "2"
-    page.on_train_end(None, state(3), None)
+    arguments = SimpleNamespace(report_to=["none"])
+    page.on_log(arguments, state(3), None, {"train_runtime": 1.0})  # the last entry
     assert step_told() == "3"
+    page.on_train_end(None, state(4), None)
+    assert step_told() == "4"
     page.write(state(3), hard, shown)
     assert "Finished after 3 steps" in page.path.read_text()
 

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import toys
 import warm
 from folders import importable
 from waiting import PATIENCE
@@ -176,3 +177,52 @@ def test_a_score_that_a_collapsed_policy_lacks_is_left_out_of_the_mean(damage):
     assert summary(runs)["repetition"] == {"mean": 0.25, "sd": None}
     assert summary(runs[:1])["repetition"] == {"mean": None, "sd": None}
     assert summary(runs)["reward change"] == {"mean": 0, "sd": 0}
+
+
+@pytest.mark.slow
+def test_plans_are_compared_with_their_controls_and_a_stopped_study_goes_on(tmp_path):
+    """With a model that has learned nothing: what it plans is noise, and the numbers are those of the texts."""
+    model, tokenizer = toys.llama(max_position_embeddings=2048), toys.byte_level(chat=True)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    stories = [
+        {"prompt": f"{animal} sat on the mill.", "completion": f" It ate {number} plums. It slept. It ran."}
+        for number, animal in enumerate(["A fox", "A crow", "A dog", "An ant", "A cat", "A cow"] * 4)
+    ]
+    (tmp_path / "stories.jsonl").write_text("".join(json.dumps(story) + "\n" for story in stories))
+    flags = ["--quick", "--model_name", tmp_path / "model", "--dataset_name", tmp_path / "stories.jsonl"]
+    printed = run("reference.py", *flags, "--save_steps", 1, "--output_dir", tmp_path / "out")
+    folder = tmp_path / "out" / "nats" / "seed_0"
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert [row["reference"] for row in rows[:2]] == ["It ate 0 plums.", "It ate 1 plums."]
+    controls = json.loads((folder / "controls.json").read_text())
+    assert len(controls) == 6 and all(set(one) == {*LEVELS, "mean", "words"} for one in controls.values())
+    cut = controls["untrained plan, cut to the trained one's length"]
+    assert cut["words"] <= controls["untrained plan"]["words"]
+    tuned = controls["SFT on the continuations, no plan"]
+    assert tuned["words"] == 0 and 0 < abs(tuned["mean"]) < 50
+    assert "| nats: another row's trained plan" in printed and (folder / "plans.txt").read_text().count("AFTER") == 10
+
+    # Stopped behind its last checkpoint: it goes on from there, and ends where it had ended.
+    made = json.loads((tmp_path / "out" / "reference.json").read_text())
+    (folder / "flags.json").unlink()
+    run("reference.py", *flags, "--save_steps", 1, "--output_dir", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "reference.json").read_text()) == made
+
+
+def test_each_arm_of_the_settings_changes_what_its_flags_name_and_nothing_else(damage):
+    """By TRL's own parser: a field that it renames, or a value that is its default now, fails here."""
+    from settings import ARMS
+
+    from ppl.training.config import grpo_config
+    from ppl.training.plan import plan_batches
+    from train_grpo_multilevel_unsloth import parse_args
+
+    def asked(flags: str) -> dict:
+        args, rest = parse_args(flags.split())
+        return grpo_config(args, rest, plan_batches(args.per_device_train_batch_size, None, None))[1]
+
+    default = asked("")
+    for arm, flags in ARMS.items():
+        changed = {name for name, value in asked(flags).items() if value != default[name]}
+        assert changed == {word.removeprefix("--") for word in flags.split() if word.startswith("--")}, arm

@@ -1,5 +1,7 @@
 """The training script as its users run it: real Unsloth 4-bit, real TRL, the embedded model."""
 
+import base64
+import hashlib
 import json
 import struct
 import subprocess
@@ -159,6 +161,15 @@ def test_weights_and_biases_gets_the_documented_names_offline(trained, logged):
     assert logged["train/reward_word"] == pytest.approx(expected)
     steps = zip(logged["train/reward_time"], logged["train/step_time"], strict=True)
     assert all(0 < part < whole for part, whole in steps)
+
+
+def test_weights_and_biases_gets_the_finished_report_as_an_artifact(trained):
+    [path] = (trained[0] / "wandb").glob("offline-run-*/*.wandb")
+    [artifact] = [record.artifact for record in wandb_records(path) if record.artifact.type == "report"]
+    [file] = artifact.manifest.contents
+    page = (trained[0] / "out" / "report.html").read_bytes()
+    assert (file.path, file.size) == ("report.html", len(page)) and b"Finished after 6 steps" in page
+    assert file.digest == base64.b64encode(hashlib.md5(page).digest()).decode()
 
 
 def test_weights_and_biases_gets_the_evaluation_of_another_split(trained, logged):

@@ -63,7 +63,16 @@ def test_a_held_out_split_is_evaluated_with_the_reward(merged):
     evaluations = [entry for entry in log_history(merged, 1) if "eval_reward" in entry]
     assert [entry["step"] for entry in evaluations] == [0, 1]
     assert {"eval_reward_word", "eval_reward_phrase", "eval_reward_sentence", "eval_ppl/word"} <= set(evaluations[0])
-    assert list(merged.rglob("events.out.tfevents.*"))
+
+
+def test_tensorboard_has_the_rewards_and_names_the_report(merged):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    [folder] = (merged / "runs").iterdir()
+    logged = EventAccumulator(str(folder)).Reload()
+    assert "eval/reward_word" in logged.Tags()["scalars"]
+    [text] = logged.Tensors("report/text_summary")
+    assert text.step == 1 and f"]({(merged / 'report.html').as_uri()})" in text.tensor_proto.string_val[0].decode()
 
 
 def test_training_goes_on_with_an_adapter(merged, rows, tmp_path):

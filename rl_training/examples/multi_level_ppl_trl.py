@@ -15,6 +15,7 @@ from pathlib import Path
 from ppl import cli
 from ppl.errors import InputError
 from ppl.files import writable_file, write_text
+from ppl.notebooks import script
 
 _EXPORTS = {
     "MultiLevelPPLCalculator": "scoring.calculator",
@@ -59,7 +60,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv=None) -> int:
+@script
+def main(argv) -> int:
     return cli.run(parse_args(argv), score)
 
 
@@ -71,7 +73,7 @@ def score(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    with Console(stderr=True).status(f"Loading {args.model_name} ..."):
+    with Console(stderr=True, force_jupyter=False).status(f"Loading {args.model_name} ..."):
         from ppl.models import load_model
         from ppl.scoring.calculator import MultiLevelPPLCalculator
 

@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from ppl import cli
+from ppl.notebooks import script
 
 TEXT = "The quick brown fox jumps over the lazy dog..."
 LINE = "=" * 60
@@ -20,7 +21,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv=None) -> int:
+@script
+def main(argv) -> int:
     return cli.run(parse_args(argv), report)
 
 

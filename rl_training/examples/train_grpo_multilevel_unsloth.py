@@ -21,6 +21,7 @@ from ppl.definitions import (
     MISSING,
     TARGETS,
 )
+from ppl.notebooks import script
 from ppl.reward.loop_guard import WEIGHT
 from ppl.training import flags as train_flags
 from ppl.training.config import REPORTERS
@@ -37,7 +38,11 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     cli.add_definition_flags(parser)
     model = parser.add_argument_group("what is trained (default: a LoRA adapter; the folder of one goes on with it)")
     model.add_argument("--full_finetuning", action="store_true", help="train all weights; a frozen copy is the scorer")
-    model.add_argument("--scorer_model", help="scorer (default: the model itself as it was before training)")
+    model.add_argument(
+        "--scorer_model",
+        help="scorer (default: the model itself as it was before training); with --scorer_url, what is served there",
+    )
+    cli.add_server_flag(model)
     model.add_argument(
         "--save_merged", action="store_true", help="also save model and adapter as one 16-bit model, OUTPUT_DIR/merged"
     )
@@ -199,6 +204,7 @@ def make_trainer(job, policy, rewards):
 
     job: `ppl.training.job.Job`. policy: the model that is trained and its tokenizer. rewards: of `make_rewards`.
     """
+    from ppl.training.card import complete_card
     from ppl.training.trainer import ResumableGRPOTrainer
 
     return ResumableGRPOTrainer(
@@ -209,13 +215,14 @@ def make_trainer(job, policy, rewards):
         eval_dataset=job.eval_rows,
         processing_class=policy.tokenizer,
         chat=job.chat,
+        card=lambda state: complete_card(job, state),
     )
 
 
-def main(argv=None) -> int:
+@script
+def main(argv) -> int:
     args, rest = parse_args(argv)
-    command = sys.argv[1:] if argv is None else argv
-    return cli.run(args, lambda args: train(args, rest, command))
+    return cli.run(args, lambda args: train(args, rest, argv))
 
 
 def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
@@ -226,7 +233,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     from ppl.pages.run import finish_report, start_report
     from ppl.training.callbacks import stopped_by, watch
     from ppl.training.heldout import HeldOutPrompts
-    from ppl.training.load import load_policy_and_scorer, merge, save
+    from ppl.training.load import load_policy_and_scorer, merge, publish, save
     from ppl.training.rewards import perplexity_reward, weighted
 
     policy, scorer = load_policy_and_scorer(job)
@@ -244,6 +251,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     if stopped is None:
         save(trainer, job)
         finish_report(job, page, perplexity, held_out.after(), trainer.state)
+        publish(trainer, job)
         merge(job, policy)
     trainer.accelerator.end_training()  # an interpreter that ends with gloo's threads at work may be aborted
     return 0 if stopped is None else 128 + stopped

@@ -14,6 +14,7 @@ languages.py          codes of languages, and what is none
 errors.py             the exception that is the user's to mend
 files.py              the only place that writes a file
 cli.py                the flags that scripts share, and how a script ends
+notebooks.py          a script's main called in a notebook
 data.py               a data set -> rows of prompt, reference and id
 chat.py               chat messages -> text: prompts, and completions of several messages
 sentences.py          text -> where its sentences start

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from .chat import read_template, read_tools
 from .data import PromptForm
@@ -21,6 +22,7 @@ from .definitions import (
 )
 from .errors import InputError
 from .languages import checked_language
+from .notebooks import CellError, in_kernel, script_name
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -34,11 +36,15 @@ class _Parser(argparse.ArgumentParser):
     """Ends with one line instead of the whole usage."""
 
     def error(self, message: str):
-        self.exit(2, f"error: {message}: see {self.prog} --help\n")
+        message = f"{message}: see {self.prog} --help"
+        if in_kernel():
+            raise CellError(message)
+        self.exit(2, f"error: {message}\n")
 
 
 def parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
     made = _Parser(
+        prog=Path(script_name("main")).name,
         description=description,
         epilog=epilog,
         formatter_class=_Help,
@@ -66,6 +72,13 @@ def add_unsloth_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Unsloth")
     group.add_argument("--max_seq_length", type=positive_int, default=2048, help="window in tokens")
     group.add_argument("--no_unsloth", action="store_true", help="load with transformers and PEFT instead of Unsloth")
+
+
+def add_server_flag(parser) -> None:
+    parser.add_argument(
+        "--scorer_url", metavar="URL",
+        help="score through a server of vLLM, such as http://127.0.0.1:8000 (default: a model in this process)",
+    )  # fmt: skip
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -179,7 +192,10 @@ def positive_int(text: str) -> int:
 
 
 def run(args: argparse.Namespace, body: Callable[[argparse.Namespace], int]) -> int:
-    """The exit code of `body(args)`; 2 and one line on stderr if the input is at fault, 130 after Ctrl-C."""
+    """The exit code of `body(args)`; 2 and one line on stderr if the input is at fault, 130 after Ctrl-C.
+
+    In a notebook that line is a `CellError`.
+    """
     # No progress bars of libraries between the lines of a report; our own long work shows its own.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -191,7 +207,10 @@ def run(args: argparse.Namespace, body: Callable[[argparse.Namespace], int]) -> 
     except InputError as error:
         if args.debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        line = " ".join(str(error).split())
+        if in_kernel():
+            raise CellError(line) from error
+        print(f"error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -41,6 +41,15 @@ def model_path(name: str) -> str:
     return str(path)
 
 
+def tokenizer_path(name: str) -> str:
+    """As `model_path`, for what need not hold weights. Of a GGUF file it is a folder that is made of it."""
+    if name == "tiny-stories":
+        return str(TINY_STORIES)
+    if name == "smollm2" or is_gguf(Path(name)):
+        return plain_folder(Path(model_path(name)))
+    return name
+
+
 def load_model(
     name: str,
     *,
@@ -143,7 +152,7 @@ def _from_unsloth(
     return model.eval(), tokenizer
 
 
-def _adapted(path: str) -> str | None:
+def base_of_adapter(path: str) -> str | None:
     """The name of the model that the adapter in a folder belongs to; None if there is no adapter."""
     adapter = Path(path, "adapter_config.json")
     if not adapter.exists():
@@ -155,7 +164,7 @@ def _positions(path: str) -> int | None:
     """How many positions the model's configuration has, the base model's for an adapter; None if it does not say."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(_adapted(path) or path)
+    config = AutoConfig.from_pretrained(base_of_adapter(path) or path)
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
@@ -181,7 +190,7 @@ def _from_transformers(path: str, name: str, load_in_4bit: bool, dtype: str, dev
 
         loader, options["is_trainable"] = AutoPeftModelForCausalLM, True
         if not Path(path, "tokenizer_config.json").exists():
-            tokenizer_path = _adapted(path)
+            tokenizer_path = base_of_adapter(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
         model = loader.from_pretrained(path, dtype=dtype, device_map={"": target}, **options)

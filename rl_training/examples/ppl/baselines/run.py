@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import InputError
+from ..identity import differences
 from .assemble import assemble
 from .parts import Parts, Processes
 from .plan import Job, check_other_splits, is_complete, prepare
@@ -57,13 +58,18 @@ def _compute(args: argparse.Namespace, load: Callable[..., Scorer], processes: P
             print(f"{job.output} is complete")
         return 0
 
-    with Console(stderr=True, quiet=not processes.is_main).status(f"Loading {args.model_name} ..."):
+    # In a notebook rich would show what other libraries' progress bars write, and they what it writes.
+    console = Console(stderr=True, quiet=not processes.is_main, force_jupyter=False)
+    with console.status(f"Loading {args.model_name} ..."):
         scorer = load(args, job.columns, processes.device or args.device)
     through_template = scorer.identity.get("prompt", {}) if job.is_conversational() else {}
     scorer.identity["prompt"] = {**job.form.identity, **through_template}
     if args.output_dataset is not None:
         check_other_splits(args, scorer.identity)
     settings = {**job.settings, **{key: scorer.identity[key] for key in ("model", "tokenizer", "unsloth", "versions")}}
+    # A server's numbers of a fixed text are the same but for rounding.
+    settings["model"] = {name: value for name, value in settings["model"].items() if name != "probe"}
+    check_probe(job.parts, scorer.identity["model"])
     if processes.is_main:
         job.parts.make()
         processes.claim(job.parts)
@@ -72,6 +78,7 @@ def _compute(args: argparse.Namespace, load: Callable[..., Scorer], processes: P
             job.parts.start(
                 settings,
                 run=os.urandom(8).hex(),
+                probe=scorer.identity["model"].get("probe"),
                 plot=args.plot,
                 output_dataset=args.output_dataset,
                 window_rows=WINDOW_ROWS,
@@ -93,6 +100,17 @@ def _compute(args: argparse.Namespace, load: Callable[..., Scorer], processes: P
             job.parts.remove_if_empty()
         raise
     return 0
+
+
+def check_probe(parts: Parts, model: dict) -> None:
+    """Raises `InputError` if the parts were scored by another model behind an address of that name."""
+    kept = parts.settings().get("probe") if parts.done() else None
+    if kept and (differing := differences({"model": {"probe": kept}}, {"model": model})):
+        before, now = differing["probe"]
+        raise InputError(
+            f"{parts.folder} was scored by another model behind an address: a fixed text had {before}, now it has "
+            f"{now}: serve that model again, or delete the folder to start anew"
+        )
 
 
 def score_windows(job: Job, scorer: Scorer, processes: Processes, progress: "Progress | None") -> int:

@@ -21,6 +21,8 @@ from .charts import charts
 from .comparison import plot_training, print_comparison
 from .frame import ENVIRONMENT
 from .heatmap import heatmap, number
+from .loggers import hand_over, hand_to_trackio
+from .notebook import LiveCurves
 
 SHOWN = 8  # prompts whose completions stand on the page
 SECONDS = 60  # at least, between two writings while the run goes on
@@ -96,6 +98,7 @@ def finish_report(job: Job, page: "RunPage", reward_fn, after: HeldOut, state) -
     if not is_first():
         return
     page.write(state, after, shown)
+    hand_over(page.path, job.config.report_to, state.global_step)
     plot_training(state.log_history, job.output / "reward.png")
     print_comparison(page.before, after)
     print(f"{'Model' if job.args.full_finetuning else 'Adapter'} and tokenizer: {job.output}")
@@ -104,6 +107,8 @@ def finish_report(job: Job, page: "RunPage", reward_fn, after: HeldOut, state) -
 
 class RunPage(TrainerCallback):
     """Keeps `path` up to date while a run goes on, at most once a minute; `write` with `after` makes it final.
+
+    In a notebook the curves also grow below the cell.
 
     title: of the page. facts: names and values below it. command: as `command_line` gives it. config: the file of
     settings that `ppl.training.flags.write_config` writes. before: held-out prompts before the first step. shown: what
@@ -128,15 +133,22 @@ class RunPage(TrainerCallback):
         self.before = before
         self.shown = shown
         self._written = -math.inf
+        self._curves = LiveCurves(LINE_COLORS)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._curves.draw(state.log_history, (state.global_step, state.max_steps), at_once=True)
         self.write(state)
 
-    def on_log(self, args, state, control, **kwargs) -> None:
+    def on_log(self, args, state, control, logs, **kwargs) -> None:
+        self._curves.draw(state.log_history, (state.global_step, state.max_steps))
         if time.monotonic() - self._written > SECONDS:
             self.write(state)
+        if "train_runtime" in logs and state.is_world_process_zero:  # the last entry
+            self.write(state)
+            hand_to_trackio(self.path, args.report_to)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
+        self._curves.draw(state.log_history, (state.global_step, state.max_steps), at_once=True)
         self.write(state)
 
     def write(self, state, after: HeldOut | None = None, shown_after: Sequence[Completion] = ()) -> None:

@@ -12,8 +12,10 @@ from ..data import Text, check_text, message_text
 from ..definitions import AGGREGATIONS, DEFAULT_AGGREGATION, DEFAULT_LANGUAGE, DEFAULT_PHRASE_WORDS, LEVELS
 from ..errors import InputError, one_of
 from ..languages import checked_language
+from .explained import Explained
 from .levels import Scores, level_perplexities, unit_sums
 from .nested import Scopes, nested_perplexities, score_scopes
+from .scorer import Scorer, is_scorer
 from .seams import restore_spaces
 from .selection import hardest
 from .surprisal import SurprisalScorer
@@ -21,12 +23,6 @@ from .tokens import Encoded, Sampled, TextEncoder
 from .units import Units, segment
 
 MOST_NATS = 709.0  # a token; exp of more is beyond float64
-
-
-class Explained(dict):
-    """`{level: [unit, ...]}` of one text. `perplexities`: `{level: float}`, as `compute_all_levels` gives them."""
-
-    perplexities: dict[str, float]
 
 
 class Viewed(NamedTuple):
@@ -43,6 +39,8 @@ class Viewed(NamedTuple):
 
 class MultiLevelPPLCalculator:
     """Perplexity of a text at the level of its words, phrases and sentences, from one forward pass.
+
+    Where a method takes a `model`, it takes a `ppl.scoring.scorer.Scorer` as well, such as one behind an address.
 
     A unit's perplexity is exp(S_u / n_u), its surprisal in nats over its number of tokens. A level's is the geometric
     mean of its units' perplexities, exp(mean_u S_u / n_u), or with `aggregation="arithmetic"` their mean. With
@@ -95,7 +93,7 @@ class MultiLevelPPLCalculator:
                 "aggregation='nested' scores units alone, behind a BOS or EOS token, and the tokenizer has neither: "
                 f"expected another tokenizer or one of {', '.join(name for name in AGGREGATIONS if name != 'nested')}"
             )
-        self._scorer: SurprisalScorer | None = None
+        self._scorer: SurprisalScorer | None = None  # of a model in this process
 
     @property
     def definitions(self) -> dict:
@@ -192,7 +190,8 @@ class MultiLevelPPLCalculator:
 
     def explain(self, model, text: Text, context: Text | None = "") -> Explained:
         """Per level the units of one text in order, each a dict: text, start, end (characters), n_tokens, surprisal
-        (nats), perplexity. Units in which no token starts are left out. Its `perplexities` are the levels'.
+        (nats), perplexity. Units in which no token starts are left out. Its `perplexities` are the levels'. In a
+        notebook it is shown as a page.
 
         With nested levels also a, b and c, the unit's sums in nats (`ppl.scoring.nested`); c is its surprisal, and its
         perplexity is that of what its level measures: exp of the mean of a, of b - a, of c - b.
@@ -212,8 +211,9 @@ class MultiLevelPPLCalculator:
             [a], [b], [c] = views
             scopes, measured = {"a": a, "b": b, "c": c}, dict(zip(LEVELS, (a, b - a, c - b), strict=True))
         [values] = self._perplexities(units, [encoded[0].chars], views)
-        explained = Explained()
-        explained.perplexities = dict(zip(LEVELS, values.tolist(), strict=True))
+        perplexities = dict(zip(LEVELS, values.tolist(), strict=True))
+        context = "" if isinstance(pair, Sampled) else pair[0]
+        explained = Explained(perplexities, target, context, self.language)
         for level, starts in units.starts.items():
             counts, totals = unit_sums(starts, encoded[0].chars, c)
             _, rated = unit_sums(starts, encoded[0].chars, measured[level])
@@ -258,7 +258,9 @@ class MultiLevelPPLCalculator:
             return nested_perplexities(Scopes(*views))
         return level_perplexities(units, chars, *views, self.aggregation)
 
-    def _scorer_of(self, model) -> SurprisalScorer:
+    def _scorer_of(self, model) -> Scorer:
+        if is_scorer(model):
+            return model
         if self._scorer is None or self._scorer.model is not model:
             self._scorer = SurprisalScorer(model, self.batch_size, self.max_batch_tokens)
         return self._scorer

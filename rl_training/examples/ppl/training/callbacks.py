@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from ..definitions import LEVELS
 from ..files import write_text
@@ -18,8 +19,8 @@ from .resume import STATE_FILE, resume_command
 
 def watch(trainer, job: Job, reward_fn) -> None:
     """Give the trainer the callbacks of this file, and the reward's diagnostics."""
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
+    for shown in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # in a notebook transformers has one of its own
+        trainer.remove_callback(shown)
     for callback in (RewardState(reward_fn, job.checkpoint), reward_fn.observer, SafeStops(), OneLineProgress):
         trainer.add_callback(callback)
 

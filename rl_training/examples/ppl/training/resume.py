@@ -9,9 +9,11 @@ from pathlib import Path
 from psutil import Error, Process
 
 from ..errors import InputError
+from ..notebooks import script_name
 
 STATE_FILE = "reward_state.json"  # of `ppl.training.callbacks.RewardState`: written last
 LATEST = "latest"
+SCRIPT = "train_grpo_multilevel_unsloth.py"
 
 
 def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
@@ -51,7 +53,7 @@ def launched(argv: Sequence[str]) -> list[str]:
     """The words of the command line that started this process, its launcher's included, with these arguments."""
     processes = os.environ.get("WORLD_SIZE", "1")
     launcher = ["python"] if processes == "1" else _launcher() or ["accelerate", "launch", "--num_processes", processes]
-    return [*launcher, sys.argv[0], *argv]
+    return [*launcher, script_name(SCRIPT), *argv]
 
 
 def _launcher() -> list[str]:

@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -122,7 +123,8 @@ def call_as_trl(
             log_metric=lambda name, value: None,
         )
         if inspect.isawaitable(rewards):
-            rewards = asyncio.run(_awaited(rewards))
+            with ThreadPoolExecutor(1) as thread:  # a notebook's own thread has a loop that runs
+                rewards = thread.submit(asyncio.run, _awaited(rewards)).result()
         if len(rewards) != len(texts):
             raise ValueError(f"reward {name_of(function)} gave {len(rewards)} numbers for {len(texts)} completions")
         results.append(np.array([np.nan if reward is None else reward for reward in rewards], dtype=float))

@@ -10,22 +10,24 @@ from ..sampling import prompt_ids
 
 
 class ResumableGRPOTrainer(GRPOTrainer):
-    """Four differences: prompts are read as the scorer reads them, adapters keep their precision, an epoch's order
-    follows from its number, all is loaded again.
+    """Five differences: prompts are read as the scorer reads them, adapters keep their precision, an epoch's order
+    follows from its number, all is loaded again, the model card says what the run was.
 
-    chat: what the chat template is given, keywords of `ppl.chat.render_prompt`.
+    chat: what the chat template is given, keywords of `ppl.chat.render_prompt`. card: called with the trainer's state
+    when TRL has written README.md into the output folder.
 
     On 4-bit weights TRL turns adapters into bfloat16, where a step of 5e-5 is lost beside a weight of 0.1, and where a
     checkpoint that is loaded again makes them float32; Unsloth's own trainer leaves them in float32, and so does this.
     """
 
-    def __init__(self, model, *args, chat: Mapping | None = None, **kwargs) -> None:
+    def __init__(self, model, *args, chat: Mapping | None = None, card: Callable | None = None, **kwargs) -> None:
         trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(model, *args, **kwargs)
         for parameter, data in trained:
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
         self.chat = chat or {}
+        self.card = card
         if self.chat_template is not None:  # TRL's own, for tools: the scorer reads it, too
             self.processing_class.chat_template = self.chat_template
 
@@ -34,6 +36,11 @@ class ResumableGRPOTrainer(GRPOTrainer):
         if isinstance(prompts[0], str) or self.environment_factories is not None:
             return super()._tokenize_prompts(prompts)
         return prompt_ids(prompts, self.processing_class, **self.chat), None, {}
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.card is not None and self.is_world_process_zero():
+            self.card(self.state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

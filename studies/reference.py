@@ -1,0 +1,306 @@
+"""Does a model learn to write plans that make the true continuation likelier, and is it the plan that does it?
+
+    python reference.py --output_dir study_reference
+
+GRPO with `--target reference` through the training script: the prompt is the beginning of a story and asks what happens
+next, and the reward is what the plan does to the surprisal of the true next sentences (VR-CLI, arXiv 2503.22828). Then
+the held-out continuations are scored behind the trained plans and behind what a plan is compared with. A run goes on
+from its last checkpoint, and what is finished is not done again: a stopped study goes on with the same command.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from common import print_table, write_json
+from training import call, finished, resolved
+
+from ppl import cli
+from ppl.definitions import LEVELS
+from ppl.errors import InputError
+
+PROMPT = "Here is the beginning of a story.\n\n{prompt}\n\nSay in one sentence what happens next."
+TEMPLATE = (
+    "{prompt}{completion}<|im_end|>\n<|im_start|>user\nGo on with the story.<|im_end|>\n<|im_start|>assistant\n"
+    "{reference}"
+)
+FLAGS = [
+    *("--target", "reference", "--chat", "--prompt_template", PROMPT, "--template", TEMPLATE, "--no_unsloth"),
+    *("--no-load_in_4bit", "--ppl_weights", "1", "1", "1", "--num_generations", "8", "--logging_steps", "1"),
+    *("--heldout_samples", "16"),
+]
+ARMS = {
+    "nats": ["--reward_form", "nats"],
+    "steps": ["--reward_thresholds", "0.05:0.5", "1:0.9", "2:1"],  # as VR-CLI has them
+}
+TRAINED, UNTRAINED, SFT = "trained plan", "untrained plan", "SFT on the continuations, no plan"
+PLANS_READ = 10
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = cli.parser(__doc__.splitlines()[0], epilog=__doc__.rpartition("\n\n")[2])
+    parser.add_argument("--output_dir", default="study_reference", help="numbers, plans, and a folder for each run")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="what to compare")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run of each arm for each")
+    parser.add_argument("--max_steps", type=cli.positive_int, default=60, help="optimizer steps of a run")
+    parser.add_argument("--batch", type=cli.positive_int, default=16, help="completions a step")
+    parser.add_argument("--max_new_tokens", type=cli.positive_int, default=32, help="longest plan")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of GRPO; of SFT --sft_learning_rate")
+    parser.add_argument("--sft_learning_rate", type=float, default=2e-4, help="peak")
+    parser.add_argument("--sentences", type=cli.positive_int, default=2, help="of the true continuation are scored")
+    parser.add_argument("--model_name", default="smollm2", help="as for the training script; one with chats")
+    parser.add_argument("--dataset_name", default="tiny-stories", help="as for the training script")
+    parser.add_argument("--save_steps", type=cli.positive_int, default=10, help="steps between checkpoints")
+    parser.add_argument("--quick", action="store_true", help="one arm, one seed, two steps of short plans: a try")
+    args = parser.parse_args(argv)
+    if args.quick:
+        vars(args).update(arms=["nats"], seeds=[0], max_steps=2, batch=8, max_new_tokens=8, sentences=1)
+    return args
+
+
+def main(argv=None) -> int:
+    return cli.run(parse_args(argv), study)
+
+
+def study(args: argparse.Namespace) -> int:
+    output = Path(args.output_dir).resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    data = write_rows(args, output)
+    scores = {}
+    for seed in args.seeds:
+        for arm in args.arms:
+            folder, flags = output / arm / f"seed_{seed}", run_flags(args, arm, data, seed)
+            if not finished(folder, flags):
+                train(folder, flags)
+            scores[arm, seed] = controlled(args, folder, data, seed)
+            write_json(output / "reference.json", numbers(args, scores))  # as far as it has come
+    show(scores)
+    print(f"Numbers: {output / 'reference.json'}\nPlans: {output / '*' / 'seed_*' / 'plans.txt'}")
+    return 0
+
+
+def write_rows(args: argparse.Namespace, output: Path) -> Path:
+    """The data set with continuations of the first few sentences, as a file that the scripts read."""
+    from ppl.data import PromptForm, find_columns, load_split, message_text, prepare_rows
+    from ppl.files import write_text
+    from ppl.sentences import split_sentences
+
+    dataset = load_split(args.dataset_name)
+    columns = find_columns(dataset.column_names, None, None, None, False)
+    if columns.reference is None:
+        raise InputError(f"data set {args.dataset_name!r} has no references: the study scores continuations")
+    path = output / "rows.jsonl"
+    rows = []
+    for row in prepare_rows(dataset, columns, PromptForm()):
+        reference = split_sentences(message_text(row["reference"]), args.sentences, "en")[0].strip()
+        if reference:
+            rows.append({"id": row["id"], "prompt": message_text(row["prompt"]), "reference": reference})
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def run_flags(args: argparse.Namespace, arm: str, data: Path, seed: int) -> list[str]:
+    changing = ("max_steps", "max_new_tokens", "learning_rate", "save_steps")
+    return [
+        *("--model_name", resolved(args.model_name), "--dataset_name", str(data), *FLAGS, *ARMS[arm]),
+        *(word for name in changing for word in (f"--{name}", str(getattr(args, name)))),
+        *("--per_device_train_batch_size", str(args.batch), "--seed", str(seed), "--save_total_limit", "1"),
+    ]
+
+
+def train(folder: Path, flags: list[str]) -> None:
+    """A run of the training script, from its last checkpoint if it was made with the same flags."""
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = folder / "asked.json"
+    going_on = asked.exists() and json.loads(asked.read_text("utf-8")) == flags and any(folder.glob("checkpoint-*"))
+    for name in ("flags.json", "controls.json", *([] if going_on else ["heldout.json"])):
+        (folder / name).unlink(missing_ok=True)
+    write_json(asked, flags)
+    print(f"{folder}: training{', from its last checkpoint' if going_on else ''} ...", file=sys.stderr)
+    start = time.monotonic()
+    further = ["--resume_from_checkpoint"] if going_on else []
+    call("train_grpo_multilevel_unsloth.py", [*flags, "--output_dir", str(folder), *further], folder / "log.txt")
+    write_json(folder / "seconds.json", {"seconds of the last start": round(time.monotonic() - start)})
+    write_json(folder / "flags.json", flags)
+
+
+# --- what a plan is compared with -------------------------------------------------------------------------------------
+
+
+def controlled(args: argparse.Namespace, folder: Path, data: Path, seed: int) -> dict:
+    """{name: {level: improvement in %, "words": mean length}} of the held-out continuations behind each kind of text.
+
+    The improvement is over an empty plan, in the mean over plans, under the untrained model.
+    """
+    import numpy as np
+
+    from ppl.data import message_text
+    from ppl.models import load_model
+    from ppl.reference_context import ReferenceContext
+    from ppl.scoring.calculator import MultiLevelPPLCalculator
+
+    path = folder / "controls.json"
+    if path.exists():
+        return json.loads(path.read_text("utf-8"))
+    model, tokenizer, _ = load_model(args.model_name)
+    calculator, joined = MultiLevelPPLCalculator(tokenizer), ReferenceContext(template=TEMPLATE)
+    heldout = json.loads((folder / "heldout.json").read_text("utf-8"))
+    rows = [json.loads(line) for line in data.read_text("utf-8").splitlines()]
+    references = {PROMPT.format(prompt=row["prompt"]): row["reference"] for row in rows}
+    prompts = heldout["before"]["prompts"]
+    mine = [references[message_text(prompt)] for prompt in prompts]
+
+    def perplexities(plans: Sequence[str], scorer=None) -> np.ndarray:
+        """float64 [plans, 3], `len(plans) // len(prompts)` of them for each prompt in turn."""
+        each = len(plans) // len(prompts)
+        contexts = [
+            joined.context(calculator.render(prompt), plan)
+            for prompt, group in zip(prompts, chunks(plans, each), strict=True)
+            for plan in group
+        ]
+        texts = [reference for reference in mine for _ in range(each)]
+        levels = calculator.compute_all_levels(scorer or model, texts, contexts)
+        return np.stack([levels[level].cpu().numpy() for level in LEVELS], axis=1)
+
+    empty = perplexities([""] * len(prompts))
+    before, after = (heldout[side]["completions"] for side in ("before", "after"))
+    kinds = plan_kinds(before, after, [message_text(prompt) for prompt in prompts], tokenizer, random.Random(seed))
+    found = {}
+    for name, plans in kinds.items():
+        each = len(plans) // len(prompts)
+        improvement = 100 * (1 - perplexities(plans) / np.repeat(empty, each, axis=0))
+        found[name] = summary(improvement, plans)
+    tuned = fine_tuned(args, folder, [row for row in rows if row["reference"] not in mine], joined, calculator, seed)
+    found[SFT] = summary(100 * (1 - perplexities([""] * len(prompts), tuned) / empty), [""])
+    write_plans(folder / "plans.txt", [message_text(prompt) for prompt in prompts], mine, before, after)
+    write_json(path, found)
+    return found
+
+
+def plan_kinds(
+    before: Sequence[Sequence[str]],
+    after: Sequence[Sequence[str]],
+    prompts: Sequence[str],
+    tokenizer,
+    rng: random.Random,
+) -> dict[str, list[str]]:
+    """Texts to put where a plan stands, by name; of each, as many a prompt as there are plans.
+
+    before, after: the untrained and the trained model's plans of each prompt.
+    """
+    others = [*after[1:], after[0]]
+    words, untrained = [], []
+    for prompt, first, last in zip(prompts, before, after, strict=True):
+        bag = prompt.split()
+        for plan, trained in zip(first, last, strict=True):
+            words.append(" ".join(rng.sample(bag, min(len(bag), len(trained.split())))))
+            length = len(tokenizer(trained, add_special_tokens=False)["input_ids"])
+            untrained.append(tokenizer.decode(tokenizer(plan, add_special_tokens=False)["input_ids"][:length]))
+    return {
+        TRAINED: [plan for group in after for plan in group],
+        UNTRAINED: [plan for group in before for plan in group],
+        "untrained plan, cut to the trained one's length": untrained,
+        "another row's trained plan": [plan for group in others for plan in group],
+        "the prompt's words, shuffled, as many": words,
+    }
+
+
+def chunks(items: Sequence, size: int) -> list[Sequence]:
+    return [items[index : index + size] for index in range(0, len(items), size)]
+
+
+def summary(improvement, plans: Sequence[str]) -> dict:
+    """improvement: float64 [n, 3], in percent."""
+    levels = dict(zip(LEVELS, improvement.mean(axis=0).tolist(), strict=True))
+    return {**levels, "mean": float(improvement.mean()), "words": sum(len(p.split()) for p in plans) / len(plans)}
+
+
+def fine_tuned(args, folder: Path, rows: Sequence[dict], joined, calculator, seed: int):
+    """The model after fine-tuning on the true continuations: a gradient on as many tokens as GRPO sampled.
+
+    The same adapter, merged, since a scorer's adapters are off.
+    """
+    import torch
+    from datasets import Dataset
+    from transformers.trainer_utils import set_seed
+    from trl import SFTConfig, SFTTrainer
+
+    from ppl.models import add_lora, load_model
+
+    model, tokenizer, _ = load_model(args.model_name)
+    pairs = [
+        {
+            "prompt": joined.context(calculator.render([{"role": "user", "content": PROMPT.format(**row)}])),
+            "completion": row["reference"],
+        }
+        for row in rows
+    ]
+    length = sum(len(tokenizer(pair["completion"])["input_ids"]) for pair in pairs) / len(pairs)
+    steps = max(1, round(sampled_tokens(folder, args) / (args.batch * length)))
+    print(f"{folder}: SFT, {steps} steps of {args.batch} continuations ...", file=sys.stderr)
+    set_seed(seed)
+    config = SFTConfig(
+        output_dir=str(folder / "sft"), max_steps=steps, per_device_train_batch_size=args.batch, seed=seed,
+        learning_rate=args.sft_learning_rate, report_to="none", save_strategy="no", logging_steps=10, bf16=False,
+        use_cpu=not torch.cuda.is_available(), max_length=None, gradient_checkpointing=False, disable_tqdm=True,
+    )  # fmt: skip
+    model = add_lora(model, 16, 16, seed, unsloth=False)
+    SFTTrainer(model, config, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer).train()
+    return model.merge_and_unload().eval()
+
+
+def sampled_tokens(folder: Path, args: argparse.Namespace) -> float:
+    """How many tokens the completions of a run had: its log has their mean length at each step."""
+    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    history = json.loads(states[-1].read_text("utf-8"))["log_history"]
+    lengths = [entry["completions/mean_length"] for entry in history if "completions/mean_length" in entry]
+    return args.batch * args.max_steps * sum(lengths) / len(lengths)
+
+
+def write_plans(path: Path, prompts, references, before, after) -> None:
+    """Ten prompts with what was planned before and after training, to be read."""
+    from ppl.files import write_text
+
+    blocks = [
+        f"{prompt}\n  TRUE    {reference}\n  BEFORE  {first[0]!r}\n  AFTER   {last[0]!r}\n"
+        for prompt, reference, first, last in list(zip(prompts, references, before, after, strict=True))[:PLANS_READ]
+    ]
+    write_text(path, "\n".join(blocks), errors="replace")
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def numbers(args: argparse.Namespace, scores: dict) -> dict:
+    names = ("model_name", "dataset_name", "max_steps", "batch", "max_new_tokens", "learning_rate", "sft_learning_rate")
+    arms: dict = {}
+    for (arm, seed), found in scores.items():
+        arms.setdefault(arm, {})[str(seed)] = found
+    return {"settings": {name: getattr(args, name) for name in (*names, "sentences")}, "arms": arms}
+
+
+def show(scores: dict) -> None:
+    """Per arm and kind of text the improvement of the held-out continuations over no plan, all seeds beside another."""
+    import statistics
+
+    rows = []
+    for arm in dict.fromkeys(arm for arm, _ in scores):
+        runs = [found for (name, _), found in scores.items() if name == arm]
+        for kind in runs[0]:
+            means = [run[kind]["mean"] for run in runs]
+            levels = [f"{statistics.mean(run[kind][level] for run in runs):+.1f}" for level in LEVELS]
+            words = f"{statistics.mean(run[kind]['words'] for run in runs):.0f}"
+            rows.append([f"{arm}: {kind}", " ".join(f"{mean:+.1f}" for mean in means), *levels, words])
+    columns = ["behind", "improvement, % (each seed)", *LEVELS, "words"]
+    print_table("True continuations of held-out prompts, against an empty plan", columns, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""The model card that a run leaves, and what --push_to_hub carries, with a stand-in for the hub."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import warm
+from huggingface_hub import ModelCard
+from training_runs import EXAMPLES, SHORT, train
+
+from ppl.training import card
+
+QUICK = [*SHORT, "--no_unsloth", "--no-load_in_4bit", "--max_steps", "2", "--save_steps", "1"]
+# The hub cannot run here: what would be uploaded is printed, with the files as they are at that moment.
+PUSH = """
+import json, sys
+from pathlib import Path
+from huggingface_hub import HfApi
+
+def create(self, repo_id, **_):
+    from types import SimpleNamespace
+    return SimpleNamespace(repo_id=repo_id)
+
+def upload(self, *, folder_path, commit_message, **_):
+    read = lambda name: (Path(folder_path) / name).read_text() if (Path(folder_path) / name).exists() else ""
+    files = {name: read(name) for name in ("README.md", "report.html")}
+    print("PUSHED " + json.dumps([commit_message, sorted(path.name for path in Path(folder_path).iterdir()), files]))
+
+HfApi.create_repo, HfApi.upload_folder = create, upload
+import train_grpo_multilevel_unsloth
+sys.exit(train_grpo_multilevel_unsloth.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "stories"
+    data = folder.with_name("data.json")
+    stories = json.loads((EXAMPLES / "tiny_stories" / "train.json").read_text())[:20]
+    data.write_text(json.dumps(stories))
+    baselines = folder.with_name("own.json")
+    baselines.write_text(json.dumps({one["id"]: {"word": 30, "phrase": 30, "sentence": 30} for one in stories}))
+    train(*QUICK, "--dataset_name", data, "--baselines_path", baselines, "--output_dir", folder)
+    return folder
+
+
+def test_it_says_what_was_trained_on_what_with_which_reward(output):
+    text = (output / "README.md").read_text(encoding="utf-8")
+    ours, trl = text.split(card.MARK)
+    rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", ours, flags=re.MULTILINE))
+    assert rows["Base model"] == "`tiny_stories`" and rows["Data"] == "`data.json`, train: 18 prompts"
+    assert rows["Levels"] == "geometric; weights: word 0.2, phrase 0.3, sentence 0.5"
+    assert rows["Reward of an improvement"].startswith("0.2 from 0.05 %, 0.5 from 0.5 %, ")
+    assert rows["Baselines"] == "`own.json`: the data set's own texts"
+    assert rows["Scorer"] == "the model itself before training, frozen"
+    assert "for 2 of 2 optimizer steps" in ours
+    assert "trained using [TRL]" in trl and "DeepSeekMath" in trl  # its own text, below
+    assert str(output.parent) not in text and str(EXAMPLES) not in text  # no folder of this machine
+
+
+def test_its_held_out_table_is_that_of_the_run_and_its_files_are_there(output):
+    text = (output / "README.md").read_text(encoding="utf-8")
+    scores = {side: of["scores"] for side, of in json.loads((output / "heldout.json").read_text()).items()
+              if side != "sampling"}  # fmt: skip
+    table = re.findall(r"^\| (.+?) \| (\S+) \| (\S+) \| (\S+) \|$", text, flags=re.MULTILINE)
+    shown = {name: numbers for name, *numbers in table if name in scores["before"]}
+    assert set(shown) == set(scores["before"])
+    for name, (before, after, _) in shown.items():
+        assert float(before) == pytest.approx(scores["before"][name], abs=6e-4)
+        assert float(after) == pytest.approx(scores["after"][name], abs=6e-4)
+    assert "8 completions of 2 prompts" in text
+    for target in re.findall(r"\]\(([^)]+)\)", text.split(card.MARK)[0]):
+        assert (output / target).exists(), target
+
+
+def test_its_metadata_are_the_hubs_and_its_licence_the_bases(output):
+    data = ModelCard.load(output / "README.md").data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "peft", "text-generation")
+    assert {"grpo", "trl"} <= set(data.tags)
+    assert data.base_model is None and data.datasets is None  # neither is on the hub
+    assert "licence" not in data.to_dict()
+    assert "The base model's is `apache-2.0`." in (output / "README.md").read_text(encoding="utf-8")
+
+
+def test_it_loads_as_the_card_says(output):
+    text = (output / "README.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"## How to load it\n\n```python\n(.*?)```", text, flags=re.DOTALL)
+    (output.parent / "tiny_stories").symlink_to(EXAMPLES / "tiny_stories")
+    code += "print(type(model).__name__, tokenizer.bos_token)"
+    done = subprocess.run([warm.python(), "-c", code], cwd=output.parent, capture_output=True, text=True)
+    assert done.stdout.strip() == "PeftModelForCausalLM <|bos|>", done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_what_is_pushed_last_has_the_card_and_the_finished_report(tmp_path):
+    flags = [*QUICK, "--push_to_hub", "--hub_model_id", "me/stories", "--hub_strategy", "end"]
+    done = subprocess.run(
+        [warm.python(), "-c", PUSH, *map(str, flags), "--output_dir", tmp_path / "out"],
+        cwd=EXAMPLES, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    pushed = [json.loads(line.removeprefix("PUSHED ")) for line in done.stdout.splitlines() if "PUSHED" in line]
+    [(_, names, files)] = pushed
+    assert {"adapter_model.safetensors", "README.md", "report.html", "reward.png"} <= set(names)
+    assert "Finished after 2 steps" in files["report.html"]
+    assert 'PeftModel.from_pretrained(base, "me/stories")' in files["README.md"] and card.MARK in files["README.md"]
+    assert "| before | after | change |" in files["README.md"]
+
+
+def test_before_the_end_the_card_says_so(tmp_path):
+    """As after a stop: heldout.json has no second half."""
+    heldout = {"sampling": {}, "before": {"prompts": ["a"], "completions": [["b", "c"]], "scores": {"KL": None}}}
+    (tmp_path / "heldout.json").write_text(json.dumps(heldout | {"after": None}))
+    text = card._heldout(tmp_path / "heldout.json")
+    assert "2 completions of 1 prompts" in text and "Training has not ended yet." in text and "| KL | – |" in text
+
+
+def test_a_licence_that_cannot_be_found_is_not_guessed(tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("# A model\n")
+    assert card.licence_of(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    assert card.licence_of(str(tmp_path)) == "mit"
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    assert card.licence_of(str(tmp_path)) is None
+    assert card.licence_of("somebody/out-of-reach") is None  # the tests are offline
+
+
+def test_baselines_are_named_by_how_they_were_made():
+    job = SimpleNamespace(args=SimpleNamespace(target="completion"), column_meta=SimpleNamespace(meta={}))
+    made = SimpleNamespace(meta={"generated": {"generate": 4}}, source="/home/me/b.pkl")
+    assert card._baselines(SimpleNamespace(**vars(job), baselines=None)) == "each prompt's first completions"
+    own = card._baselines(SimpleNamespace(**vars(job), baselines=made))
+    assert own == "`b.pkl`: the mean of 4 completions a prompt before training"
