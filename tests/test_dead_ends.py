@@ -21,7 +21,7 @@ from ppl.sampling import prompt_ids, sample
 from ppl.scoring.tokens import TextEncoder
 from ppl.training.config import grpo_config
 from ppl.training.job import check_batch
-from ppl.training.load import Loaded, check_prompts
+from ppl.training.load import Loaded, check_prompts, check_trl
 from ppl.training.merge import save_merged
 from ppl.training.plan import plan_batches
 
@@ -226,3 +226,16 @@ def test_a_merge_that_is_refused_comes_after_all_else(tmp_path):
     assert (out / "adapter_model.safetensors").exists() and not (out / "merged").exists()
     assert json.loads((out / "heldout.json").read_text())["after"] is not None
     assert "after" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("version", "gpu", "works"), [
+    ("1.14.2", False, True), ("1.15.0", False, False), ("1.15.0", True, True), ("1.16.0", False, True),
+])  # fmt: skip
+def test_a_trl_that_cannot_train_here_without_unsloth_is_said_in_one_line(monkeypatch, version, gpu, works):
+    """Its log-probabilities ended in `'NoneType' object has no attribute 'apply'`."""
+    monkeypatch.setattr("trl.__version__", version)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    if works:
+        return check_trl("--no_unsloth")
+    with pytest.raises(InputError, match=r"^TRL 1\.15\.0 cannot train .*--no_unsloth.*install trl==1\.14\.2 or .*$"):
+        check_trl("--no_unsloth")

@@ -22,6 +22,8 @@ class Loaded(NamedTuple):
 def load_policy_and_scorer(job: Job) -> tuple[Loaded, Loaded]:
     """(what is trained, what scores). Raises `InputError` for prompts that the chat template refuses."""
     args, reason = job.args, job.without_unsloth
+    if reason:
+        check_trl(reason)
     if is_first():
         options = ", ".join(f"{key}={value}" for key, value in job.policy_load.items())
         print(f"Loading {args.model_name} ({options}) ...")
@@ -33,6 +35,8 @@ def load_policy_and_scorer(job: Job) -> tuple[Loaded, Loaded]:
         **common,
         **job.policy_load,
     )
+    if refused:
+        check_trl(refused)
     reason = reason or refused
     if is_first():
         way = f"Training with transformers and PEFT: {reason}" if reason else "Training with Unsloth"
@@ -40,13 +44,33 @@ def load_policy_and_scorer(job: Job) -> tuple[Loaded, Loaded]:
     if not args.full_finetuning:
         model = add_lora(model, args.lora_r, args.lora_alpha, args.seed, unsloth=reason is None)
     policy = scorer = Loaded(model, tokenizer)  # its adapter is off while it scores
-    if args.full_finetuning or args.scorer_model:
+    if args.scorer_url:
+        from ..scoring.server import connect
+
+        scorer = Loaded(*connect(args.scorer_url, args.scorer_model or args.model_name, args.chat_template_path))
+    elif args.full_finetuning or args.scorer_model:
         name = args.scorer_model or args.model_name
         scorer = Loaded(*load_model(name, unsloth=reason is None, **common, **job.scorer_load)[:2])
         scorer.model.requires_grad_(False)
     for rows in filter(None, (job.train_rows, job.heldout_rows, job.eval_rows)):
         check_prompts(rows["prompt"], policy, scorer, job)
     return policy, scorer
+
+
+def check_trl(reason: str) -> None:
+    """Raises `InputError` if the installed TRL cannot train here without Unsloth.
+
+    Its 1.15.0 has one implementation of log-probabilities, in Triton, which needs a GPU; the versions before and after
+    have another. reason: why Unsloth is not used.
+    """
+    import torch
+    import trl
+
+    if trl.__version__.startswith("1.15.") and not torch.cuda.is_available():
+        raise InputError(
+            f"TRL {trl.__version__} cannot train without a GPU and without Unsloth ({reason}): install trl==1.14.2 or "
+            "trl==1.16.0, or train with Unsloth"
+        )
 
 
 def check_prompts(prompts: Sequence[Text], policy: Loaded, scorer: Loaded, job: Job) -> None:
