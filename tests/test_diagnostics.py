@@ -161,7 +161,7 @@ def test_a_level_that_was_below_its_baseline_from_the_start_pays_for_nothing(fun
         function(dict.fromkeys(EVERY, level(100.0)), use_cache=False),
         lambda step: bad if step < START else (30.0, 2.0, -29.0),
     )
-    assert watch.named == []
+    assert "level pays" not in watch.named
 
 
 @pytest.mark.parametrize(("kl", "named"), [(0.003, ["not moved"]), (0.05, []), (None, [])])

@@ -1,21 +1,27 @@
 """The reward as OpenRLHF and verl call it: loaded by path, from threads, one completion at a time.
 
-Neither engine is installed. How they load and call is copied from their sources: OpenRLHF's `SingleTurnAgentExecutor`
-(openrlhf/utils/agent.py), verl's `load_module` and its reward managers `naive` and `batch`.
+Neither engine is installed here; `make engines` runs them. How they load and call is copied from their sources:
+OpenRLHF's `SingleTurnAgentExecutor` (openrlhf/utils/agent.py), verl's `load_module` and its reward manager `naive`.
 """
 
 import asyncio
 import functools
 import importlib.util
 import json
+import os
 import re
+import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from waiting import PATIENCE
 
 import ppl.reward.config
 from multi_level_ppl_trl import MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
@@ -43,7 +49,14 @@ def configure(tmp_path, monkeypatch):
 
     def write(**settings):
         path = tmp_path / "reward.yaml"
-        settings = {"model_name": "tiny-stories", "interpolate": True, "reward_thresholds": LINE, **settings}
+        settings = {
+            "model_name": "tiny-stories",
+            "device": "cpu",
+            "interpolate": True,
+            "reward_thresholds": LINE,
+            **settings,
+        }
+        settings = {name: value for name, value in settings.items() if value is not None}
         path.write_text(yaml.safe_dump(json.loads(json.dumps(settings))))
         monkeypatch.setenv("PPL_REWARD_CONFIG", str(path))
         loads = []
@@ -127,19 +140,73 @@ def test_openrlhf_gets_the_numbers_of_the_direct_reward(configure, tmp_path, mod
             assert logged.tolist() == pytest.approx(details["improvements"][level].tolist(), rel=1e-3, abs=1e-3)
 
 
-def test_verl_gets_the_numbers_of_the_direct_reward_one_by_one_and_in_batches(configure, model_and_tokenizer):
+def test_verl_gets_the_numbers_of_the_direct_reward(configure, model_and_tokenizer):
     loads = configure(target="reference")
     module = by_path("custom_module", True)
     rewards, details = direct(model_and_tokenizer, target="reference")
-    rows = verl_rows(PROMPTS)
-    plural = {f"{name}s": [row[name] for row in rows] for name in rows[0]}
-    for results in (naive(module.compute_score, rows), module.compute_scores(**plural)):
-        assert [result["score"] for result in results] == pytest.approx(rewards.tolist(), rel=1e-4)
-        words = details["improvements"]["word"].tolist()
-        assert [result["reward_word"] for result in results] == pytest.approx(words, rel=1e-3, abs=1e-3)
-        assert {tuple(result) for result in results} == {("score", "reward_word", "reward_phrase", "reward_sentence")}
-        assert all(type(value) is float for result in results for value in result.values())
+    results = naive(module.compute_score, verl_rows(PROMPTS))
+    assert [result["score"] for result in results] == pytest.approx(rewards.tolist(), rel=1e-4)
+    words = details["improvements"]["word"].tolist()
+    assert [result["reward_word"] for result in results] == pytest.approx(words, rel=1e-3, abs=1e-3)
+    names = ("score", *(f"{kind}_{level}" for kind in ("reward", "score") for level in LEVELS))
+    assert {tuple(result) for result in results} == {names}
+    assert all(type(value) is float for result in results for value in result.values())
     assert len(loads) == 1
+
+
+@pytest.mark.parametrize("form", ["thresholds", "nats"])
+def test_a_level_alone_earns_by_the_rewards_own_form_and_a_blank_text_the_least(configure, tmp_path, form):
+    """For GDPO, where an improvement of 0 % for a blank text would beat the -55 % of an honest one."""
+    path = tmp_path / "baselines.json"
+    path.write_text(json.dumps({prompt: dict.fromkeys(LEVELS, 40.0) for prompt in PROMPTS}))
+    # The points of a threshold reward may lie below 0, and 0 is what a text below the lowest one gets.
+    points = (
+        {"reward_thresholds": [(-200.0, -1.0), (60.0, 1.0)]} if form == "thresholds" else {"reward_thresholds": None}
+    )
+    configure(baselines=str(path), form=form, interpolate=None, **points)
+    results = naive(by_path("custom_module", True).compute_score, verl_rows(PROMPTS))
+    blank = results[COMPLETIONS.index("")]
+    scored = [result for result, text in zip(results, COMPLETIONS, strict=True) if text]
+    assert blank["reward_word"] == 0.0
+    assert min(result["reward_word"] for result in scored) < 0.0 < max(result["reward_word"] for result in scored)
+    for level in LEVELS:
+        for result in scored:
+            improvement = result[f"reward_{level}"]
+            if form == "nats":  # baseline - current = improvement of it
+                expected = np.clip(-np.log(1 - improvement / 100), -0.5, 0.5)
+            else:
+                expected = 1.0 if improvement >= 60 else -1.0 if improvement >= -200 else 0.0
+            assert result[f"score_{level}"] == pytest.approx(expected, abs=1e-6)
+        assert blank[f"score_{level}"] == {"nats": -0.5, "thresholds": -1.0}[form]
+        assert blank[f"score_{level}"] <= min(result[f"score_{level}"] for result in scored)
+
+
+def test_calls_that_come_meanwhile_take_one_pass_of_the_scorer_and_get_the_same_numbers(configure, monkeypatch):
+    configure(target="reference", use_cache=False)
+    module = by_path("custom_module", True)
+    rows = verl_rows(PROMPTS)
+    alone = [module.compute_score(**row) for row in rows]
+    reward = ppl.reward.config.reward_from_config()
+    sizes, begun, go_on, compute = [], threading.Event(), threading.Event(), reward.compute_rewards
+
+    def counted(texts, *args, **kwargs):
+        sizes.append(len(texts))
+        begun.set()
+        assert go_on.wait(PATIENCE)
+        return compute(texts, *args, **kwargs)
+
+    monkeypatch.setattr(reward, "compute_rewards", counted)
+    with ThreadPoolExecutor(len(rows)) as pool:
+        calls = [pool.submit(module.compute_score, **rows[0])]
+        assert begun.wait(PATIENCE)
+        calls += [pool.submit(module.compute_score, **row) for row in rows[1:]]
+        while module._score.waiting < len(rows) - 1:
+            time.sleep(0.001)
+        go_on.set()
+        together = [call.result() for call in calls]
+    assert sizes == [1, len(rows) - 1]
+    for one, other in zip(alone, together, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-4)
 
 
 def test_verl_finds_baselines_by_the_rows_id(configure, tmp_path):
@@ -168,6 +235,7 @@ def test_verl_may_give_the_prompt_as_chat_messages_in_an_array(configure, tmp_pa
         ({}, "set baselines, or target: reference"),
         ({"target": "reference", "normalize": True}, "normalize"),
         ({"target": "reference", "missing": "skip"}, "missing: skip"),
+        ({"target": "reference", "device": None}, "device is not set"),
         ({"target": "reference", "wieghts": [1, 1, 1]}, "did you mean weights"),
     ],
 )
@@ -177,28 +245,63 @@ def test_what_a_completion_alone_cannot_have_is_refused_when_the_file_is_loaded(
         by_path("reward_func", False)
 
 
-def test_a_missing_prompt_is_no_score(configure):
+def test_what_is_no_score_is_printed_since_openrlhf_swallows_it(configure, capsys):
     configure(target="reference")
     module = by_path("custom_module", True)
     with pytest.raises(InputError, match="extra_info has no 'prompt'"):
         module.compute_score("stories", " So.", "The end.", {"index": 3})
     with pytest.raises(InputError, match="does not begin with its prompt"):
-        module.reward_func(["upon a time. So"], ["Once upon a time."], ["The end."])
+        module.reward_func(["upon it. So"], ["Once upon a time."], ["The end."])
+    assert "error: the query 'upon it. So' does not begin with its prompt" in capsys.readouterr().err
     with pytest.raises(InputError, match="blank reference"):
         module.reward_func(["Once. So"], ["Once."], [None])
+
+
+@pytest.mark.parametrize(
+    ("query", "prompt"),
+    [
+        ("<s> [INST] hi [/INST] So.", "<s>[INST] hi [/INST]"),  # the policy's tokenizer is not the scorer's
+        ("Caf\u00e9 [/INST] So.", "Cafe\u0301 [/INST]"),
+        ("a time there was a fox. So.", "Once upon a time there was a fox."),
+    ],
+)
+def test_a_prompt_that_its_tokenizer_or_a_limit_changed_gets_the_reward_of_its_completion(configure, query, prompt):
+    configure(target="reference", reward_thresholds=[(-1000.0, 0.0), (1000.0, 1.0)])
+    module = by_path("reward_func", False)
+    whole = module.reward_func([f"{prompt} So."], [prompt], ["The end."])
+    assert whole["rewards"].item() > 0
+    assert module.reward_func([query], [prompt], ["The end."])["rewards"].tolist() == whole["rewards"].tolist()
 
 
 def test_the_example_files_point_to_what_is_there():
     engines = EXAMPLES / "engines"
     assert ppl.reward.config.read_settings(engines / "reward.yaml")["target"] == "reference"
-    verl = yaml.safe_load((engines / "verl.yaml").read_text())
-    function = verl["reward"]["custom_reward_function"]
-    assert (EXAMPLES / function["path"]).samefile(ENGINE_REWARD)
+    function = yaml.safe_load((engines / "verl.yaml").read_text())["reward"]["custom_reward_function"]
     assert f"def {function['name']}(" in ENGINE_REWARD.read_text()
-    assert (EXAMPLES / verl["ray_kwargs"]["ray_init"]["runtime_env"]["env_vars"]["PPL_REWARD_CONFIG"]).exists()
-    script = (engines / "openrlhf.sh").read_text()
-    for name in re.findall(r"\$EXAMPLES/([\w/.]+)", script):
-        assert (EXAMPLES / name).exists(), name
+    for script in ("openrlhf.sh", "verl.sh"):
+        names = re.findall(r"\$EXAMPLES/([\w/.]+)", (engines / script).read_text())
+        assert len(names) >= 2
+        for name in names:
+            assert (EXAMPLES / name).exists(), name
+
+
+@pytest.mark.parametrize("script", ["openrlhf.sh", "verl.sh"])
+def test_an_example_gives_absolute_paths_wherever_it_is_started(tmp_path, script):
+    """Ray's workers run in another folder than the shell that starts them."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nenv | grep PPL_REWARD_CONFIG\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / "mine.yaml").write_text("model_name: tiny-stories")
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "DATASET": "d", "MODEL": "m"}
+    command = [os.path.relpath(EXAMPLES / "engines" / script, tmp_path), "extra=1"]
+    for config, path in ((None, EXAMPLES / "engines" / "reward.yaml"), ("mine.yaml", tmp_path / "mine.yaml")):
+        environment |= {"PPL_REWARD_CONFIG": config} if config else {}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        words = done.stdout.splitlines()
+        paths = [Path(word.partition("=")[2] or word) for word in words if word.endswith(("reward.py", ".yaml"))]
+        assert {one.resolve() for one in paths} == {ENGINE_REWARD.resolve(), path.resolve()}
+        assert all(one.is_absolute() for one in paths)
+        assert words[-1] == "extra=1"
 
 
 def test_a_prompt_is_known_again_though_its_tokenizer_decodes_it_otherwise(configure, tmp_path, story):

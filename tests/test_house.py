@@ -63,7 +63,7 @@ def rooms_imported(path: Path) -> set[str]:
 def test_the_imports_are_seen():
     """Known in advance, so that the rule below does not hold for want of looking."""
     assert rooms_imported(PPL / "reward" / "function.py") == {"scoring", "baselines"}
-    assert PPL / "scoring" / "surprisal.py" in imported(PPL / "reward" / "function.py")
+    assert PPL / "scoring" / "scorer.py" in imported(PPL / "reward" / "function.py")
     assert PPL / "baselines" / "safe_pickle.py" in imported(PPL / "baselines" / "file.py")  # from . import ...
     assert PPL / "frozen.py" in imported(PPL / "models.py")  # within a function
     assert PPL / "cli.py" in imported(PPL / "training" / "config.py")  # from .. import ...

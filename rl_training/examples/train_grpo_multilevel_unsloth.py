@@ -38,7 +38,11 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     cli.add_definition_flags(parser)
     model = parser.add_argument_group("what is trained (default: a LoRA adapter; the folder of one goes on with it)")
     model.add_argument("--full_finetuning", action="store_true", help="train all weights; a frozen copy is the scorer")
-    model.add_argument("--scorer_model", help="scorer (default: the model itself as it was before training)")
+    model.add_argument(
+        "--scorer_model",
+        help="scorer (default: the model itself as it was before training); with --scorer_url, what is served there",
+    )
+    cli.add_server_flag(model)
     model.add_argument(
         "--save_merged", action="store_true", help="also save model and adapter as one 16-bit model, OUTPUT_DIR/merged"
     )

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# GRPO in OpenRLHF (0.10, whose flags have dots) on the multi-level perplexity reward. What is about the reward are the
+# GRPO in OpenRLHF (0.11; since 0.10 its flags have dots) on the multi-level perplexity reward. What is about the reward are the
 # variable PPL_REWARD_CONFIG and the flags --reward.remote_url and --data.label_key; the rest is an example for 8 GPUs.
-# A data set's rows are {"prompt": ..., "reference": ...}. Not run by this project's tests: they call the function as
-# OpenRLHF does.
+# A data set's rows are {"prompt": ..., "reference": ...}.
 set -euo pipefail
 
 EXAMPLES=$(cd "$(dirname "$0")/.." && pwd)
-export PPL_REWARD_CONFIG=${PPL_REWARD_CONFIG:-$EXAMPLES/engines/reward.yaml}  # before `ray start`, for its workers
+# Absolute, and set before `ray start` too, for its workers.
+PPL_REWARD_CONFIG=$(realpath "${PPL_REWARD_CONFIG:-$EXAMPLES/engines/reward.yaml}")
+export PPL_REWARD_CONFIG
 
 python -m openrlhf.cli.train_ppo_ray \
     --reward.remote_url "$EXAMPLES/engines/reward.py" \

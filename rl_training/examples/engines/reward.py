@@ -4,13 +4,15 @@
     reward.custom_reward_function.path=.../engines/reward.py      verl (up to 0.6: custom_reward_function.path)
 
 The environment variable PPL_REWARD_CONFIG names the YAML file that describes the reward (`ppl.reward.config`): it is
-read here on import, the model is loaded at the first call, once a process. Calls may come from any number of threads.
+read here on import, the model is loaded at the first call, once a process. Calls may come from any number of threads:
+those that come while others are scored are scored together.
 """
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -20,7 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ppl.data import Text, message_text, stable_id
 from ppl.definitions import LEVELS
 from ppl.errors import InputError
-from ppl.reward.config import SCORING, config_path, read_settings, reward_from_config
+from ppl.reward.coalescing import Coalescing
+from ppl.reward.config import config_path, read_settings, reward_from_config
+from ppl.reward.per_level import level_scores
+from ppl.reward.query import completion_of
 
 
 def _check(settings: dict) -> None:
@@ -33,8 +38,15 @@ def _check(settings: dict) -> None:
         )
     if settings.get("normalize"):
         raise InputError(f"{where}: normalize: true needs many completions at a time, and here they come one by one")
+    if settings.get("reference_tokens") == "group":
+        raise InputError(f"{where}: reference_tokens: group needs a prompt's completions together: use hard or all")
     if settings.get("missing") == "skip":
         raise InputError(f"{where}: missing: skip gives rows without a reward, which this engine cannot take")
+    if settings.get("device") is None and settings.get("scorer_url") is None:
+        raise InputError(
+            f"{where}: device is not set, and a Ray actor that asks for no GPU sees all of them or none, as its "
+            "version has it: expected device: cpu, or cuda:0 and the like"
+        )
 
 
 _check(read_settings())
@@ -43,65 +55,73 @@ _check(read_settings())
 def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence, **_) -> dict:
     """OpenRLHF's: `{"rewards", "scores": float32 [B], "extra_logs": {"reward_word": float32 [B] in percent, ...}}`.
 
-    queries: prompt and completion as one string, special tokens and all. labels: the references (`--data.label_key`),
-    or whatever, if the target is the completion and the baselines are found by prompt.
+    queries: prompt and completion as one string, special tokens and all; of a prompt that was cut on the left, its end.
+    prompts: as they were before that, which is what a completion is scored behind. labels: the references
+    (`--data.label_key`), or whatever, if the target is the completion and the baselines are found by prompt.
     """
-    texts = []
-    for query, prompt in zip(queries, prompts, strict=True):
-        start = next((start for start in _as_decoded(prompt) if query.startswith(start)), None)
-        if start is None:
-            raise InputError(
-                f"the query {query!r:.80} does not begin with its prompt {prompt!r:.80}: was it cut? Allow "
-                "longer prompts (--data.max_len)"
-            )
-        texts.append(query[len(start) :])
-    rewards, improvements = _score(texts, prompts, labels)
-    return {"rewards": rewards, "scores": rewards, "extra_logs": improvements}
-
-
-def _as_decoded(prompt: str) -> Iterator[str]:
-    """What a prompt can look like in a query, which is decoded from its ids: some tokenizers write BOS, and a space."""
-    yield prompt
-    tokenizer = reward_from_config().tokenizer
-    for special in (False, True):
-        yield tokenizer.decode(tokenizer(prompt, add_special_tokens=special)["input_ids"])
+    try:
+        given = zip(queries, prompts, labels, strict=True)
+        scored = _score([_Row(_completion(query, prompt), prompt, label) for query, prompt, label in given])
+    except Exception as error:
+        # OpenRLHF logs it at the level of details, goes on without a reward, and dies elsewhere of that.
+        print(f"error: {'' if isinstance(error, InputError) else type(error).__name__ + ': '}{error}", file=sys.stderr)
+        raise
+    columns = {name: torch.tensor([row[name] for row in scored]) for name in scored[0]} if scored else {}
+    rewards = columns.pop("score", torch.empty(0))
+    return {"rewards": rewards, "scores": rewards, "extra_logs": columns}
 
 
 def compute_score(data_source, solution_str: str, ground_truth, extra_info=None, **_) -> dict[str, float]:
-    """verl's, for its reward managers `naive`, `dapo` and the like: `{"score", "reward_word", ...}` of one completion.
+    """verl's, for its reward managers `naive`, `dapo`, `gdpo` and the like, of one completion.
 
-    ground_truth: the reference. extra_info: must have the row's `prompt`, a string or chat messages; may have its `id`.
+    `{"score", "reward_word", ..., "score_word", ...}`: reward_... is a level's improvement in percent, to look at;
+    score_... what the level alone would earn, for `algorithm.gdpo_reward_keys`.
+
+    ground_truth: the reference. extra_info: must have the row's `prompt` as the scorer reads it, a string or, for a
+    scorer with a chat template, messages; may have its `id`.
     """
-    return compute_scores([data_source], [solution_str], [ground_truth], [extra_info])[0]
-
-
-def compute_scores(data_sources, solution_strs, ground_truths, extra_infos, **_) -> list[dict[str, float]]:
-    """verl's, for its reward manager `batch`: as `compute_score`, of many completions in one call."""
-    infos = [info or {} for info in extra_infos]
-    if not all("prompt" in info for info in infos):
+    info = extra_info or {}
+    if "prompt" not in info:
         raise InputError(
             "extra_info has no 'prompt', which a perplexity needs: put the row's prompt there in the data set"
         )
-    prompts = [prompt if isinstance(prompt := info["prompt"], str) else list(prompt) for info in infos]
-    rewards, improvements = _score(solution_strs, prompts, ground_truths, [info.get("id") for info in infos])
-    columns = {"score": rewards, **improvements}
-    return [{name: float(values[row]) for name, values in columns.items()} for row in range(len(infos))]
+    prompt = info["prompt"] if isinstance(info["prompt"], str) else list(info["prompt"])
+    return _score([_Row(solution_str, prompt, ground_truth, info.get("id"))])[0]
 
 
-def _score(texts, prompts: Sequence[Text], references, ids=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """float32 [B] rewards, and of each level the improvement in percent."""
-    reward = reward_from_config()
-    references = [reference if isinstance(reference, str) else "" for reference in references]
-    ids = [
-        stable_id(prompt, reference) if row_id is None else row_id
-        for row_id, prompt, reference in zip(ids or [None] * len(texts), prompts, references, strict=True)
-    ]
-    special = [token.content for token in reward.tokenizer.added_tokens_decoder.values() if token.special]
-    if special:  # the end of the turn, padding: no part of what was written
-        texts = [re.sub("|".join(map(re.escape, special)), "", message_text(text)) for text in texts]
-    with SCORING:
-        rewards, details = reward.compute_rewards(
-            texts, prompts=prompts, references=references, ids=ids, return_details=True
+class _Row(NamedTuple):
+    text: str
+    prompt: Text
+    reference: object
+    id: object = None
+
+
+def _completion(query: str, prompt: str) -> str:
+    text = completion_of(query, prompt, reward_from_config().tokenizer)
+    if text is None:
+        raise InputError(
+            f"the query {query!r:.80} does not begin with its prompt {prompt!r:.80}, nor with the end of it: expected "
+            "the prompt and the completion, decoded together"
         )
-    improvements = {f"reward_{level}": details["improvements"][level].float() for level in LEVELS}
-    return rewards.cpu(), improvements
+    return text
+
+
+def _score_calls(calls: list[list[_Row]]) -> list[list[dict[str, float]]]:
+    """Of each call's rows: `score`, of each level `reward_...`, the improvement in percent, and `score_...`."""
+    reward = reward_from_config()
+    texts, prompts, references, ids = [], [], [], []
+    special = [token.content for token in reward.tokenizer.added_tokens_decoder.values() if token.special]
+    for text, prompt, reference, row_id in (row for rows in calls for row in rows):
+        # The end of the turn, padding: no part of what was written.
+        texts.append(re.sub("|".join(map(re.escape, special)), "", message_text(text)) if special else text)
+        prompts.append(prompt)
+        references.append(reference if isinstance(reference, str) else "")
+        ids.append(stable_id(prompt, references[-1]) if row_id is None else row_id)
+    rewards, details = reward.compute_rewards(texts, prompts, references, ids, return_details=True)
+    columns = {"score": rewards, **{f"reward_{level}": details["improvements"][level] for level in LEVELS}}
+    columns |= zip((f"score_{level}" for level in LEVELS), level_scores(reward, details).T, strict=True)
+    values = iter(zip(*(column.tolist() for column in columns.values()), strict=True))
+    return [[dict(zip(columns, next(values), strict=True)) for _ in rows] for rows in calls]
+
+
+_score = Coalescing(_score_calls)

@@ -74,6 +74,13 @@ def add_unsloth_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no_unsloth", action="store_true", help="load with transformers and PEFT instead of Unsloth")
 
 
+def add_server_flag(parser) -> None:
+    parser.add_argument(
+        "--scorer_url", metavar="URL",
+        help="score through a server of vLLM, such as http://127.0.0.1:8000 (default: a model in this process)",
+    )  # fmt: skip
+
+
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data set")
     group.add_argument("--dataset_name", default="tiny-stories", help="hub name, folder, file, or tiny-stories")

@@ -1,18 +1,20 @@
 """What two numbers must share to be compared: what the baselines file keeps, and the reward asks of it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from .definitions import DEFAULT_REFERENCE_TOKENS
-from .models import describe_model, tokenizer_fingerprint
+from .models import tokenizer_fingerprint
+
+BEHIND_AN_ADDRESS = "behind an address"  # in place of a hash of weights that are not here
+PROBE_NATS = 0.05  # how far a token of the probe may be off, in the mean: a server's kernels depend on what it batches
 
 
 def identity(
-    model,
+    scorer,
     tokenizer,
     *,
     name: str,
-    window: int | None,
     target: str,
     definitions: Mapping,
     template: str,
@@ -21,17 +23,17 @@ def identity(
 ) -> dict:
     """What perplexities were computed with: the same keys in a baselines file's meta and in a reward.
 
-    name: the model's, which is told but not compared. window: most tokens the scorer takes at once, None without a
-    limit. definitions: the calculator's. template, reference_tokens: how a reference stands behind its prompt, and what
-    of it counts; only of that target.
+    scorer: a `ppl.scoring.scorer.Scorer`. name: its model's, which is told but not compared; a server names its own.
+    definitions: the calculator's. template, reference_tokens: how a reference stands behind its prompt, and what of it
+    counts; only of that target.
     prompt: how prompts are made of a data set's texts, and how chat messages become text, as far as it is known.
     """
     return {
         "target": target,
         "definitions": of_target(definitions, target, template, reference_tokens),
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "model": {**describe_model(model), "name": name},
-        "window": window,
+        "model": {"name": name, **scorer.identity},
+        "window": scorer.window,
         "prompt": dict(prompt),
     }
 
@@ -51,11 +53,21 @@ def differences(made: Mapping, expected: Mapping) -> dict[str, tuple]:
     """
     theirs, mine = _flat(made), _flat(expected)
     differing = {key: (theirs[key], mine[key]) for key in mine if key in theirs and theirs[key] != mine[key]}
+    if "probe" in differing:
+        probes = differing.pop("probe")
+        if not _is_same_text(*probes):
+            before, after = (f"{sum(one) / max(1, len(one)):.4f} nats a token" for one in probes)
+            differing["probe"] = before, after
     windows = [side["window"] for side in (made, expected) if "window" in side]
     if len(set(windows)) == 2 and made.get("longest", math.inf) > min(window for window in windows if window):
         made_with, now = (f"{window} tokens" if window else "without limit" for window in windows)
         differing["window"] = made_with, now
     return differing
+
+
+def _is_same_text(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two lists of surprisals, in nats, are one text's under the same model."""
+    return len(a) == len(b) and sum(abs(x - y) for x, y in zip(a, b, strict=True)) <= PROBE_NATS * len(a)
 
 
 def _flat(identity: Mapping) -> dict:

@@ -41,6 +41,15 @@ def model_path(name: str) -> str:
     return str(path)
 
 
+def tokenizer_path(name: str) -> str:
+    """As `model_path`, for what need not hold weights. Of a GGUF file it is a folder that is made of it."""
+    if name == "tiny-stories":
+        return str(TINY_STORIES)
+    if name == "smollm2" or is_gguf(Path(name)):
+        return plain_folder(Path(model_path(name)))
+    return name
+
+
 def load_model(
     name: str,
     *,

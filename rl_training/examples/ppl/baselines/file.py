@@ -28,7 +28,7 @@ from ..definitions import (
 )
 from ..errors import InputError
 from ..files import write_text
-from ..identity import differences
+from ..identity import BEHIND_AN_ADDRESS, differences
 from . import safe_pickle
 
 SUFFIXES = (".pkl", ".json", ".parquet")
@@ -232,6 +232,8 @@ def _command(baselines: Baselines, expected: Mapping, differing: Iterable[str]) 
     flags = {"model_name": model.get("name") or "MODEL"}
     if model.get("quantization") == "4bit":
         flags["load_in_4bit"] = None
+    if model.get("weights") == BEHIND_AN_ADDRESS:
+        flags["scorer_url"] = "URL"
     if "dtype" in differing:
         flags["dtype"] = model["dtype"]
     if "window" in differing and expected["window"]:

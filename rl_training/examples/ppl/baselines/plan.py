@@ -46,7 +46,7 @@ def prepare(args: argparse.Namespace, survey: bool = True) -> Job:
     """Raises `InputError` for what cannot be done. `survey`: read the whole data set once, unless it is streamed."""
     output = output_path(args)
     parts = Parts(output)
-    model_path(args.model_name)
+    check_model(args)
     ReferenceContext(template=args.template, target=args.target)
     if args.reference_tokens == "group":
         raise InputError(
@@ -100,6 +100,14 @@ def prepare(args: argparse.Namespace, survey: bool = True) -> Job:
             f"column {columns.reference or columns.prompt}: name another with --reference_column or --prompt_column"
         )
     return job._replace(texts=texts)
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Raises `InputError` for a model that is not there, and for ways of loading one where a server has loaded it."""
+    if not args.scorer_url or args.generate:
+        model_path(args.model_name)
+    elif args.load_in_4bit is not None or args.dtype != "auto":
+        raise InputError("--scorer_url scores with the model as the server loaded it: drop --load_in_4bit and --dtype")
 
 
 def output_path(args: argparse.Namespace) -> Path:

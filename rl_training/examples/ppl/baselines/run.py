@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import InputError
+from ..identity import differences
 from .assemble import assemble
 from .parts import Parts, Processes
 from .plan import Job, check_other_splits, is_complete, prepare
@@ -66,6 +67,9 @@ def _compute(args: argparse.Namespace, load: Callable[..., Scorer], processes: P
     if args.output_dataset is not None:
         check_other_splits(args, scorer.identity)
     settings = {**job.settings, **{key: scorer.identity[key] for key in ("model", "tokenizer", "unsloth", "versions")}}
+    # A server's numbers of a fixed text are the same but for rounding.
+    settings["model"] = {name: value for name, value in settings["model"].items() if name != "probe"}
+    check_probe(job.parts, scorer.identity["model"])
     if processes.is_main:
         job.parts.make()
         processes.claim(job.parts)
@@ -74,6 +78,7 @@ def _compute(args: argparse.Namespace, load: Callable[..., Scorer], processes: P
             job.parts.start(
                 settings,
                 run=os.urandom(8).hex(),
+                probe=scorer.identity["model"].get("probe"),
                 plot=args.plot,
                 output_dataset=args.output_dataset,
                 window_rows=WINDOW_ROWS,
@@ -95,6 +100,17 @@ def _compute(args: argparse.Namespace, load: Callable[..., Scorer], processes: P
             job.parts.remove_if_empty()
         raise
     return 0
+
+
+def check_probe(parts: Parts, model: dict) -> None:
+    """Raises `InputError` if the parts were scored by another model behind an address of that name."""
+    kept = parts.settings().get("probe") if parts.done() else None
+    if kept and (differing := differences({"model": {"probe": kept}}, {"model": model})):
+        before, now = differing["probe"]
+        raise InputError(
+            f"{parts.folder} was scored by another model behind an address: a fixed text had {before}, now it has "
+            f"{now}: serve that model again, or delete the folder to start anew"
+        )
 
 
 def score_windows(job: Job, scorer: Scorer, processes: Processes, progress: "Progress | None") -> int:

@@ -28,7 +28,15 @@ class Scorer(NamedTuple):
 
 
 def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) -> Scorer:
-    """A model that gives a row the perplexity of its reference given its prompt, or of its prompt alone."""
+    """A model that gives a row the perplexity of its reference given its prompt, or of its prompt alone.
+
+    With --scorer_url it is a server's, and a model is only loaded here for --generate, to write the texts.
+    """
+    if args.scorer_url and not args.generate:
+        from ..scoring.server import connect
+
+        server, tokenizer = connect(args.scorer_url, args.model_name, args.chat_template_path)
+        return _scorer_of(args, columns, server, None, tokenizer, unsloth=False)
     import torch
 
     in_4bit = is_4bit(args.model_name) if args.load_in_4bit is None else args.load_in_4bit
@@ -46,15 +54,25 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
     )
     if reason is not None:
         print(f"Without Unsloth: {reason}", file=sys.stderr)
+    server = None
+    if args.scorer_url:
+        from ..scoring.server import connect
 
+        server, _ = connect(args.scorer_url, args.model_name)
+    return _scorer_of(args, columns, server, model, tokenizer, unsloth and reason is None)
+
+
+def _scorer_of(args: argparse.Namespace, columns: Columns, server, model, tokenizer, unsloth: bool) -> Scorer:
+    """server: what scores, None: the model. model: what writes for --generate, and where there is no server, scores."""
     from ..sampling import sample
     from ..scoring.calculator import MultiLevelPPLCalculator
-    from ..scoring.surprisal import SurprisalScorer
+    from ..scoring.scorer import as_scorer
     from ..scoring.tokens import Sampled
 
     form, chat = cli.prompt_form(args), cli.chat_options(args)
     calculator = MultiLevelPPLCalculator(tokenizer, batch_size=args.batch_size, **cli.definitions(args), **chat)
     reference_context = ReferenceContext(template=args.template)
+    scoring = model if server is None else server
 
     def score_own_writing(rows: Sequence[Row]) -> Scores:
         """Per row the mean over completions that the model samples now: what a policy that starts from it can do."""
@@ -69,7 +87,7 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
             **chat,
         )
         pairs = [Sampled(tuple(one.prompt_ids), tuple(one.written)) for group in completions for one in group]
-        perplexities, tokens, read, longest = calculator.score(model, pairs)
+        perplexities, tokens, read, longest = calculator.score(scoring, pairs)
         perplexities = perplexities.reshape(len(rows), args.generate, -1)
         scored = ~np.isnan(perplexities[..., 0])
         total = np.where(scored[..., None], perplexities, 0.0).sum(axis=1)
@@ -86,14 +104,13 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
             pairs = [(context, message_text(row.reference)) for context, row in zip(contexts, rows, strict=True)]
         else:
             pairs = [calculator.turns(row.prompt, row.reference) for row in rows]
-        return calculator.score(model, pairs, only_hard=args.reference_tokens == "hard")
+        return calculator.score(scoring, pairs, only_hard=args.reference_tokens == "hard")
 
     made_with = {
         **identity(
-            model,
+            as_scorer(scoring),
             tokenizer,
             name=args.model_name,
-            window=SurprisalScorer(model).window,
             target=args.target,
             definitions=calculator.definitions,
             template=args.template,
@@ -101,10 +118,11 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
             prompt=chat_identity(tokenizer, **chat),
         ),
         "generated": generation(args),
-        "unsloth": unsloth and reason is None,
+        "unsloth": unsloth,
         "versions": versions(),
     }
-    return Scorer(score_own_writing if args.generate else score, made_with, model.device.type)
+    device = "cpu" if model is None else model.device.type
+    return Scorer(score_own_writing if args.generate else score, made_with, device)
 
 
 def generation(args: argparse.Namespace) -> dict | None:

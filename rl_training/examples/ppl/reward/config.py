@@ -18,9 +18,7 @@ from .function import MultiLevelPPLRewardFunction
 from .thresholds import Thresholds, checked_weights
 
 VARIABLE = "PPL_REWARD_CONFIG"
-
-# For those who call from several threads: the model is switched to frozen and back around a call.
-SCORING = threading.Lock()
+LOADING = ("load_in_4bit", "dtype", "device", "max_seq_length")  # how a model is loaded in this process
 
 _loading = threading.Lock()
 _loaded: dict[str, MultiLevelPPLRewardFunction] = {}
@@ -59,7 +57,8 @@ def read_settings(path: str | Path | None = None) -> dict:
     """The settings in the YAML file, names and values checked as far as that goes without the model.
 
     Paths in it are relative to the file's folder. `model_name` is `load_model`'s name; `load_in_4bit`, `dtype`,
-    `device` and `max_seq_length` are its keywords, all others those of `MultiLevelPPLRewardFunction`.
+    `device` and `max_seq_length` are its keywords, all others those of `MultiLevelPPLRewardFunction`. With
+    `scorer_url`, the address of a server of vLLM, `model_name` is what it serves, and only its tokenizer is loaded.
     """
     path = Path(config_path(path))
     try:
@@ -85,10 +84,16 @@ def read_settings(path: str | Path | None = None) -> dict:
     if isinstance(settings.get("chat_template_path"), str):
         settings["chat_template_path"] = str(path.parent / settings["chat_template_path"])
         read_template(settings["chat_template_path"])
+    served = settings.get("scorer_url") is not None
+    if served and (idle := [name for name in LOADING if name in settings]):
+        raise InputError(
+            f"{path}: scorer_url scores with the model as its server loaded it: leave out {', '.join(idle)}"
+        )
     if str(settings["model_name"]).startswith("."):
         settings["model_name"] = str(path.parent / settings["model_name"])
     try:
-        model_path(settings["model_name"])
+        if not served:
+            model_path(settings["model_name"])
         if "weights" in settings:
             checked_weights(settings["weights"])
         if "reward_thresholds" in settings:
@@ -103,14 +108,24 @@ def _defaults() -> dict:
     made: dict[str, inspect.Parameter] = {}
     for function in (load_model, MultiLevelPPLRewardFunction, MultiLevelPPLCalculator):
         made |= inspect.signature(function).parameters
-    hidden = ("name", "unsloth", "baseline_model", "tokenizer", "calculator_options")
-    return {"model_name": None} | {name: one.default for name, one in made.items() if name not in hidden}
+    hidden = ("name", "unsloth", "baseline_model", "tokenizer", "scorer", "calculator_options")
+    defaults = {name: one.default for name, one in made.items() if name not in hidden}
+    return {"model_name": None, "scorer_url": None, **defaults}
 
 
 def _make(path: str) -> MultiLevelPPLRewardFunction:
     settings = read_settings(path)
+    if url := settings.pop("scorer_url", None):
+        from ..scoring.server import connect
+
+        model, tokenizer = connect(str(url), str(settings.pop("model_name")), settings.pop("chat_template_path", None))
+        return _of(path, model, tokenizer, settings)
     loading = {name: settings.pop(name) for name in inspect.signature(load_model).parameters if name in settings}
     model, tokenizer, _ = load_model(settings.pop("model_name"), **loading)
+    return _of(path, model, tokenizer, settings)
+
+
+def _of(path: str, model, tokenizer, settings: dict) -> MultiLevelPPLRewardFunction:
     try:
         return MultiLevelPPLRewardFunction(model, tokenizer, **settings)
     except (TypeError, ValueError) as error:

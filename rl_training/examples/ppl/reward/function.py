@@ -35,7 +35,7 @@ from ..processes import from_all, of_this
 from ..reference_context import ReferenceContext
 from ..sampling import end_tokens, prompt_ids
 from ..scoring.calculator import MultiLevelPPLCalculator
-from ..scoring.surprisal import SurprisalScorer
+from ..scoring.scorer import Scorer, as_scorer, is_scorer
 from ..scoring.tokens import Sampled
 from .cache import PerplexityCache
 from .first_visits import FirstVisits
@@ -75,6 +75,8 @@ class MultiLevelPPLRewardFunction:
     form: "nats" takes the log-likelihood ratio instead of thresholds, within `NATS_CLIP` of 0.
     target, interpolate (linear between the thresholds instead of steps), missing ("error" or "skip" a row that
         `baselines` lacks), allow_baseline_mismatch (use a file made by another model or with other definitions).
+    scorer: instead of a baseline_model, something that scores, such as `ppl.scoring.server.ServerScorer`; it may be
+        given as baseline_model, too.
     extract, template: for references, the part of a completion that counts and how the three texts are put together:
         see `ppl.reference_context.ReferenceContext`.
     reference_tokens: which tokens of a reference count, the same for it and its baseline: "all"; "hard", the fifth that
@@ -87,8 +89,8 @@ class MultiLevelPPLRewardFunction:
 
     def __init__(
         self,
-        baseline_model,
-        tokenizer,
+        baseline_model=None,
+        tokenizer=None,
         baselines: str | Path | Mapping | None = None,
         weights: Sequence[float] = DEFAULT_WEIGHTS,
         reward_thresholds: Sequence[tuple[float, float]] = DEFAULT_THRESHOLDS,
@@ -103,14 +105,20 @@ class MultiLevelPPLRewardFunction:
         allow_baseline_mismatch: bool = False,
         extract: str | None = None,
         template: str = DEFAULT_TEMPLATE,
+        scorer: Scorer | None = None,
         reference_tokens: str = DEFAULT_REFERENCE_TOKENS,
         **calculator_options,
     ) -> None:
         self.__name__ = "multi_level_ppl"
-        baseline_model = extract_model_from_parallel(baseline_model, keep_torch_compile=True)
-        if device is not None and torch.device(device) != baseline_model.device:
-            baseline_model = baseline_model.to(device)
-        self.model = baseline_model
+        if (baseline_model is None) == (scorer is None) or tokenizer is None:
+            raise InputError("expected a baseline_model or a scorer, not both, and its tokenizer")
+        self.model = scorer if baseline_model is None else baseline_model
+        if not is_scorer(self.model):
+            self.model = extract_model_from_parallel(self.model, keep_torch_compile=True)
+            if device is not None and torch.device(device) != self.model.device:
+                self.model = self.model.to(device)
+        elif device is not None:
+            raise InputError(f"device is {device!r}, but the scorer has a place of its own: leave device out")
         self.calculator = MultiLevelPPLCalculator(tokenizer, **calculator_options)
         self.tokenizer = self.calculator.tokenizer
         self.weights = checked_weights(weights)
@@ -147,7 +155,7 @@ class MultiLevelPPLRewardFunction:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return getattr(self.model, "device", torch.device("cpu"))
 
     @property
     def highest(self) -> float:
@@ -163,10 +171,9 @@ class MultiLevelPPLRewardFunction:
     def identity(self) -> dict:
         """What a baselines file must have been made with to be compared with this reward's numbers."""
         return identity(
-            self.model,
+            as_scorer(self.model),
             self.tokenizer,
-            name=getattr(self.model.config, "_name_or_path", ""),
-            window=SurprisalScorer(self.model).window,
+            name=getattr(getattr(self.model, "config", None), "_name_or_path", ""),
             target=self.target,
             definitions=self.calculator.definitions,
             template=self.reference_context.template,
@@ -287,7 +294,8 @@ class MultiLevelPPLRewardFunction:
                 raise InputError(f"{len(column)} {name} for {n} texts: there must be one for each")
         if self.target == "reference" and references is None:
             raise InputError("target='reference' needs a column `reference`: rename the data set's column to it")
-        self._cache.forget_if_trained(self.model)
+        if not is_scorer(self.model):
+            self._cache.forget_if_trained(self.model)
         prompts = [None] * n if prompts is None else list(prompts)
         references = [None] * n if references is None else list(references)
         contexts = [self.calculator.render(prompt) for prompt in prompts]

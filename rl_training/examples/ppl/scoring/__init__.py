@@ -9,6 +9,8 @@ seams.py       the space that a completion lost when it was decoded by itself
 batching.py    windows, shared prefixes, packs, batches: integers only
 surprisal.py   the only forward pass: which way it goes, and what it gives each token
 packed.py      rows end to end in one sequence, each blind to its neighbours
+scorer.py      what calculator and reward know of a scorer, in this process or behind an address
+server.py      the scorer behind an address: a server of vLLM
 padded.py      where a model cannot be packed: rows in a padded batch, behind a cache of their prefix
 head.py        hidden states -> surprisals, a piece of the vocabulary at a time
 onednn.py      faster matrix products on an AMD CPU

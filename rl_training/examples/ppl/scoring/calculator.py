@@ -15,6 +15,7 @@ from ..languages import checked_language
 from .explained import Explained
 from .levels import Scores, level_perplexities, unit_sums
 from .nested import Scopes, nested_perplexities, score_scopes
+from .scorer import Scorer, is_scorer
 from .seams import restore_spaces
 from .selection import hardest
 from .surprisal import SurprisalScorer
@@ -38,6 +39,8 @@ class Viewed(NamedTuple):
 
 class MultiLevelPPLCalculator:
     """Perplexity of a text at the level of its words, phrases and sentences, from one forward pass.
+
+    Where a method takes a `model`, it takes a `ppl.scoring.scorer.Scorer` as well, such as one behind an address.
 
     A unit's perplexity is exp(S_u / n_u), its surprisal in nats over its number of tokens. A level's is the geometric
     mean of its units' perplexities, exp(mean_u S_u / n_u), or with `aggregation="arithmetic"` their mean. With
@@ -90,7 +93,7 @@ class MultiLevelPPLCalculator:
                 "aggregation='nested' scores units alone, behind a BOS or EOS token, and the tokenizer has neither: "
                 f"expected another tokenizer or one of {', '.join(name for name in AGGREGATIONS if name != 'nested')}"
             )
-        self._scorer: SurprisalScorer | None = None
+        self._scorer: SurprisalScorer | None = None  # of a model in this process
 
     @property
     def definitions(self) -> dict:
@@ -255,7 +258,9 @@ class MultiLevelPPLCalculator:
             return nested_perplexities(Scopes(*views))
         return level_perplexities(units, chars, *views, self.aggregation)
 
-    def _scorer_of(self, model) -> SurprisalScorer:
+    def _scorer_of(self, model) -> Scorer:
+        if is_scorer(model):
+            return model
         if self._scorer is None or self._scorer.model is not model:
             self._scorer = SurprisalScorer(model, self.batch_size, self.max_batch_tokens)
         return self._scorer

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .batching import ID, ID_BYTES, sort_key
-from .surprisal import SurprisalScorer
+from .scorer import Scorer
 from .tokens import Encoded
 from .units import Units
 
@@ -30,7 +30,7 @@ class Scopes(NamedTuple):
     c: list[np.ndarray]
 
 
-def score_scopes(scorer: SurprisalScorer, encoded: Sequence[Encoded], units: Units, start: Sequence[int]) -> Scopes:
+def score_scopes(scorer: Scorer, encoded: Sequence[Encoded], units: Units, start: Sequence[int]) -> Scopes:
     """All three from one call of the scorer.
 
     start: the ids that stand before a unit alone: BOS. A unit's tokens are those of the text, not those that a
@@ -77,7 +77,7 @@ class _Sequences:
         numbers = [self._numbers.setdefault(key, len(self._numbers)) for key in keys]
         self._asked.append((np.repeat(np.array(numbers, dtype=np.int64), sizes), positions))
 
-    def score(self, scorer: SurprisalScorer) -> list[np.ndarray]:
+    def score(self, scorer: Scorer) -> list[np.ndarray]:
         """float64 [n] nats for each call of `ask`."""
         # Sorted, what begins with a sequence follows it directly; backwards, the longest comes before its beginnings.
         whole: list[bytes] = []

@@ -17,6 +17,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..errors import InputError
 from ..frozen import check_weights_only, frozen
+from ..models import describe_model
 from ..processes import in_step, is_sharded
 from .batching import Group, Pack, Row, batches, lay_out, packs, share_prefixes, windows
 from .head import Head, surprisal
@@ -86,6 +87,11 @@ class SurprisalScorer:
             if np.isnan(of_text).any():
                 raise FloatingPointError(f"the model's logits are NaN for text {number} of this call")
         return surprisals
+
+    @property
+    def identity(self) -> dict:
+        """What tells the model from another: see `ppl.models.describe_model`."""
+        return describe_model(self.model)
 
     @property
     def window(self) -> int | None:

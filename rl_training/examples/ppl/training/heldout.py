@@ -51,7 +51,7 @@ class HeldOutPrompts:
             "seed": job.config.seed,
         }
         # The model before training: itself without its adapter, or a frozen copy, if that is what scores.
-        copy = None if job.args.scorer_model else scorer.model
+        copy = None if job.args.scorer_model or job.args.scorer_url else scorer.model
         self.start = copy if job.args.full_finetuning else policy.model
 
     def before(self) -> HeldOut:

@@ -82,7 +82,8 @@ def prepare(args: argparse.Namespace, rest: list[str], command: list[str], prepa
 
     prepare_dataset: what makes rows of a data set, see the training script.
     """
-    for name in filter(None, (args.model_name, args.scorer_model)):
+    # What a server scores with is not loaded here.
+    for name in filter(None, (args.model_name, None if args.scorer_url else args.scorer_model)):
         model_path(name)
     form = cli.prompt_form(args)
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)

@@ -44,7 +44,11 @@ def load_policy_and_scorer(job: Job) -> tuple[Loaded, Loaded]:
     if not args.full_finetuning:
         model = add_lora(model, args.lora_r, args.lora_alpha, args.seed, unsloth=reason is None)
     policy = scorer = Loaded(model, tokenizer)  # its adapter is off while it scores
-    if args.full_finetuning or args.scorer_model:
+    if args.scorer_url:
+        from ..scoring.server import connect
+
+        scorer = Loaded(*connect(args.scorer_url, args.scorer_model or args.model_name, args.chat_template_path))
+    elif args.full_finetuning or args.scorer_model:
         name = args.scorer_model or args.model_name
         scorer = Loaded(*load_model(name, unsloth=reason is None, **common, **job.scorer_load)[:2])
         scorer.model.requires_grad_(False)

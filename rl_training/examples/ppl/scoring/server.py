@@ -1,0 +1,273 @@
+"""A scorer behind an address: a server of vLLM, which gives a prompt's log-probabilities.
+
+    vllm serve MODEL --port 8000        and then --scorer_url http://127.0.0.1:8000
+
+Ids are sent, BOS first where the tokenizer has one, to /v1/completions with `prompt_logprobs`, at temperature 1. One
+token is sampled and thrown away, since vLLM asks for that.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+import httpx
+import numpy as np
+
+from ..chat import read_template
+from ..errors import InputError
+from ..identity import BEHIND_AN_ADDRESS, differences
+from ..models import tokenizer_path
+from .batching import Row, windows
+from .tokens import Encoded, TextEncoder
+
+logger = logging.getLogger(__name__)
+
+PROBE = (
+    'Once upon a time, in the year 1850, there was a small fox. "Why," she asked, "is the sea so far from here?" '
+    "Nobody knew, so she packed bread and cheese, and walked north until the river became a road."
+)
+_REQUESTS = 16  # at a time
+_ROWS, _TOKENS = 64, 4096  # of one request at most
+_AGAIN = (429, 500, 502, 503, 504)  # answers of a server that is too busy, or is about to start or stop
+
+
+class ServerScorer:
+    """Token surprisals from a server of vLLM. A `ppl.scoring.scorer.Scorer`.
+
+    url: the server's, such as http://127.0.0.1:8000. tokenizer: that of the model it serves. generation_config: that
+    model's, if it is at hand, for its end tokens. timeout: seconds that one request may take. patience: seconds for
+    which a request is repeated while the server does not answer, or says that it cannot just now.
+
+    Raises `InputError`, in one line, where nobody answers, for a server that gives no prompt log-probabilities, and for
+    one that has another tokenizer. When a server is back after it was gone, it must be the same model.
+    """
+
+    def __init__(self, url: str, tokenizer, *, generation_config=None, timeout: float = 300, patience: float = 600):
+        if not url.startswith(("http://", "https://")):
+            raise InputError(f"scorer_url is {url!r}, expected the address of a server such as http://127.0.0.1:8000")
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.generation_config = generation_config
+        self._timeout, self._patience = timeout, patience
+        self._lock = threading.Lock()
+        [self._probe] = TextEncoder(tokenizer, eos_for_bos=True).encode([""], [PROBE])
+        self._name, self._most = self._model()
+        self._check_tokenizer(tokenizer)
+        self.identity  # noqa: B018  asked now, so that what cannot be is said before the work begins
+
+    @property
+    def window(self) -> int | None:
+        """One less than the server's: a place is kept for the token that is sampled."""
+        return None if self._most is None else self._most - 1
+
+    @cached_property
+    def identity(self) -> dict:
+        """The name that the server gives its model, and the surprisals of a fixed text under it."""
+        return self._identity()
+
+    def score(self, texts: list[Encoded]) -> list[np.ndarray]:
+        """float64 [n] per text: -ln p(token | all before it) in nats, for its scored tokens in order."""
+        surprisals = [np.zeros(len(text.positions)) for text in texts]
+        rows = [row for number, text in enumerate(texts) for row in windows(text, self.window, number)]
+        requests = list(_requests(rows))
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            try:
+                scored = list(pool.map(self._score, requests))
+            except BaseException:  # what has not been sent need not be
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        for row, values in zip(chain(*requests), chain(*scored), strict=True):
+            surprisals[row.text][row.first : row.first + len(values)] = values
+        for number, of_text in enumerate(surprisals):
+            if np.isnan(of_text).any():
+                raise FloatingPointError(f"the server's log-probabilities are NaN for text {number} of this call")
+        return surprisals
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_client")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    # --- one request -------------------------------------------------------------------------------------------------
+
+    def _score(self, rows: Sequence[Row], check: bool = True) -> list[np.ndarray]:
+        """float64 [m] of each row's labels."""
+        prompts = [[*row.inputs.tolist(), int(row.labels[-1])] for row in rows]
+        asked = {"model": self._name, "prompt": prompts, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
+        answer, was_gone = self._ask("POST", "/v1/completions", asked)
+        if was_gone and check:
+            self._check_same()
+        try:
+            choices = {choice["index"]: choice.get("prompt_logprobs") for choice in answer["choices"]}
+            entries = [choices[index] for index in range(len(rows))]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"the scorer at {self.url} gave no completions, found {str(answer)!r:.100}") from error
+        return [self._surprisals(row, given) for row, given in zip(rows, entries, strict=True)]
+
+    def _surprisals(self, row: Row, entries: Sequence[dict | None] | None) -> np.ndarray:
+        """float64 [m], from what the server gives for each id sent, the one that stands there among them."""
+        # ids        b   t1  t2  t3
+        # entries    .   e1  e2  e3     nothing stands before the first, so it has none
+        if entries is None:
+            raise InputError(
+                f"the scorer at {self.url} gives no prompt_logprobs: expected vLLM, asked at /v1/completions"
+            )
+        values = np.empty(len(row.labels))
+        for index, (position, label) in enumerate(zip((row.read + 1).tolist(), row.labels.tolist(), strict=True)):
+            entry = entries[position] if position < len(entries) else None
+            if not entry or str(label) not in entry:
+                raise InputError(
+                    f"the scorer at {self.url} gave no log-probability for token {label} at index {position} of a text"
+                    f", found {str(entry)!r:.60}: expected that of the token itself, whatever the likeliest ones are"
+                )
+            given = entry[str(label)]["logprob"]
+            values[index] = math.nan if given is None else -given
+        return values
+
+    def _ask(self, method: str, path: str, content: dict | None = None, patient: bool = True) -> tuple[dict, bool]:
+        """(the answer, whether it had to be asked for again), which is done for `patience` seconds from the failure."""
+        failed, pause = None, 0.5
+        while True:
+            try:
+                response = self._client.request(method, self.url + path, json=content)
+                if response.status_code not in _AGAIN:
+                    break
+                reason = f"HTTP {response.status_code}"
+            except httpx.TransportError as error:  # no connection, one that breaks off, a request that takes too long
+                reason = type(error).__name__
+            now = time.monotonic()
+            if failed is None:
+                failed = now
+                if patient:
+                    self._say_once(reason)
+            if not patient or now - failed >= self._patience:
+                waited = f" for {now - failed:.0f} s" if patient else ""
+                raise InputError(
+                    f"the scorer at {self.url} does not answer{waited} ({reason}): start it (vllm serve MODEL) or "
+                    "correct the address; what is finished is kept, and the same command goes on from it"
+                )
+            time.sleep(min(pause, max(0.0, failed + self._patience - now)))
+            pause = min(2 * pause, 15)
+        if response.status_code != 200:
+            raise InputError(
+                f"the scorer at {self.url} refused {path} with HTTP {response.status_code}: {_message(response)!r:.200}"
+            )
+        if failed is not None:
+            self._said_at = None
+        try:
+            return response.json(), failed is not None
+        except ValueError as error:
+            raise InputError(f"the scorer at {self.url} answered {response.text!r:.60}, expected JSON") from error
+
+    _said_at: float | None = None
+
+    def _say_once(self, reason: str) -> None:
+        with self._lock:
+            if self._said_at is None:
+                self._said_at = time.monotonic()
+                logger.warning(
+                    "the scorer at %s does not answer (%s): asking again for up to %.0f s",
+                    self.url,
+                    reason,
+                    self._patience,
+                )
+
+    @cached_property
+    def _client(self) -> httpx.Client:
+        return httpx.Client(
+            timeout=httpx.Timeout(self._timeout, connect=min(10.0, self._timeout)),
+            limits=httpx.Limits(max_connections=_REQUESTS, max_keepalive_connections=_REQUESTS),
+        )
+
+    # --- which model it is -------------------------------------------------------------------------------------------
+
+    def _model(self) -> tuple[str, int | None]:
+        """(the name of the model that is served, most tokens that it takes)"""
+        answer, _ = self._ask("GET", "/v1/models", patient=False)
+        try:
+            first = answer["data"][0]
+            return first["id"], first.get("max_model_len")
+        except (KeyError, IndexError, TypeError) as error:
+            raise InputError(f"the scorer at {self.url} serves no model, found {str(answer)!r:.100}") from error
+
+    def _check_tokenizer(self, tokenizer) -> None:
+        """Ids mean nothing to a model with another tokenizer. Servers that cannot tell are taken at their word."""
+        asked = {"model": self._name, "prompt": PROBE, "add_special_tokens": False}
+        try:
+            answer, _ = self._ask("POST", "/tokenize", asked, patient=False)
+        except InputError as error:
+            logger.info("%s", error)
+            return
+        if "tokens" in answer and answer["tokens"] != self._probe.ids[-len(answer["tokens"]) :].tolist():
+            raise InputError(
+                f"the scorer at {self.url} serves {self._name!r}, whose tokenizer makes other ids than "
+                f"{getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__!r}: name the model that is served"
+            )
+
+    def _identity(self) -> dict:
+        [values] = self._score(list(windows(self._probe, self.window, 0))[:1], check=False)
+        return {"name": self._name, "weights": BEHIND_AN_ADDRESS, "probe": [round(one, 4) for one in values.tolist()]}
+
+    def _check_same(self) -> None:
+        """Raises `InputError` if the server that came back has another model."""
+        now = {"model": self._identity()}
+        if differing := differences({"model": self.identity}, now):
+            before, after = differing["probe"]
+            raise InputError(
+                f"the scorer at {self.url} came back with another model: a fixed text has {after}, it had {before}: "
+                f"serve {self._name!r} as before"
+            )
+
+
+def _requests(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Rows in requests of at most `_ROWS` and, unless one row has more, `_TOKENS`."""
+    request: list[Row] = []
+    tokens = 0
+    for row in rows:
+        size = len(row.inputs) + 1
+        if request and (len(request) == _ROWS or tokens + size > _TOKENS):
+            yield request
+            request, tokens = [], 0
+        request.append(row)
+        tokens += size
+    if request:
+        yield request
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        answer = response.json()
+        return str(answer.get("error", answer).get("message", answer))
+    except (ValueError, AttributeError):
+        return response.text
+
+
+def connect(url: str, model_name: str, chat_template_path: str | None = None) -> tuple[ServerScorer, Any]:
+    """(the scorer at an address, the tokenizer of the model it serves).
+
+    model_name: that model's folder or name on the hub, of which tokenizer and generation settings are read, no weights.
+    chat_template_path: a file whose chat template replaces the tokenizer's. Raises `InputError`.
+    """
+    from transformers import AutoTokenizer, GenerationConfig
+
+    path = tokenizer_path(model_name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"cannot load the tokenizer of {model_name!r}: {(str(error).splitlines() or [repr(error)])[0]}; expected "
+            f"the folder or the name on the hub of the model that {url} serves"
+        ) from error
+    if chat_template_path is not None:
+        tokenizer.chat_template = read_template(chat_template_path)
+    try:
+        generation_config = GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError):  # many models have none
+        generation_config = None
+    return ServerScorer(url, tokenizer, generation_config=generation_config), tokenizer
