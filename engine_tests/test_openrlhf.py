@@ -107,14 +107,10 @@ def test_what_openrlhf_swallows_was_printed(executor, capfd):
     assert "error: row 0 of this call has a blank reference" in capfd.readouterr().err
 
 
-def test_the_executor_in_an_actor_of_ray(config, direct):
+def test_the_executor_in_an_actor_of_ray(config, direct, cluster):
     """As its engines hold it: with the variable in the environment that Ray's workers get."""
-    ray.init(
-        num_cpus=1,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PPL_REWARD_CONFIG": config}},
-    )
+    variables = {"env_vars": {"PPL_REWARD_CONFIG": config}}
+    ray.init(address=cluster, log_to_driver=False, runtime_env=variables)
     try:
 
         @ray.remote

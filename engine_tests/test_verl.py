@@ -114,22 +114,6 @@ def direct():
     return rewards.tolist(), details["improvements"]
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """A Ray cluster that runs already, started elsewhere, which knows nothing of our paths."""
-    folder = tmp_path_factory.mktemp("cluster")
-    ray_command = Path(sys.executable).with_name("ray")
-    environment = {name: value for name, value in os.environ.items() if name not in ("PPL_REWARD_CONFIG", "PYTHONPATH")}
-    command = [ray_command, "start", "--head", "--port=0", "--num-cpus=4", "--include-dashboard=false"]
-    command.append(f"--temp-dir={folder}")
-    started = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert started.returncode == 0, started.stdout + started.stderr
-    address = re.search(r"--address='([^']+)'", started.stdout)[1]
-    yield address
-    ray.shutdown()
-    subprocess.run([ray_command, "stop", "--force"], env=environment, capture_output=True)
-
-
 def check(results, direct):
     rewards, improvements = direct
     assert [result["reward_score"] for result in results] == pytest.approx(rewards, rel=1e-4)

@@ -129,7 +129,7 @@ def test_what_it_refuses_is_one_line(server):
 def test_two_clients_and_a_server_that_is_killed_under_load_and_started_again(tmp_path, monkeypatch):
     """The same file: the same rows, each with the numbers of the model here."""
     monkeypatch.setattr(ppl.baselines.run, "WINDOW_ROWS", 64)
-    rows = 1500
+    rows = 600
     data = tmp_path / "rows.jsonl"
     # Each row a text of its own, so that no cache answers.
     data.write_text("\n".join(

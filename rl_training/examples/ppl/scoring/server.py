@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -75,10 +75,16 @@ class ServerScorer:
         surprisals = [np.zeros(len(text.positions)) for text in texts]
         rows = [row for number, text in enumerate(texts) for row in windows(text, self.window, number)]
         requests = list(_requests(rows))
+        stopped = threading.Event()
         with ThreadPoolExecutor(_REQUESTS) as pool:
             try:
-                scored = list(pool.map(self._score, requests))
-            except BaseException:  # what has not been sent need not be
+                asked = [pool.submit(self._score, request, stopped=stopped) for request in requests]
+                ended, _ = wait(asked, return_when=FIRST_EXCEPTION)
+                for one in ended:
+                    one.result()  # raises what it raised
+                scored = [one.result() for one in asked]
+            except BaseException:  # what has not been sent need not be, and what waits for the server need not wait
+                stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         for row, values in zip(chain(*requests), chain(*scored), strict=True):
@@ -96,11 +102,13 @@ class ServerScorer:
 
     # --- one request -------------------------------------------------------------------------------------------------
 
-    def _score(self, rows: Sequence[Row], check: bool = True) -> list[np.ndarray]:
-        """float64 [m] of each row's labels."""
+    def _score(
+        self, rows: Sequence[Row], check: bool = True, stopped: threading.Event | None = None
+    ) -> list[np.ndarray]:
+        """float64 [m] of each row's labels. check: that a server which was gone has the same model."""
         prompts = [[*row.inputs.tolist(), int(row.labels[-1])] for row in rows]
         asked = {"model": self._name, "prompt": prompts, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
-        answer, was_gone = self._ask("POST", "/v1/completions", asked)
+        answer, was_gone = self._ask("POST", "/v1/completions", asked, stopped=stopped)
         if was_gone and check:
             self._check_same()
         try:
@@ -130,9 +138,20 @@ class ServerScorer:
             values[index] = math.nan if given is None else -given
         return values
 
-    def _ask(self, method: str, path: str, content: dict | None = None, patient: bool = True) -> tuple[dict, bool]:
-        """(the answer, whether it had to be asked for again), which is done for `patience` seconds from the failure."""
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        content: dict | None = None,
+        patient: bool = True,
+        stopped: threading.Event | None = None,
+    ) -> tuple[dict, bool]:
+        """(the answer, whether it had to be asked for again).
+
+        patient: repeat the request for `patience` seconds from its first failure, unless `stopped` is set.
+        """
         failed, pause = None, 0.5
+        stopped = stopped or threading.Event()
         while True:
             try:
                 response = self._client.request(method, self.url + path, json=content)
@@ -146,13 +165,13 @@ class ServerScorer:
                 failed = now
                 if patient:
                     self._say_once(reason)
-            if not patient or now - failed >= self._patience:
+            if not patient or now - failed >= self._patience or stopped.is_set():
                 waited = f" for {now - failed:.0f} s" if patient else ""
                 raise InputError(
                     f"the scorer at {self.url} does not answer{waited} ({reason}): start it (vllm serve MODEL) or "
                     "correct the address; what is finished is kept, and the same command goes on from it"
                 )
-            time.sleep(min(pause, max(0.0, failed + self._patience - now)))
+            stopped.wait(min(pause, max(0.0, failed + self._patience - now)))
             pause = min(2 * pause, 15)
         if response.status_code != 200:
             raise InputError(
