@@ -61,11 +61,12 @@ DEMO_STEPS_tiny-stories := 100
 DEMO_BASELINES_tiny-stories := --load_in_4bit
 DEMO_TRAINING_tiny-stories := --learning_rate 2e-3
 
-# Few prompts and short completions: 0.3 s of CPU a token read, and 20 minutes in all. All of it reads the same prompts.
-DEMO_STEPS_smollm2 := 20
+# Few prompts and short completions, for 20 minutes in all: the first three scripts took 46, 10 and 159 s of CPU time, a
+# step about 40 s. Without Unsloth, whose gradient checkpointing takes longer on a CPU.
+DEMO_STEPS_smollm2 := 16
 DEMO_PROMPTS_smollm2 := --chat --prompt_template 'Continue the story in two sentences: {prompt}' --aggregation nested
 DEMO_BASELINES_smollm2 := --no-load_in_4bit --num_samples 40
-DEMO_TRAINING_smollm2 := --no-load_in_4bit --max_samples 40 --heldout_samples 8 --reward_form nats --ppl_weights 1 1 1 \
+DEMO_TRAINING_smollm2 := --no_unsloth --no-load_in_4bit --max_samples 40 --heldout_samples 8 --reward_form nats --ppl_weights 1 1 1 \
     --learning_rate 1e-3 --logging_steps 5
 
 DEMO_TOKENS_tiny-stories := 64

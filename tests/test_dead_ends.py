@@ -1,6 +1,5 @@
 """What a user may bring that once crashed, or was passed over without a word: it works, or is said in one line."""
 
-import argparse
 import json
 from types import SimpleNamespace
 
@@ -24,6 +23,7 @@ from ppl.training.job import check_batch
 from ppl.training.load import Loaded, check_prompts, check_trl
 from ppl.training.merge import save_merged
 from ppl.training.plan import plan_batches
+from train_grpo_multilevel_unsloth import parse_args
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
@@ -131,12 +131,9 @@ def test_baselines_without_a_row_are_refused(model, tokenizer, tmp_path):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def config(*rest, **given):
-    args = argparse.Namespace(
-        max_new_tokens=12, report_to=["none"], wandb_project=None, eval_split=None, per_device_train_batch_size=8,
-        output_dir="out", **given,
-    )  # fmt: skip
-    return grpo_config(args, list(rest), plan_batches(8, None, 4, 1))[0]
+def config(*flags):
+    args, rest = parse_args(["--max_new_tokens", "12", "--per_device_train_batch_size", "8", *flags])
+    return grpo_config(args, rest, plan_batches(8, None, 4, 1))[0]
 
 
 def test_a_data_set_smaller_than_one_batch_is_refused():

@@ -177,5 +177,10 @@ def test_all_four_scripts_take_a_file(tmp_path, cache):
     base = Path(json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"])
     assert base.parent == cache / "gguf"
     assert AutoPeftModelForCausalLM.from_pretrained(out).get_base_model().config.hidden_size == 64
+    # Gone from the cache, it is made again from the file.
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=rf"adapter of {base}, which does not exist \(it was made of a GGUF file"):
+        load_model(str(out))
+    load_model(str(tmp_path / "toy.gguf"))
     further = ["--model_name", out, "--output_dir", tmp_path / "further"]
     train(*SHORT, *further, "--chat", "--baselines_path", baselines, "--max_steps", "1")

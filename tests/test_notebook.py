@@ -32,7 +32,7 @@ MORE = {
     "progress": "from transformers.trainer import DEFAULT_PROGRESS_CALLBACK\nprint(DEFAULT_PROGRESS_CALLBACK.__name__)",
     "async": "from ppl.training.rewards import call_as_trl\n"
     "async def length(completions, **columns):\n    return [float(len(text)) for text in completions]\n"
-    'print(call_as_trl(length, ["a"], ["four"], [[1]], {}, None))',
+    'print(*call_as_trl([length], ["a"], ["four"], [[1]], {}, None))',
 }
 
 
@@ -51,12 +51,12 @@ def cells(folder) -> dict[str, nbformat.NotebookNode]:
     """The cells by how they begin, run in one kernel, and behind them those of `MORE`."""
     notebook = nbformat.read(NOTEBOOK, 4)
     nbformat.validate(notebook)
-    source = "".join(cell.source for cell in notebook.cells)
+    whole = "".join(cell.source for cell in notebook.cells)
     for name, source in MORE.items():
         notebook.cells.append(nbformat.v4.new_code_cell(f"# {name}\n{source}", metadata={"tags": ["raises-exception"]}))
     for cell in notebook.cells:
         for as_it_is, short in SHORTER.items() if "SHORT" in cell.source else ():
-            assert as_it_is in source
+            assert as_it_is in whole
             cell.source = cell.source.replace(as_it_is, short)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IPYTHONDIR", str(folder / ".ipython"))
@@ -102,7 +102,7 @@ def test_the_better_text_earns_more_and_baselines_are_there(cells, folder):
     rewards = re.findall(r"reward (\S+)", printed(cell(cells, "from multi_level_ppl_trl import MultiLevelPPLReward")))
     assert rewards == ["1.0", "0.0"]
     assert len(pickle.loads((folder / "output_notebook" / "baselines.pkl").read_bytes())) == 12
-    [picture] = shown(cell(cells, "from compute_baselines_trl"), "image/png")
+    [picture] = shown(cell(cells, "from IPython.display"), "image/png")
     assert picture.startswith("iVBOR")  # PNG
 
 

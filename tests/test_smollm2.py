@@ -102,9 +102,9 @@ STEP = [
     *("--model_name", "smollm2", "--chat", "--max_samples", "6", "--heldout_samples", "1", "--max_new_tokens", "8"),
     *("--per_device_train_batch_size", "4", "--num_generations", "4", "--max_steps", "1", "--logging_steps", "1"),
     *("--reward_form", "nats", "--learning_rate", "1e-3", "--save_strategy", "no", "--aggregation", "nested"),
-    *("--prompt_template", "Continue the story: {prompt}"),
+    *("--prompt_template", "Continue the story: {prompt}", "--ppl_weights", "1", "1", "1"),
 ]
-FLAT = {level: 10.0 for level in ("word", "phrase", "sentence")}
+FLAT = {"word": 60.0, "phrase": 1.0, "sentence": 1.0}  # about what it writes: with equal weights the product counts
 
 
 @pytest.mark.parametrize("target", ["completion", "reference"])

@@ -72,6 +72,7 @@ def load_model(
     path = model_path(name)
     if is_gguf(Path(path)):
         path = plain_folder(Path(path))
+    check_base(path)
     reason = loaded = None
     template = None if chat_template_path is None else read_template(chat_template_path)
     if unsloth:
@@ -86,6 +87,15 @@ def load_model(
     if template is not None:
         tokenizer.chat_template = template
     return model, tokenizer, reason
+
+
+def check_base(path: str) -> None:
+    """Raises `InputError` for the folder of an adapter whose base model is a folder that is gone."""
+    base = base_of_adapter(path)
+    if base is not None and Path(base).is_absolute() and not Path(base).exists():
+        made = " (it was made of a GGUF file: load that one once, and it is there again)"
+        remedy = made if Path(base).parent.name == "gguf" else ""
+        raise InputError(f"{path} is an adapter of {base}, which does not exist{remedy}")
 
 
 def import_unsloth() -> str | None:
