@@ -385,7 +385,7 @@ def fuzz(count: int, seed: int = 0, progress: bool = False) -> tuple[Counter, li
                 finally:
                     watching = False
                 if progress and number % 1000 == 999:
-                    print(f"{number + 1:,} of {count:,}, {len(wrong)} wrong", file=sys.stderr, flush=True)
+                    print(f"{number + 1:,} of {count:,}, wrong: {wrong[-3:] or 'none'}", file=sys.stderr, flush=True)
         finally:
             os.chdir(home)
         if made.mark.exists():
