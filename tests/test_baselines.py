@@ -517,3 +517,18 @@ def test_the_reader_of_python_would_have_run_it(tmp_path):
     marker = tmp_path / "marker"
     pickle.load(io.BytesIO(HOSTILE["os.system"](marker)))
     assert marker.exists()
+
+
+def test_a_parquet_file_whose_strings_are_no_utf_8_is_refused_when_it_is_read(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    write(tmp_path / "b.parquet", {f"row {n}": RECORD for n in range(3)}, META)
+    table = pyarrow.parquet.read_table(tmp_path / "b.parquet")
+    offsets = pyarrow.array([0, 1, 2, 3], pyarrow.int32()).buffers()[1]
+    broken = pyarrow.StringArray.from_buffers(3, offsets, pyarrow.py_buffer(b"a\x9eb"))
+    for name in ("id", "prompt_id"):
+        damaged = table.set_column(table.column_names.index(name), name, broken)
+        pyarrow.parquet.write_table(damaged, tmp_path / "damaged.parquet")
+        with pytest.raises(BaselineError, match=r"damaged\.parquet: not Parquet \(.*recompute it"):
+            Baselines.load(tmp_path / "damaged.parquet")

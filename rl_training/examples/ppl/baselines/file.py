@@ -422,6 +422,7 @@ def _read_parquet(path: Path) -> _Columns:
         if absent := [name for name in ("id", *LEVELS) if name not in names]:
             raise BaselineError(f"{path}: no column {', '.join(absent)}, only {', '.join(names)}")
         table = file.read(columns=[name for name in ("id", *LEVELS, *_TEXTS) if name in names]).combine_chunks()
+        table.validate(full=True)  # or a string that is no UTF-8 is found when it is asked for
         ids = table["id"].to_pylist()
         columns = [table[level] for level in LEVELS]
         if all(pyarrow.types.is_float64(column.type) and not column.null_count for column in columns):
