@@ -61,8 +61,8 @@ DEMO_STEPS_tiny-stories := 100
 DEMO_BASELINES_tiny-stories := --load_in_4bit
 DEMO_TRAINING_tiny-stories := --learning_rate 2e-3
 
-# Few prompts and short completions, for 20 minutes in all: the first three scripts took 46, 10 and 159 s of CPU time, a
-# step about 40 s. Without Unsloth, whose gradient checkpointing takes longer on a CPU.
+# Few prompts and short completions, for 20 minutes in all: on one thread the four scripts took 46, 10, 152 and 716 s of CPU
+# time. Without Unsloth, whose gradient checkpointing takes longer on a CPU.
 DEMO_STEPS_smollm2 := 16
 DEMO_PROMPTS_smollm2 := --chat --prompt_template 'Continue the story in two sentences: {prompt}' --aggregation nested
 DEMO_BASELINES_smollm2 := --no-load_in_4bit --num_samples 40

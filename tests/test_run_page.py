@@ -52,6 +52,17 @@ def by_title(log_history) -> dict[str, charts.Chart]:
 # --- charts ----------------------------------------------------------------------------------------------------------
 
 
+def test_nested_levels_far_apart_have_a_chart_each():
+    levels = {"ppl/word": 1200.0, "ppl/phrase": 0.14, "ppl/sentence": 0.2}
+    drawn = by_title([{"step": 1, **levels}, {"step": 2, **levels, "ppl/phrase": 0.09}])
+    assert [title for title in drawn if "Perplexity" in title] == [
+        "Perplexity, word level", "Perplexity, phrase level", "Perplexity, sentence level",
+    ]  # fmt: skip
+    assert [line.last for line in drawn["Perplexity, phrase level"].lines] == ["0.0900"]
+    alike = by_title([{"step": 1, "ppl/word": 40.0, "ppl/phrase": 30.0, "ppl/sentence": 28.0}])
+    assert len(alike["Perplexity"].lines) == 3
+
+
 def test_only_what_was_logged_is_drawn_and_nothing_is_left_out():
     drawn, others, merged = charts.charts([{**entry, "guard/new_metric": 3.0} for entry in log(4)])
     assert [chart.title for chart in drawn] == [

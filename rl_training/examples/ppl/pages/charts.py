@@ -10,6 +10,7 @@ from ..definitions import LEVELS
 
 MOST_POINTS = 240  # of a line; a longer log is averaged over runs of consecutive entries
 DOTTED = 40  # up to so many points each is drawn as a dot, too
+FARTHEST = 50  # times the smallest of a chart's values is the largest, or the small ones look like zero
 _BEYOND = 1e100  # no axis reaches that far
 
 
@@ -116,10 +117,24 @@ def charts(log_history: Sequence[Mapping]) -> tuple[list[Chart], list[Chart], in
         told.update(functions)
     elif functions:  # the only one is the reward
         told.update((functions[0], functions[0].removesuffix("mean") + "std"))
+    specs = [one for spec in specs for one in _on_one_scale(spec, points)]
     others = [name for name in _names(points) if name not in told and not name.startswith("train_")]
     drawn = [chart for spec in specs if (chart := _chart(spec, points))]
     rest = [chart for name in others if (chart := _chart(Spec(name, "", ((name, name, "main"),)), points))]
     return drawn, rest, merged
+
+
+def _on_one_scale(spec: Spec, points: Sequence[Mapping]) -> list[Spec]:
+    """Nested levels have perplexities in the thousands and ratios below 1: each gets a chart of its own."""
+    if spec.title != "Perplexity":
+        return [spec]
+    values = [abs(point[metric]) for point in points for _, metric, _ in spec.lines if _finite(point.get(metric))]
+    if not values or max(values) < FARTHEST * min(values):
+        return [spec]
+    return [
+        Spec(f"{spec.title}, {label} level", spec.unit, ((label, metric, style),))
+        for label, metric, style in spec.lines
+    ]
 
 
 def _points(log_history: Sequence[Mapping]) -> tuple[list[dict], int]:
