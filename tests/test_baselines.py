@@ -532,3 +532,14 @@ def test_a_parquet_file_whose_strings_are_no_utf_8_is_refused_when_it_is_read(tm
         pyarrow.parquet.write_table(damaged, tmp_path / "damaged.parquet")
         with pytest.raises(BaselineError, match=r"damaged\.parquet: not Parquet \(.*recompute it"):
             Baselines.load(tmp_path / "damaged.parquet")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"model": 3}, {"definitions": ["a"]}, {"longest": "300"}, {"generated": 4}, {"dataset": {"columns": "ab"}}],
+)
+def test_a_meta_file_of_another_shape_is_refused_when_it_is_read(tmp_path, wrong):
+    write(tmp_path / "b.json", {"row 0": RECORD}, META)
+    meta_path(tmp_path / "b.json").write_text(json.dumps({**META, **wrong}))
+    with pytest.raises(BaselineError, match=r"b\.json\.meta\.json: \w+ is .*: delete it or recompute the baselines"):
+        Baselines.load(tmp_path / "b.json")

@@ -105,6 +105,16 @@ def test_a_cell_that_is_no_text_is_named_or_empty(column, cell):
             prepare_rows(dataset, Columns("prompt", "reference", None), PromptForm())
 
 
+def test_a_row_that_is_no_utf_8_is_named():
+    import pyarrow
+
+    offsets = pyarrow.array([0, 1, 3], pyarrow.int32()).buffers()[1]
+    prompts = pyarrow.StringArray.from_buffers(2, offsets, pyarrow.py_buffer(b"aa\xa8"))
+    dataset = datasets.Dataset(pyarrow.table({"prompt": prompts}))
+    with pytest.raises(InputError, match=r"row \d of the data set is not UTF-8 .*: convert the file"):
+        prepare_rows(dataset, Columns("prompt", None, None), PromptForm())
+
+
 def test_what_the_model_writes_itself_needs_no_reference(tmp_path, monkeypatch):
     rows = [{"prompt": "The fox ran to the", "completion": None if n % 2 else " mill."} for n in range(4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({**row, "id": str(n)}) for n, row in enumerate(rows)))

@@ -147,13 +147,17 @@ def make_row(example: Mapping, index: int, columns: Columns, form: PromptForm) -
 
     index: the example's, for messages. Raises `InputError` for a cell that is no text or no id.
     """
-    prompt = checked_text(example[columns.prompt], columns.prompt, index)
-    reference = "" if columns.reference is None else checked_text(example[columns.reference], columns.reference, index)
+    try:
+        cells = {name: example[name] for name in columns if name is not None}
+    except UnicodeDecodeError as error:
+        raise InputError(f"row {index} of the data set is not UTF-8 ({error}): convert the file") from error
+    prompt = checked_text(cells[columns.prompt], columns.prompt, index)
+    reference = "" if columns.reference is None else checked_text(cells[columns.reference], columns.reference, index)
     try:
         prompt, reference = form.prompt_and_reference(prompt, reference)
     except InputError as error:
         raise InputError(f"row {index}: {error}") from error
-    row_id = stable_id(prompt, reference) if columns.id is None else example[columns.id]
+    row_id = stable_id(prompt, reference) if columns.id is None else cells[columns.id]
     if not isinstance(row_id, str | int) or isinstance(row_id, bool):
         raise InputError(
             f"row {index}: column {columns.id} holds {row_id!r:.40}, expected a string; name another with --id_column"

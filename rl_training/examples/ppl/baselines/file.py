@@ -40,6 +40,7 @@ _META_TYPES = {
     "dataset": dict,
     "window": int | None,
     "longest": int,
+    "generated": dict | None,
 }
 # What the file keeps of a row. prompt_id and reference_id are hashes: a baseline is of these texts and no others.
 _TEXTS = ("prompt_id", "prompt_start", "reference_id")
@@ -278,9 +279,11 @@ def read_meta(path: str | Path) -> dict:
         raise BaselineError(f"{meta_path(path)}: not JSON ({error}): delete it or recompute the baselines") from error
     if not isinstance(meta, dict):
         raise BaselineError(f"{meta_path(path)}: expected a JSON object, found {type(meta).__name__}")
-    for key, types in _META_TYPES.items():
-        if key in meta and not isinstance(meta[key], types):
-            raise BaselineError(f"{meta_path(path)}: {key} is {meta[key]!r:.80}: delete it or recompute the baselines")
+    wrong = {key: meta[key] for key, types in _META_TYPES.items() if key in meta and not isinstance(meta[key], types)}
+    if not wrong and not isinstance(columns := meta.get("dataset", {}).get("columns", {}), dict):
+        wrong = {"columns": columns}
+    for key, value in wrong.items():
+        raise BaselineError(f"{meta_path(path)}: {key} is {value!r:.80}: delete it or recompute the baselines")
     return meta
 
 
