@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import random
+import signal
 import sys
 import tempfile
 import traceback
@@ -26,6 +27,7 @@ SHARE = {  # of the inputs, by kind; data sets take a thousand times as long as 
     "flags": 50, "pickle": 14, "json": 10, "parquet": 4, "meta": 8, "config": 5, "reward": 4, "tools": 2, "template": 1,
     "heldout": 1, "data": 1,
 }  # fmt: skip
+SECONDS = 60  # an input takes some thousandths of one
 EXECUTED = ("exec", "os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "pickle.find_class")
 ANY = (
     *(None, True, False, 0, -1, 3, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", " ", "a", "\0", "\ud800"),
@@ -333,6 +335,10 @@ class Executed(Exception):
     """Code in a file would have run."""
 
 
+def too_long(*_) -> None:
+    raise TimeoutError(f"it took over {SECONDS} s")
+
+
 def fuzz(count: int, seed: int = 0, progress: bool = False) -> tuple[Counter, list[str]]:
     """(how many of each kind were read and refused, what went wrong with the inputs that did)."""
     from ppl.errors import InputError
@@ -360,11 +366,13 @@ def fuzz(count: int, seed: int = 0, progress: bool = False) -> tuple[Counter, li
             with contextlib.suppress(Exception, SystemExit), contextlib.redirect_stderr(io.StringIO()):
                 case()
         sys.addaudithook(hook)
+        signal.signal(signal.SIGALRM, too_long)
         kinds = made.rng.choices(list(SHARE), weights=SHARE.values(), k=count)
         try:
             for number, kind in enumerate(kinds):
                 said = io.StringIO()
                 watching = True
+                signal.alarm(SECONDS)
                 try:
                     with contextlib.redirect_stderr(said):
                         cases[kind]()
@@ -383,6 +391,7 @@ def fuzz(count: int, seed: int = 0, progress: bool = False) -> tuple[Counter, li
                     at = f"{Path(ours.filename).name}:{ours.lineno}"
                     wrong.append(f"{kind} {number}: {type(error).__name__} at {at}: {str(error)[:160]!r}")
                 finally:
+                    signal.alarm(0)
                     watching = False
                 if progress and number % 1000 == 999:
                     print(f"{number + 1:,} of {count:,}, wrong: {wrong[-3:] or 'none'}", file=sys.stderr, flush=True)
