@@ -71,7 +71,7 @@ def parse_args(
     )
     args = parser.parse_args(argv)
     if args.quick:
-        vars(args).update(QUICK, arms=list(arms)[::4], flags=f"{QUICK_FLAGS} {args.flags}")
+        vars(args).update(QUICK, arms=list(arms)[:5:4], flags=f"{QUICK_FLAGS} {args.flags}")
     return args
 
 
