@@ -43,7 +43,8 @@ argv = sys.argv[1:]
 text = " ".join(argv)
 if not argv or argv[0].startswith("-") and argv[0] != "-c":
     os.execv({python!r}, [{python!r}, *argv])
-unsloth = "--load_in_4bit" in argv or ("unsloth.py" in text or "import unsloth" in text or "from unsloth" in text)
+names = ("unsloth.py", "unsloth import", "import unsloth", "from unsloth")
+unsloth = "--load_in_4bit" in argv or any(name in text for name in names)
 address = {folder!r} + ("/unsloth" if unsloth and "--no_unsloth" not in argv else "/plain")
 with open(address + ".lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
