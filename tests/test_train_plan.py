@@ -39,6 +39,13 @@ def test_a_plan_is_accepted_by_trl_or_refused(batch, accumulation, generations, 
     assert generations in (None, plan.num_generations)
 
 
+def test_numbers_beyond_any_machine_are_answered_at_once():
+    assert plan_batches(4, None, 10**30, 3) == (10**30 // 4, 10**30)
+    assert plan_batches(10**30, 10**30, None) == (10**30, 8)
+    with pytest.raises(InputError, match="--gradient_accumulation_steps 1000000000000000000000000000008 or "):
+        plan_batches(1, 10**30, 9)
+
+
 def test_a_refusal_names_the_nearest_numbers():
     with pytest.raises(InputError, match=r"= 8 completions.*--gradient_accumulation_steps 3 or --num_generations 4"):
         plan_batches(4, 2, 6)

@@ -1,10 +1,12 @@
 """Batch size, accumulation and group size such that TRL accepts them."""
 
+import math
 from typing import NamedTuple
 
 from ..errors import InputError
 
 GROUP = 8  # completions a prompt, where the batch allows it: TRL's default
+MOST = 4096  # a larger group is not proposed
 
 
 class BatchPlan(NamedTuple):
@@ -21,21 +23,22 @@ def plan_batches(batch: int, accumulation: int | None, generations: int | None, 
     if generations is not None and generations < 2:
         raise InputError(f"--num_generations is {generations}, expected at least 2: GRPO compares within a group")
     per_step = batch * processes
+    # The accumulation must be a multiple of this one.
+    least = (generations or GROUP) // math.gcd(per_step, generations or GROUP)
     if accumulation is None:
-        generations = generations or GROUP
-        accumulation = next(n for n in range(1, generations + 1) if per_step * n % generations == 0)
-        return BatchPlan(accumulation, generations)
+        return BatchPlan(least, generations or GROUP)
     total = per_step * accumulation
-    divisors = [n for n in range(2, total + 1) if total % n == 0]
+    if generations is not None and total % generations == 0:
+        return BatchPlan(accumulation, generations)
+    divisors = [n for n in range(2, min(total, MOST) + 1) if total % n == 0]
     if generations is None and divisors:
         return BatchPlan(accumulation, max((n for n in divisors if n <= GROUP), default=min(divisors)))
-    if generations not in divisors:
-        fits = next(n for n in range(accumulation, accumulation + (generations or 2) + 1)
-                    if per_step * n % (generations or 2) == 0)  # fmt: skip
-        nearest = min(divisors, key=lambda n: abs(n - (generations or 2)), default=None)
-        raise InputError(
-            f"--per_device_train_batch_size {batch} x {processes} process(es) x --gradient_accumulation_steps "
-            f"{accumulation} = {total} completions a step, no multiple of --num_generations {generations or 2}: use "
-            f"--gradient_accumulation_steps {fits}" + (f" or --num_generations {nearest}" if nearest else "")
-        )
-    return BatchPlan(accumulation, generations)
+    wanted = generations or 2
+    least = wanted // math.gcd(per_step, wanted)
+    nearest = min(divisors, key=lambda n: abs(n - wanted), default=None)
+    raise InputError(
+        f"--per_device_train_batch_size {batch} x {processes} process(es) x --gradient_accumulation_steps "
+        f"{accumulation} = {total} completions a step, no multiple of --num_generations {wanted}: use "
+        f"--gradient_accumulation_steps {-(-accumulation // least) * least}"
+        + (f" or --num_generations {nearest}" if nearest else "")
+    )
