@@ -1,10 +1,21 @@
-"""What the studies share: where the scripts are, tables that are Markdown in a pipe, files that are whole."""
+"""What the studies share: where the scripts are, flags, tables that are Markdown in a pipe, files that are whole."""
 
+import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "rl_training" / "examples"
+
+
+def add_run_flags(parser: argparse.ArgumentParser, output_dir: str, kept: str, arms: Iterable[str], steps: int) -> None:
+    """The flags of a study that trains. kept: what the output folder holds beside the runs."""
+    from ppl.cli import positive_int
+
+    parser.add_argument("--output_dir", default=output_dir, help=f"{kept}, and a folder for each run")
+    parser.add_argument("--arms", nargs="+", choices=arms, default=list(arms), help="what to compare")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run of each arm for each")
+    parser.add_argument("--max_steps", type=positive_int, default=steps, help="optimizer steps of a run")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

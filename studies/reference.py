@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import print_table, write_json
+from common import add_run_flags, print_table, write_json
 from training import call, finished, resolved
 
 from ppl import cli
@@ -43,10 +43,7 @@ PLANS_READ = 10
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.parser(__doc__.splitlines()[0], epilog=__doc__.rpartition("\n\n")[2])
-    parser.add_argument("--output_dir", default="study_reference", help="numbers, plans, and a folder for each run")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="what to compare")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run of each arm for each")
-    parser.add_argument("--max_steps", type=cli.positive_int, default=60, help="optimizer steps of a run")
+    add_run_flags(parser, "study_reference", "numbers, plans", ARMS, steps=60)
     parser.add_argument("--batch", type=cli.positive_int, default=16, help="completions a step")
     parser.add_argument("--max_new_tokens", type=cli.positive_int, default=32, help="longest plan")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of GRPO; of SFT --sft_learning_rate")

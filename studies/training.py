@@ -18,7 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from common import EXAMPLES, print_table, quiet_axes, write_figure, write_json
+from common import EXAMPLES, add_run_flags, print_table, quiet_axes, write_figure, write_json
 from measures import common_share, commonest_words, copied, judged
 
 from ppl import cli
@@ -57,10 +57,7 @@ def parse_args(
     """Also of a study with other arms: `name` is that of its files."""
     parser = cli.parser(doc.splitlines()[0], epilog=doc.rpartition("\n\n")[2])
     parser.set_defaults(name=name, arm_flags=arms)
-    parser.add_argument("--output_dir", default=f"study_{name}", help="numbers, picture, and a folder for each run")
-    parser.add_argument("--arms", nargs="+", choices=arms, default=list(arms), help="what to compare")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run of each arm for each")
-    parser.add_argument("--max_steps", type=cli.positive_int, default=100, help="optimizer steps of a run")
+    add_run_flags(parser, f"study_{name}", "numbers, picture", arms, steps=100)
     parser.add_argument("--jobs", type=cli.positive_int, default=2, help="runs at a time")
     parser.add_argument("--quick", action="store_true", help="few arms, one seed, two steps of short texts: a try")
     parser.add_argument("--model_name", default="tiny-stories", help="as for the training script")

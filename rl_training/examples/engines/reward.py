@@ -109,11 +109,12 @@ def _completion(query: str, prompt: str) -> str:
 def _score_calls(calls: list[list[_Row]]) -> list[list[dict[str, float]]]:
     """Of each call's rows: `score`, of each level `reward_...`, the improvement in percent, and `score_...`."""
     reward = reward_from_config()
-    texts, prompts, references, ids = [], [], [], []
     special = [token.content for token in reward.tokenizer.added_tokens_decoder.values() if token.special]
+    # The end of the turn, padding: no part of what was written.
+    unwritten = re.compile("|".join(map(re.escape, special))) if special else None
+    texts, prompts, references, ids = [], [], [], []
     for text, prompt, reference, row_id in (row for rows in calls for row in rows):
-        # The end of the turn, padding: no part of what was written.
-        texts.append(re.sub("|".join(map(re.escape, special)), "", message_text(text)) if special else text)
+        texts.append(unwritten.sub("", message_text(text)) if unwritten else text)
         prompts.append(prompt)
         references.append(reference if isinstance(reference, str) else "")
         ids.append(stable_id(prompt, references[-1]) if row_id is None else row_id)

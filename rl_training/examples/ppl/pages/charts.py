@@ -17,7 +17,8 @@ _BEYOND = 1e100  # no axis reaches that far
 @dataclass(frozen=True)
 class Spec:
     """A chart to draw if the log has any of `lines`: (label, metric, style). band: (label, lowest, highest metric), or
-    (label, centre, +- metric) with `around`. include: values the axis reaches in any case."""
+    (label, centre, +- metric) with `around`. include: values the axis reaches in any case. divisible: lines that are
+    far apart get a chart each."""
 
     title: str
     unit: str
@@ -25,6 +26,7 @@ class Spec:
     band: tuple[str, str, str] | None = None
     around: bool = False
     include: tuple[float, ...] = ()
+    divisible: bool = False
 
 
 def _levels(metric: str) -> tuple[tuple[str, str, str], ...]:
@@ -38,7 +40,7 @@ SPECS = (
         band=("± standard deviation", "reward", "reward_std"), around=True, include=(0, 1),
     ),
     Spec("Improvement over the baseline", "%", _levels("reward_{}"), include=(0,)),
-    Spec("Perplexity", "under the frozen scorer", _levels("ppl/{}")),
+    Spec("Perplexity", "under the frozen scorer", _levels("ppl/{}"), divisible=True),
     Spec(
         "Completion length", "tokens", (("mean", "completions/mean_length", "main"),),
         band=("shortest to longest", "completions/min_length", "completions/max_length"), include=(0,),
@@ -126,7 +128,7 @@ def charts(log_history: Sequence[Mapping]) -> tuple[list[Chart], list[Chart], in
 
 def _on_one_scale(spec: Spec, points: Sequence[Mapping]) -> list[Spec]:
     """Nested levels have perplexities in the thousands and ratios below 1: each gets a chart of its own."""
-    if spec.title != "Perplexity":
+    if not spec.divisible:
         return [spec]
     values = [abs(point[metric]) for point in points for _, metric, _ in spec.lines if _finite(point.get(metric))]
     if not values or max(values) < FARTHEST * min(values):

@@ -23,10 +23,14 @@ def plan_batches(batch: int, accumulation: int | None, generations: int | None, 
     if generations is not None and generations < 2:
         raise InputError(f"--num_generations is {generations}, expected at least 2: GRPO compares within a group")
     per_step = batch * processes
-    # The accumulation must be a multiple of this one.
-    least = (generations or GROUP) // math.gcd(per_step, generations or GROUP)
+
+    def least(group: int) -> int:
+        """The accumulation, and with it every multiple, that makes whole groups."""
+        return group // math.gcd(per_step, group)
+
     if accumulation is None:
-        return BatchPlan(least, generations or GROUP)
+        generations = generations or GROUP
+        return BatchPlan(least(generations), generations)
     total = per_step * accumulation
     if generations is not None and total % generations == 0:
         return BatchPlan(accumulation, generations)
@@ -34,11 +38,10 @@ def plan_batches(batch: int, accumulation: int | None, generations: int | None, 
     if generations is None and divisors:
         return BatchPlan(accumulation, max((n for n in divisors if n <= GROUP), default=min(divisors)))
     wanted = generations or 2
-    least = wanted // math.gcd(per_step, wanted)
     nearest = min(divisors, key=lambda n: abs(n - wanted), default=None)
     raise InputError(
         f"--per_device_train_batch_size {batch} x {processes} process(es) x --gradient_accumulation_steps "
         f"{accumulation} = {total} completions a step, no multiple of --num_generations {wanted}: use "
-        f"--gradient_accumulation_steps {-(-accumulation // least) * least}"
+        f"--gradient_accumulation_steps {-(-accumulation // least(wanted)) * least(wanted)}"
         + (f" or --num_generations {nearest}" if nearest else "")
     )
