@@ -316,8 +316,8 @@ def test_explain_has_the_levels_perplexities_from_the_same_pass(model, tokenizer
     calculator = MultiLevelPPLCalculator(tokenizer, aggregation=aggregation)
     expected = calculator.compute_all_levels(model, TEXT, "Well. ")
     passes = []
-    score = SurprisalScorer.score
-    monkeypatch.setattr(SurprisalScorer, "score", lambda self, encoded: passes.append(1) or score(self, encoded))
+    start = SurprisalScorer.start
+    monkeypatch.setattr(SurprisalScorer, "start", lambda self, encoded: passes.append(1) or start(self, encoded))
     explained = calculator.explain(model, TEXT, "Well. ")
     assert explained.perplexities == pytest.approx(expected, rel=1e-9)
     assert len(passes) == 1

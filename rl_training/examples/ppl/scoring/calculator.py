@@ -1,6 +1,7 @@
 """The calculator: texts and a model -> the perplexity of each text at each level."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -148,9 +149,8 @@ class MultiLevelPPLCalculator:
         texts = [pair if isinstance(pair, Turns) else (pair,) for pair in unique]
         turns = [turn for text in texts for turn in text]
         encoded, targets = self._encoder.encode_pairs(turns)
-        units = self._units(targets)
         # Also without any: a model that is spread over processes has to be asked in each of them.
-        views = self._surprisals(model, encoded, units)
+        units, views = self._score(model, encoded, targets)
         if not pairs:
             return Scores(np.empty((0, len(LEVELS))), np.zeros(0, np.int64), np.zeros(0, np.int64), 0)
         firsts = np.cumsum([0, *map(len, texts)])  # the turn that each text begins with
@@ -176,7 +176,7 @@ class MultiLevelPPLCalculator:
         """The scored tokens of (context, target) strings, equal ones once: what `perplexities_of` makes numbers of."""
         unique = list(dict.fromkeys(pairs))
         encoded, targets = self._encoder.encode_pairs(unique)
-        views = self._surprisals(model, encoded, self._units(targets))
+        _, views = self._score(model, encoded, targets)
         of_unique = [Viewed(one.chars, of_text) for one, *of_text in zip(encoded, *views, strict=True)]
         index = dict(zip(unique, of_unique, strict=True))
         return [index[pair] for pair in pairs]
@@ -203,8 +203,7 @@ class MultiLevelPPLCalculator:
     def explain_pair(self, model, pair: Turn | Sampled) -> Explained:
         """As `explain`, of a (context, target) or of what was sampled."""
         encoded, [target] = self._encoder.encode_pairs([pair])
-        units = self._units([target])
-        views = self._surprisals(model, encoded, units)
+        units, views = self._score(model, encoded, [target])
         c = views[-1][0]
         scopes, measured = {}, dict.fromkeys(LEVELS, c)
         if self.aggregation == "nested":
@@ -245,15 +244,20 @@ class MultiLevelPPLCalculator:
     def _units(self, targets: Sequence[str]) -> Units:
         return segment(targets, self.language, self.max_phrase_words)
 
-    def _surprisals(self, model, encoded: Sequence[Encoded], units: Units) -> Sequence[list[np.ndarray]]:
-        """Of each text's scored tokens, float64 [n] in nats: with nested levels the three `Scopes`, else one view."""
+    def _score(self, model, encoded: Sequence[Encoded], targets: Sequence[str]) -> tuple[Units, Sequence[list]]:
+        """The targets' units; and of each text's scored tokens, float64 [n] in nats: with nested levels the three
+        `Scopes`, else one view."""
         scorer = self._scorer_of(model)
         if self.aggregation == "nested":
-            return score_scopes(scorer, encoded, units, [self._encoder.start])
-        return (scorer.score(encoded),)
+            units = self._units(targets)
+            return units, score_scopes(scorer, encoded, units, [self._encoder.start])
+        # A GPU computes while the units are found.
+        read = scorer.start(encoded) if isinstance(scorer, SurprisalScorer) else partial(scorer.score, encoded)
+        units = self._units(targets)
+        return units, (read(),)
 
     def _perplexities(self, units: Units, chars, views: Sequence[list[np.ndarray]]) -> np.ndarray:
-        """float64 [B, 3] from what `_surprisals` gives and the characters that the tokens stand for."""
+        """float64 [B, 3] from the views of `_score` and the characters that the tokens stand for."""
         if self.aggregation == "nested":
             return nested_perplexities(Scopes(*views))
         return level_perplexities(units, chars, *views, self.aggregation)

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .batching import Pack
+from .devices import to_device
 
 IMPLEMENTATION = "multi_level_ppl_packed"
 _OWN = "sdpa"  # transformers' default, and the one that is called for a span
@@ -68,7 +69,7 @@ def plain_cache(config) -> bool:
 def run_packed(decoder, pack: Pack) -> torch.Tensor:
     """Hidden states [T, H] of a pack's tokens. Raises `CannotPackError`."""
     device = decoder.device
-    ids, positions = (torch.from_numpy(values[None]).to(device) for values in (pack.ids, pack.positions))
+    ids, positions = (to_device(values[None], device) for values in (pack.ids, pack.positions))
     options = {}
     if of_unsloth(decoder):
         # Without them it would cut a pack to `max_seq_length` tokens.
@@ -122,7 +123,7 @@ class _Alike:
         if len(spans) == 1 and seen[0, -1] - seen[0, 0] == seen.shape[1] - 1:
             queries, keys = (slice(int(indices[0, 0]), int(indices[0, -1]) + 1) for indices in (own, seen))
         else:
-            queries, keys = (torch.from_numpy(indices.ravel()).to(device) for indices in (own, seen))
+            queries, keys = (to_device(indices.ravel(), device) for indices in (own, seen))
         return cls(len(spans), queries, keys, mask)
 
 
@@ -151,9 +152,9 @@ class _Together:
                 for start, end, prefix_start, prefix in spans.tolist()
                 for piece in (np.arange(prefix_start, prefix_start + prefix), np.arange(start, end))
             ]
-            keys = torch.from_numpy(np.concatenate(pieces)).to(device)
+            keys = to_device(np.concatenate(pieces), device)
         query_ends, key_ends = (
-            torch.from_numpy(np.cumsum([0, *counts]).astype(np.int32)).to(device) for counts in (queries, seen)
+            to_device(np.cumsum([0, *counts]).astype(np.int32), device) for counts in (queries, seen)
         )
         return cls(query_ends, key_ends, int(queries.max()), int(seen.max()), keys)
 

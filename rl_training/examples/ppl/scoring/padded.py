@@ -12,6 +12,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .batching import Row, padded
+from .devices import to_device
 from .packed import of_unsloth, plain_cache
 
 
@@ -31,8 +32,8 @@ def run_padded(forward: Callable, batch: Sequence[Row], skip: int, device: torch
     forward: ids [B, T] -> hidden states or logits [B, T, H].
     """
     ids, rows, read = padded(batch, skip)
-    states = forward(torch.from_numpy(ids).to(device))
-    return states[torch.from_numpy(rows).to(states.device), torch.from_numpy(read).to(states.device)]
+    states = forward(to_device(ids, device))
+    return states[to_device(rows, states.device), to_device(read, states.device)]
 
 
 def run_prefix(decoder, ids: torch.Tensor) -> Cache:

@@ -20,6 +20,7 @@ from ..frozen import check_weights_only, frozen
 from ..models import describe_model
 from ..processes import in_step, is_sharded
 from .batching import Group, Pack, Row, batches, lay_out, packs, share_prefixes, windows
+from .devices import to_device
 from .head import Head, surprisal
 from .onednn import fast_products
 from .packed import can_pack, run_packed, would_pack
@@ -40,6 +41,30 @@ class _Sizes(NamedTuple):
 # costs its tokens and some 15 to 30 more, and above 32 MiB glibc takes every slice anew from the system.
 _SIZES = {"cpu": _Sizes(2048, 1024, 24 << 20, 32), "cuda": _Sizes(16384, 16384, 256 << 20, 512)}
 _SPAN_TOKENS = 8  # what the attention of one more span of a pack costs
+
+
+class _Results:
+    """What the rows of some texts gave. It is read once, at the end: a GPU works on rows while others are laid out."""
+
+    def __init__(self, texts: list[Encoded]) -> None:
+        self._sizes = [len(text.positions) for text in texts]
+        self._given: list[tuple[list[Row], torch.Tensor]] = []
+
+    def add(self, rows: list[Row], scored: torch.Tensor) -> None:
+        """scored: float32 [m], nats, of the rows' labels."""
+        self._given.append((rows, scored))
+
+    def read(self) -> list[np.ndarray]:
+        surprisals = [np.zeros(size) for size in self._sizes]
+        for rows, scored in self._given:
+            values = scored.double().cpu().numpy()
+            end = np.cumsum([len(row.read) for row in rows])
+            for row, piece in zip(rows, np.split(values, end[:-1]), strict=True):
+                surprisals[row.text][row.first : row.first + len(piece)] = piece
+        for number, of_text in enumerate(surprisals):
+            if np.isnan(of_text).any():
+                raise FloatingPointError(f"the model's logits are NaN for text {number} of this call")
+        return surprisals
 
 
 class SurprisalScorer:
@@ -73,20 +98,22 @@ class SurprisalScorer:
         A text longer than the model's window is scored in windows. Raises `FloatingPointError` if a logit is NaN.
         Of a model whose weights are spread over processes, all of them must ask at the same time, be it for no text.
         """
-        surprisals = [np.zeros(len(text.positions)) for text in texts]
+        return self.start(texts)()
+
+    def start(self, texts: list[Encoded]) -> Callable[[], list[np.ndarray]]:
+        """Gives a GPU the work of `score` and does not wait for it. What is returned does, and gives what `score` gives
+        or raises what it raises."""
+        results = _Results(texts)
         if is_sharded(self.model):
             with frozen(self.model, self.adapters):
-                self._score_in_step(self._sides(texts), surprisals)
+                self._score_in_step(self._sides(texts), results)
         elif any(len(text.positions) for text in texts):
             with frozen(self.model, self.adapters), fast_products(self.model):
                 self._compare()
                 for beyond, rows in enumerate(self._sides(texts)):
                     # A prefix that runs before its rows may be on the other side than they are.
-                    self._score_rows(rows, surprisals, prefixes=not beyond)
-        for number, of_text in enumerate(surprisals):
-            if np.isnan(of_text).any():
-                raise FloatingPointError(f"the model's logits are NaN for text {number} of this call")
-        return surprisals
+                    self._score_rows(rows, results, prefixes=not beyond)
+        return results.read
 
     @property
     def identity(self) -> dict:
@@ -229,8 +256,8 @@ class SurprisalScorer:
         rows = [np.concatenate([ids[:3], ids[3:7]]), np.concatenate([ids[:3], ids[7:9]]), ids[6:]]
         one, two, three = (Row(row, np.array([len(row) - 1]), row[-1:], 0, 0) for row in rows)
         pack = lay_out([Group(3, [one, two]), Group(0, [three])])
-        packed = run_packed(self._decoder, pack)[torch.from_numpy(pack.read).to(self.model.device)]
-        alone = [self._hidden(torch.from_numpy(row[None]).to(self.model.device))[0, -1] for row in rows]
+        packed = run_packed(self._decoder, pack)[to_device(pack.read, self.model.device)]
+        alone = [self._hidden(to_device(row[None], self.model.device))[0, -1] for row in rows]
         return self._same(self._head.logits(packed), self._head.logits(torch.stack(alone)))
 
     def _compare_cache(self) -> bool:
@@ -265,9 +292,9 @@ class SurprisalScorer:
 
     # --- which way ---------------------------------------------------------------------------------------------------
 
-    def _score_rows(self, rows: list[Row], surprisals: list[np.ndarray], prefixes: bool = True) -> None:
+    def _score_rows(self, rows: list[Row], results: _Results, prefixes: bool = True) -> None:
         if self._packs_agree:
-            self._score_packs(share_prefixes(rows, _SPAN_TOKENS), surprisals)
+            self._score_packs(share_prefixes(rows, _SPAN_TOKENS), results)
             return
         prefixes &= not self._by_length
         groups = share_prefixes(rows, 2 * self._sizes.overhead) if prefixes else [Group(0, rows)]
@@ -277,7 +304,7 @@ class SurprisalScorer:
             prefix = self._run_prefix(group) if group.prefix else None
             most = 1 if self._by_length else self.batch_size
             for batch in batches(group, self._budget, self._sizes.overhead, most):
-                self._score_batch(batch, group.prefix, prefix, surprisals)
+                self._score_batch(batch, group.prefix, prefix, results)
 
     @property
     def _budget(self) -> int:
@@ -291,13 +318,12 @@ class SurprisalScorer:
 
     # --- packed ------------------------------------------------------------------------------------------------------
 
-    def _score_packs(self, groups: list[Group], surprisals: list[np.ndarray]) -> None:
+    def _score_packs(self, groups: list[Group], results: _Results) -> None:
         left = self._packs(groups)
-        results = []  # read at the end: a GPU works on one pack while the next is laid out
         while left:
             pack = left[0]
             try:
-                results.append((pack.rows, self._score_pack(pack)))
+                results.add(pack.rows, self._score_pack(pack))
                 del left[0]
                 continue
             except RuntimeError as error:
@@ -305,8 +331,6 @@ class SurprisalScorer:
                     raise
             self._halve(len(pack.ids))
             left = self._packs([group for one in left for group in one.groups])
-        for rows, values in results:
-            self._write(rows, values, surprisals)
 
     def _packs(self, groups: list[Group]) -> list[Pack]:
         return packs(groups, self.max_batch_tokens, self._sizes.enough, self.batch_size)
@@ -315,16 +339,16 @@ class SurprisalScorer:
         """float32 [m], nats, of the labels of its rows."""
         hidden = run_packed(self._decoder, pack)
         if len(pack.read) < len(hidden):
-            hidden = hidden[torch.from_numpy(pack.read).to(hidden.device)]
+            hidden = hidden[to_device(pack.read, hidden.device)]
         return self._head.surprisal(hidden, _labels(pack.rows, hidden.device))
 
     # --- padded ------------------------------------------------------------------------------------------------------
 
     def _run_prefix(self, group: Group):
-        ids = torch.from_numpy(group.rows[0].inputs[None, : group.prefix])
-        return run_prefix(self._decoder, ids.to(self.model.device))
+        ids = to_device(group.rows[0].inputs[None, : group.prefix], self.model.device)
+        return run_prefix(self._decoder, ids)
 
-    def _score_batch(self, batch: list[Row], skip: int, prefix, surprisals: list[np.ndarray]) -> None:
+    def _score_batch(self, batch: list[Row], skip: int, prefix, results: _Results) -> None:
         """Score rows from token `skip` on; in halves if they exceed the token budget or memory."""
         longest = max(len(row.inputs) for row in batch) - skip
         if len(batch) == 1 or len(batch) * longest <= self._budget:
@@ -332,14 +356,14 @@ class SurprisalScorer:
                 states = self._read(batch, skip, prefix)
                 labels = _labels(batch, states.device)
                 values = self._head.surprisal(states, labels) if self._head_agrees else surprisal(states, labels)
-                self._write(batch, values, surprisals)
+                results.add(batch, values)
                 return
             except RuntimeError as error:
                 if len(batch) == 1 or not should_reduce_batch_size(error):
                     raise
             self._halve(len(batch) * longest)
         for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-            self._score_batch(half, skip, prefix, surprisals)
+            self._score_batch(half, skip, prefix, results)
 
     def _read(self, batch: list[Row], skip: int = 0, prefix=None, model=None) -> torch.Tensor:
         """Hidden states [m, H] that predict the rows' labels; float32 logits [m, V] of `model`, or of one whose head
@@ -352,7 +376,7 @@ class SurprisalScorer:
 
     # --- in step with other processes --------------------------------------------------------------------------------
 
-    def _score_in_step(self, sides: list[list[Row]], surprisals: list[np.ndarray]) -> None:
+    def _score_in_step(self, sides: list[list[Row]], results: _Results) -> None:
         """By the model's own forward pass, which gathers its weights, and as often as the process with most to do."""
         budget = min(self.max_batch_tokens, self._head.rows)
         every = [
@@ -363,13 +387,7 @@ class SurprisalScorer:
                 self.model(input_ids=self._probe_ids()[:, :1], use_cache=False)
                 continue
             logits = self._read(batch, model=self.model)
-            self._write(batch, surprisal(logits, _labels(batch, logits.device)), surprisals)
-
-    def _write(self, rows: list[Row], scored: torch.Tensor, surprisals: list[np.ndarray]) -> None:
-        values = scored.double().cpu().numpy()
-        end = np.cumsum([len(row.read) for row in rows])
-        for row, piece in zip(rows, np.split(values, end[:-1]), strict=True):
-            surprisals[row.text][row.first : row.first + len(piece)] = piece
+            results.add(batch, surprisal(logits, _labels(batch, logits.device)))
 
 
 def _positions_behind_padding(model) -> Iterator[int]:
@@ -381,7 +399,7 @@ def _positions_behind_padding(model) -> Iterator[int]:
 
 
 def _labels(rows: list[Row], device) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([row.labels for row in rows])).to(device)
+    return to_device(np.concatenate([row.labels for row in rows]), device)
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
