@@ -162,7 +162,7 @@ def grpo_step(
     last_call = {}
 
     def scored(prompts, completions, **columns):
-        last_call.update(prompts=prompts, completions=completions)
+        last_call.update(prompts=prompts, completions=completions, completion_ids=columns["completion_ids"])
         return reward(prompts, completions, **columns)
 
     def timed(name, function):

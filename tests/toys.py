@@ -127,6 +127,16 @@ def word_ends():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<e>", pad_token="<e>")
 
 
+def whole_words():
+    """A token a word; the letter a is none of them. Without a decoder, which joins tokens with a space."""
+    words = sorted({word for sentence in SENTENCES for word in sentence.split()} - {"a"})
+    special = ["<s>", "</s>", "<unk>"]
+    vocabulary = {token: index for index, token in enumerate([*special, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
 def prefix_space():
     """RoBERTa's: byte-level, and a space in front of the text."""
     tokenizer = Tokenizer(models.BPE())
@@ -178,6 +188,7 @@ WRITERS = {
     "unigram": unigram,
     "word_pieces": word_pieces,
     "word_ends": word_ends,
+    "whole_words": whole_words,
     "prefix_space": prefix_space,
 }
 

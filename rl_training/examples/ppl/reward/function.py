@@ -417,9 +417,8 @@ class MultiLevelPPLRewardFunction:
         behind = dict(zip(rest, self.calculator.restore_spaces(self.model, [pairs[i] for i in rest]), strict=True))
         for index, text in behind.items():
             pairs[index] = (pairs[index][0], text)
-        for index, ids in sampled.items():
-            pairs[index] = ids
-        behind |= zip(sampled, self.calculator.written(list(sampled.values())), strict=True)
+        for index, (ids, text) in sampled.items():
+            pairs[index], behind[index] = ids, text
         return pairs, [behind.get(index, text) for index, text in enumerate(texts)]
 
     def _perplexities(self, pairs: Sequence[Turn | Turns | Sampled]) -> np.ndarray:

@@ -15,8 +15,9 @@ def those_of(
     prompts: Sequence[Text | None],
     ends: Sequence[int],
     calculator: MultiLevelPPLCalculator,
-) -> dict[int, Sampled]:
-    """By index, the completions whose ids are those of their text, up to the first end token, which is left out.
+) -> dict[int, tuple[Sampled, str]]:
+    """By index, the completions whose ids are those of their text, up to the first end token, which is left out; and
+    what they add to their prompt's text.
 
     The others were written by a policy with another tokenizer, or were edited on their way here. ends: end tokens.
     """
@@ -29,9 +30,9 @@ def those_of(
     alone = calculator.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     views = zip(texts, alone, calculator.written(every), prompts, strict=True)
     return {
-        index: every[index]
-        for index, (text, *decoded, prompt) in enumerate(views)
-        if any(_is_of(text, one, isinstance(prompt, list)) for one in decoded)
+        index: (every[index], written)
+        for index, (text, decoded, written, prompt) in enumerate(views)
+        if any(_is_of(text, one, isinstance(prompt, list)) for one in (decoded, written))
     }
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -19,8 +19,7 @@ class Decoding:
     def __init__(self, backend: Tokenizer) -> None:
         self._backend = backend
         # A token's text depends on what stands before it; for most decoders only on whether anything does.
-        self._anchor = backend.encode("a", add_special_tokens=False).ids[-1:]
-        self._anchor_text = self._text(self._anchor)
+        self._anchor, self._anchor_text = self._something()
         self._pieces: dict[int, str] = {}
 
     @functools.cached_property
@@ -46,6 +45,13 @@ class Decoding:
             border = _common(alone[tuple(prompt)], text)
             decoded.append((text[border:], self._starts(prompt, completion, text, border)))
         return decoded
+
+    def _something(self) -> tuple[list[int], str]:
+        """(ids of a token that has a text, that text). A vocabulary of whole words may not know the letter a."""
+        of_a = self._backend.encode("a", add_special_tokens=False).ids[-1:]
+        others = ([token] for token in range(self._backend.get_vocab_size()))
+        named = ((ids, self._text(ids)) for ids in chain([of_a], others))
+        return next(((ids, text) for ids, text in named if text.strip()), ([], ""))
 
     def _text(self, ids: Sequence[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=True)
