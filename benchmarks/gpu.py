@@ -31,14 +31,14 @@ PARTS = {
     "GRPO 8B, Unsloth": ("grpo", gpu_grpo.unsloth),
     "scoring 8B": ("scoring", gpu_scoring.largest),
     "GRPO 8B, transformers + PEFT": ("grpo", gpu_grpo.peft),
-    "GRPO 8B, batch 1": ("grpo", gpu_grpo.batch_of_one),
+    "GRPO 8B, Unsloth, batch 1": ("grpo", gpu_grpo.batch_of_one),
     "memory 8B": ("memory", gpu_scoring.memory_of_largest),
     "scoring 1B": ("scoring", gpu_scoring.middle),
     "scoring GPT-2": ("scoring", gpu_scoring.smallest),
     "precision": ("scoring", gpu_scoring.precision),
     "scripts": ("train", gpu_train.scripts),
 }
-NEED_4BIT = {"GRPO 8B, Unsloth", "scoring 8B", "GRPO 8B, transformers + PEFT", "GRPO 8B, batch 1", "memory 8B"}
+NEED_4BIT = {"GRPO 8B, Unsloth", "scoring 8B", "GRPO 8B, transformers + PEFT", "GRPO 8B, Unsloth, batch 1", "memory 8B"}
 ONLY = ("scoring", "grpo", "train", "memory")
 
 

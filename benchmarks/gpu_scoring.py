@@ -21,7 +21,7 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(PUBLISHED, 8192, 96, 4096, 8, 256, 4096, 3)
-SMALL = Sizes(TOY, 512, 6, 256, 4, 16, 256, 1)
+SMALL = Sizes(TOY, 64, 6, 256, 4, 16, 256, 1)
 
 
 def sizes_of(toy: bool) -> Sizes:

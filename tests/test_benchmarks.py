@@ -10,6 +10,7 @@ import pytest
 import torch
 import toys
 from folders import importable
+from warm import python
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -61,7 +62,7 @@ def toy_rows(tmp_path_factory):
     """What `benchmarks/gpu.py --toy` writes: its dry run, all parts."""
     out = tmp_path_factory.mktemp("gpu")
     done = subprocess.run(
-        [sys.executable, BENCHMARKS / "gpu.py", "--toy", "--seconds", "100000", "--out", out],
+        [python(), BENCHMARKS / "gpu.py", "--toy", "--seconds", "100000", "--out", out],
         env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

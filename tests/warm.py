@@ -43,7 +43,7 @@ argv = sys.argv[1:]
 text = " ".join(argv)
 if not argv or argv[0].startswith("-") and argv[0] != "-c":
     os.execv({python!r}, [{python!r}, *argv])
-names = ("unsloth.py", "unsloth import", "import unsloth", "from unsloth")
+names = ("unsloth.py", "unsloth import", "import unsloth", "from unsloth", "GRPO 8B, Unsloth")
 unsloth = "--load_in_4bit" in argv or any(name in text for name in names)
 address = {folder!r} + ("/unsloth" if unsloth and "--no_unsloth" not in argv else "/plain")
 with open(address + ".lock", "w") as lock:
@@ -147,7 +147,8 @@ def become(argv: list[str], folder: str, environment: dict[str, str]) -> None:
     sys.stderr = io.TextIOWrapper(io.FileIO(2, "w"), errors="backslashreplace", line_buffering=True)
     sys.stdout = io.TextIOWrapper(io.FileIO(1, "w"), write_through=unbuffered, line_buffering=os.isatty(1))
     sys.argv = argv if argv[0] != "-c" else ["-c", *argv[2:]]
-    sys.path[0] = "" if argv[0] == "-c" else str(Path(argv[0]).resolve().parent)
+    more = [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    sys.path[:1] = ["" if argv[0] == "-c" else str(Path(argv[0]).resolve().parent), *more]
 
 
 def without_unsloth() -> None:
