@@ -24,7 +24,7 @@ from ppl.errors import InputError
 
 PAIRS = list(combinations(LEVELS, 2))
 CORRELATIONS = {"damages": "all damages", "within": "within a damage", "samples": "its own samples"}
-WEIGHTS = {"default": DEFAULT_WEIGHTS, "equal": (1, 1, 1), "0.3 0.3 0.4": (0.3, 0.3, 0.4), "1 2 1": (1, 2, 1)}
+WEIGHTS = {"0.2 0.3 0.5": (0.2, 0.3, 0.5), "equal": (1.0, 1.0, 1.0), "0.3 0.3 0.4": (0.3, 0.3, 0.4), "1 2 1": (1, 2, 1)}
 QUICK = {"num_samples": 12, "draws": 2, "samples": 4}
 
 
@@ -241,12 +241,13 @@ def correlation(a, b) -> float | None:
 def show(numbers: dict) -> None:
     rows = []
     for aggregation, results in numbers["aggregations"].items():
+        default = next(name for name, weights in WEIGHTS.items() if weights == DEFAULT_WEIGHTS[aggregation.split()[0]])
         for name, of_damage in results["damages"].items():
             known = {level: of_damage[level] for level in LEVELS if of_damage[level]}
             best = max(known, key=lambda level: known[level]["effect"], default="")
             form = "{effect:.2f} [{low:.2f}, {high:.2f}] {ranked:.0%}"
             cells = [form.format(**known[level]) if level in known else "" for level in LEVELS]
-            preferred = [f"{of_damage[name]['default']:.0%}" for name in ("preferred", "preferred, no guard")]
+            preferred = [f"{of_damage[name][default]:.0%}" for name in ("preferred", "preferred, no guard")]
             rows.append([f"{aggregation}: {name}", *cells, best, *preferred])
     title = "Paired effect size [95 % interval], and how often the damaged text has the higher perplexity"
     print_table(title, ["", *LEVELS, "most at", "preferred", "no guard"], rows)

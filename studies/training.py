@@ -38,13 +38,13 @@ ARMS = {
     "reference": "--target reference",
     "nats": "--reward_form nats",
     "nested": "--aggregation nested",
-    "nested, equal": "--aggregation nested --ppl_weights 1 1 1",
+    "nested, 0.2 0.3 0.5": "--aggregation nested --ppl_weights 0.2 0.3 0.5",
     "nested, 0.3 0.3 0.4": "--aggregation nested --ppl_weights 0.3 0.3 0.4",
     "nested, nats": "--aggregation nested --reward_form nats",
-    "nested, nats, equal": "--aggregation nested --reward_form nats --ppl_weights 1 1 1",
+    "nested, nats, 0.2 0.3 0.5": "--aggregation nested --reward_form nats --ppl_weights 0.2 0.3 0.5",
     "nested, nats, 0.3 0.3 0.4": "--aggregation nested --reward_form nats --ppl_weights 0.3 0.3 0.4",
     "nested, nats, 1 2 1": "--aggregation nested --reward_form nats --ppl_weights 1 2 1",
-    "nested, nats, per level": "--aggregation nested --reward_form nats --ppl_weights 1 1 1 --per_level",
+    "nested, nats, per level": "--aggregation nested --reward_form nats --per_level",
 }
 QUICK = {"seeds": [0], "max_steps": 2}
 QUICK_FLAGS = "--max_samples 20 --heldout_samples 4 --max_new_tokens 12"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ppl.definitions import LEVELS
 from ppl.errors import InputError
+from ppl.reward.function import MultiLevelPPLRewardFunction
 from ppl.scoring.calculator import MultiLevelPPLCalculator
 
 TEXTS = [
@@ -138,3 +139,15 @@ def test_a_tokenizer_with_neither_bos_nor_eos_is_refused():
 def test_half_precision_agrees_with_itself(model, tokenizer):
     half = toys.llama().to(torch.bfloat16)
     np.testing.assert_allclose(scored(half, tokenizer, PAIRS), scored(model, tokenizer, PAIRS), rtol=0.1)
+
+
+def test_without_weights_a_nested_reward_is_that_of_the_ordinary_perplexity(model, tokenizer):
+    """ln of the product of the levels, a third of it: what equal weights make of the log-likelihood ratio."""
+    text, other = toys.SENTENCES[0], toys.SENTENCES[1]
+    calculator = MultiLevelPPLCalculator(tokenizer, aggregation="nested")
+    before, now = (math.log(np.prod(list(calculator.compute_all_levels(model, one).values()))) for one in (other, text))
+    baselines = {"p": calculator.compute_all_levels(model, other)}
+    function = MultiLevelPPLRewardFunction(model, tokenizer, baselines, aggregation="nested", form="nats")
+    [reward] = function.compute_rewards([text], prompts=[""], ids=["p"]).tolist()
+    assert abs(reward) < 0.49
+    assert reward == pytest.approx((before - now) / 3, abs=1e-5)

@@ -17,6 +17,12 @@ def test_a_threshold_below_0_is_no_flag(word, found):
     assert args.reward_thresholds == [(found, 0), (1, 1)] and rest == ["--beta", "0.1"]
 
 
+def test_nested_levels_weigh_the_same_where_nobody_says_otherwise():
+    assert parse_args([])[0].ppl_weights == [0.2, 0.3, 0.5]
+    assert parse_args(["--aggregation", "nested"])[0].ppl_weights == [1, 1, 1]
+    assert parse_args(["--aggregation", "nested", "--ppl_weights", "3", "0", "1"])[0].ppl_weights == [3, 0, 1]
+
+
 def test_the_field_names_read_from_the_source_are_those_of_the_class():
     from trl import GRPOConfig
 

@@ -70,8 +70,8 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     cli.add_template_flag(reward)
     cli.add_reference_tokens_flag(reward)
     reward.add_argument(
-        "--ppl_weights", type=float, nargs=3, metavar=("W", "P", "S"), default=list(DEFAULT_WEIGHTS),
-        help="weights of word, phrase and sentence",
+        "--ppl_weights", type=float, nargs=3, metavar=("W", "P", "S"),
+        help="weights of word, phrase and sentence (default: 0.2 0.3 0.5; with --aggregation nested 1 1 1)",
     )  # fmt: skip
     reward.add_argument(
         "--reward_thresholds", nargs="+", metavar="PERCENT:REWARD", type=_threshold,
@@ -125,7 +125,9 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
         "--resume_from_checkpoint", nargs="?", const=LATEST, metavar="PATH",
         help="go on with this checkpoint, without PATH with the newest in --output_dir",
     )  # fmt: skip
-    return train_flags.parse(parser, argv)
+    args, of_trl = train_flags.parse(parser, argv)
+    args.ppl_weights = args.ppl_weights or list(DEFAULT_WEIGHTS[args.aggregation])
+    return args, of_trl
 
 
 def _threshold(text: str) -> tuple[float, float]:

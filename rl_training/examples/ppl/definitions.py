@@ -21,7 +21,9 @@ DEFAULT_TEMPLATE = "{prompt}{completion}{reference}"
 DEFAULT_PROMPT_TEMPLATE = "{prompt}"
 
 # From improvement to reward
-DEFAULT_WEIGHTS = (0.2, 0.3, 0.5)  # of word, phrase and sentence
+# By aggregation, of word, phrase and sentence. Nested levels are alike: a weight above another one pays for words that
+# surprise by themselves (studies/README.md).
+DEFAULT_WEIGHTS = {name: (1.0, 1.0, 1.0) if name == "nested" else (0.2, 0.3, 0.5) for name in AGGREGATIONS}
 # (improvement in %, reward), as the guide that this project began with has them. Those of VR-CLI (Gurung & Lapata,
 # https://arxiv.org/abs/2503.22828) are (0.05, 0.5), (1, 0.9), (2, 1).
 DEFAULT_THRESHOLDS = ((0.05, 0.2), (0.5, 0.5), (1.0, 0.7), (2.0, 0.9), (3.0, 1.0))
