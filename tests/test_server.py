@@ -237,11 +237,12 @@ def baselines(tmp_path, url, *more, rows=24):
                     *(["--scorer_url", url] if url else []), *more]  # fmt: skip
 
 
-def test_baselines_through_it_are_those_of_the_model_here(server, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--generate", "2", "--max_new_tokens", "8"]], ids=["of texts", "of its own"])
+def test_baselines_through_it_are_those_of_the_model_here(server, tmp_path, more):
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
-    here, arguments = baselines(tmp_path / "here", None)
-    there, of_server = baselines(tmp_path / "there", server.url)
+    here, arguments = baselines(tmp_path / "here", None, *more)
+    there, of_server = baselines(tmp_path / "there", server.url, *more)
     for words in (arguments, of_server):
         assert ppl.baselines.run.compute(parse_args(words)) == 0
     expected, found = (json.loads(path.read_text()) for path in (here, there))

@@ -32,34 +32,31 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
 
     With --scorer_url it is a server's, and a model is only loaded here for --generate, to write the texts.
     """
-    if args.scorer_url and not args.generate:
-        from ..scoring.server import connect
-
-        server, tokenizer = connect(args.scorer_url, args.model_name, args.chat_template_path)
-        return _scorer_of(args, columns, server, None, tokenizer, unsloth=False)
-    import torch
-
-    in_4bit = is_4bit(args.model_name) if args.load_in_4bit is None else args.load_in_4bit
-    # On a CPU and not quantised, Unsloth's model is that of transformers.
-    on_gpu = torch.cuda.is_available() and (device or "cuda").startswith("cuda")
-    unsloth = not args.no_unsloth and (in_4bit or on_gpu)
-    model, tokenizer, reason = load_model(
-        args.model_name,
-        load_in_4bit=in_4bit,
-        dtype=args.dtype,
-        device=device,
-        max_seq_length=args.max_seq_length,
-        unsloth=unsloth,
-        chat_template_path=args.chat_template_path,
-    )
-    if reason is not None:
-        print(f"Without Unsloth: {reason}", file=sys.stderr)
-    server = None
+    server, model, unsloth = None, None, False
     if args.scorer_url:
         from ..scoring.server import connect
 
-        server, _ = connect(args.scorer_url, args.model_name)
-    return _scorer_of(args, columns, server, model, tokenizer, unsloth and reason is None)
+        server, tokenizer = connect(args.scorer_url, args.model_name, args.chat_template_path)
+    if server is None or args.generate:
+        import torch
+
+        in_4bit = is_4bit(args.model_name) if args.load_in_4bit is None else args.load_in_4bit
+        # On a CPU and not quantised, Unsloth's model is that of transformers.
+        on_gpu = torch.cuda.is_available() and (device or "cuda").startswith("cuda")
+        unsloth = not args.no_unsloth and (in_4bit or on_gpu)
+        model, tokenizer, reason = load_model(
+            args.model_name,
+            load_in_4bit=in_4bit,
+            dtype=args.dtype,
+            device=device,
+            max_seq_length=args.max_seq_length,
+            unsloth=unsloth,
+            chat_template_path=args.chat_template_path,
+        )
+        if reason is not None:
+            print(f"Without Unsloth: {reason}", file=sys.stderr)
+        unsloth &= reason is None
+    return _scorer_of(args, columns, server, model, tokenizer, unsloth)
 
 
 def _scorer_of(args: argparse.Namespace, columns: Columns, server, model, tokenizer, unsloth: bool) -> Scorer:
