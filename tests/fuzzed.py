@@ -154,7 +154,8 @@ class Fuzz:
         return path
 
     def _baselines(self, suffix: str, content: bytes, meta: bytes | None = None) -> None:
-        from ppl.baselines.file import Baselines, check_meta
+        from ppl.baselines.file import Baselines
+        from ppl.baselines.mismatch import check_meta
         from ppl.training.config import loading
 
         path = self.file(f"b{suffix}", content)

@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import compute_baselines_trl
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
-from ppl.baselines.file import BaselineError
 from ppl.data import Columns, PromptForm, prepare_rows
-from ppl.errors import InputError
+from ppl.errors import BaselineError, InputError
 from ppl.models import load_model, model_path
 from ppl.sampling import prompt_ids, sample
 from ppl.scoring.tokens import TextEncoder

@@ -64,7 +64,7 @@ def test_the_imports_are_seen():
     """Known in advance, so that the rule below does not hold for want of looking."""
     assert rooms_imported(PPL / "reward" / "function.py") == {"scoring", "baselines"}
     assert PPL / "scoring" / "scorer.py" in imported(PPL / "reward" / "function.py")
-    assert PPL / "baselines" / "safe_pickle.py" in imported(PPL / "baselines" / "file.py")  # from . import ...
+    assert PPL / "baselines" / "safe_pickle.py" in imported(PPL / "baselines" / "formats.py")  # from . import ...
     assert PPL / "frozen.py" in imported(PPL / "models.py")  # within a function
     assert PPL / "cli.py" in imported(PPL / "training" / "config.py")  # from .. import ...
     assert {room(path) for path in FILES} == set(ALLOWED)
@@ -153,3 +153,8 @@ def test_help_is_instant(script):
     assert {"ppl", "argparse"} <= names
     slow = {"numpy", "torch", "transformers", "datasets", "trl", "peft", "unsloth", "pandas", "matplotlib", "sentencex"}
     assert not names & slow
+
+
+@pytest.mark.parametrize("path", sorted(PPL.parent.rglob("*.py")), ids=lambda path: path.stem)
+def test_a_file_is_read_in_one_sitting(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 372

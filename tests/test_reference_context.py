@@ -8,8 +8,8 @@ import toys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppl.baselines.file import BaselineError, Baselines
-from ppl.errors import InputError
+from ppl.baselines.file import Baselines
+from ppl.errors import BaselineError, InputError
 from ppl.reference_context import ReferenceContext
 from ppl.reward.function import MultiLevelPPLRewardFunction
 from ppl.scoring.calculator import MultiLevelPPLCalculator

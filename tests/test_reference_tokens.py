@@ -10,9 +10,10 @@ import toys
 from written_down import MODEL, TOKENIZER, levels
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLRewardFunction
-from ppl.baselines.file import BaselineError, Baselines, check_meta
+from ppl.baselines.file import Baselines
+from ppl.baselines.mismatch import check_meta
 from ppl.definitions import AGGREGATIONS
-from ppl.errors import InputError
+from ppl.errors import BaselineError, InputError
 from ppl.scoring.selection import hardest, most_varied, of_characters
 from ppl.training.config import reward_settings
 from train_grpo_multilevel_unsloth import parse_args

@@ -11,8 +11,8 @@ import toys
 from written_down import COLUMNS, MODEL, TOKENIZER, baseline_of, levels, reward
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLRewardFunction
-from ppl.baselines.file import BaselineError
 from ppl.data import stable_id
+from ppl.errors import BaselineError
 
 # --- where a baseline comes from, in order ---------------------------------------------------------------------------
 

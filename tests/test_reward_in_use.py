@@ -14,7 +14,7 @@ from baseline_files import write
 from written_down import COLUMNS, MODEL, TOKENIZER, baseline_of, levels, reward
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
-from ppl.baselines.file import BaselineError
+from ppl.errors import BaselineError
 
 # --- a reward of one's own -------------------------------------------------------------------------------------------
 

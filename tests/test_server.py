@@ -21,9 +21,8 @@ from waiting import PATIENCE
 import ppl.baselines.run
 from compute_baselines_trl import parse_args
 from multi_level_ppl_trl import MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
-from ppl.baselines.file import BaselineError
 from ppl.definitions import AGGREGATIONS, LEVELS
-from ppl.errors import InputError
+from ppl.errors import BaselineError, InputError
 from ppl.identity import PROBE_NATS, differences
 from ppl.models import load_model
 from ppl.reward.config import reward_from_config

@@ -1,10 +1,14 @@
-"""The one exception that is the user's to mend."""
+"""What is the user's to mend."""
 
 from collections.abc import Sequence
 
 
 class InputError(ValueError):
     """Says which value is wrong, what was expected, and the remedy, in one line. Scripts exit with code 2 on it."""
+
+
+class BaselineError(InputError):
+    """A baselines file that cannot be used as it is; the message says what to do."""
 
 
 def one_of(name: str, value: str, choices: Sequence[str]) -> str:

@@ -1,6 +1,9 @@
 """A data set -> the file that the reward compares with, and that file. Imports scoring.
 
-file.py         what the file may hold, how it is read and written, whether it fits a scorer
+file.py         the file as the reward asks it: by id or by prompt
+formats.py      pickle, JSON and Parquet: written, read, and what they may hold
+meta.py         what the file was made with
+mismatch.py     whether it fits a scorer, and the command that makes the one that does
 safe_pickle.py  reads a pickle of plain data, and nothing else
 run.py          compute_baselines_trl.py: the loop, by any number of processes, from wherever it stopped
 plan.py         what can be refused before a model is loaded

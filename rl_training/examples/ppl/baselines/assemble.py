@@ -16,7 +16,8 @@ from rich.table import Table
 from ..definitions import BASELINE_COLUMNS, LEVELS
 from ..errors import InputError
 from ..files import write_atomically
-from .file import RECORD, meta_path, write_meta, write_records
+from .formats import RECORD, write_records
+from .meta import meta_path, write_meta
 from .parts import cannot_write
 from .plan import Job, dataset_baselines, dataset_file
 from .rows import Seen, reading

@@ -13,7 +13,8 @@ from ..files import check_folder, writable_file
 from ..identity import differences
 from ..models import model_path
 from ..reference_context import ReferenceContext
-from .file import SUFFIXES, read_meta
+from .file import SUFFIXES
+from .meta import read_meta
 from .parts import Parts
 from .rows import Row, column_names, read_rows
 from .scores import generation

@@ -17,7 +17,8 @@ from ..identity import identity
 from ..models import load_model, model_path
 from ..reference_context import ReferenceContext
 from ..scoring.levels import Scores
-from .file import beginning, versions
+from .file import beginning
+from .meta import versions
 from .rows import Row, Window
 
 

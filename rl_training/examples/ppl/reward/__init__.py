@@ -1,12 +1,16 @@
 """Perplexities and baselines -> the reward that GRPOTrainer calls. Imports scoring and baselines.
 
 function.py      the reward function: perplexities, baselines and thresholds put together
-sampled.py       which completions are scored as the ids that were sampled
+given.py         the baselines that a call's rows are given, by columns or by the file
+earned.py        perplexities and their baselines -> what each text earns, as a whole and by level
+last_call.py     what a call found, for the log and for who looks on
+sampled.py       what the policy wrote, as it is scored: the ids that were sampled
 cache.py         perplexities already computed, for as long as the scorer's weights stay as they are
 first_visits.py  without baselines: a prompt's first completions make its own
 thresholds.py    improvement in percent -> reward
 nats.py          log-likelihood ratio -> reward
 per_level.py     the three levels as three reward functions over one scoring pass, and the veto beside them
+references.py    what completions do for their references
 reference_tokens.py  references measured by some of their tokens
 loop_guard.py    a second reward function: what a loop or a copy of the prompt costs
 query.py         OpenRLHF's prompt and completion in one string -> the completion

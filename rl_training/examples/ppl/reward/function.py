@@ -6,17 +6,17 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 
-from ..baselines.file import BaselineError, Baselines, check_meta
+from ..baselines.file import Baselines
+from ..baselines.mismatch import check_meta
 from ..chat import Turn, Turns, chat_identity
-from ..data import Text, check_text, message_text, stable_id
+from ..data import Text, message_text
 from ..definitions import (
-    BASELINE_COLUMNS,
     DEFAULT_REFERENCE_TOKENS,
     DEFAULT_TARGET,
     DEFAULT_TEMPLATE,
@@ -29,29 +29,25 @@ from ..definitions import (
     REFERENCE_TOKENS,
     TARGETS,
 )
-from ..errors import InputError, one_of
+from ..errors import BaselineError, InputError, one_of
 from ..identity import identity
 from ..processes import from_all, of_this
 from ..reference_context import ReferenceContext
-from ..sampling import end_tokens, prompt_ids
+from ..sampling import end_tokens
 from ..scoring.calculator import MultiLevelPPLCalculator
 from ..scoring.scorer import Scorer, as_scorer, is_scorer
 from ..scoring.tokens import Sampled
 from .cache import PerplexityCache
+from .earned import HIGHEST, details_of, earned
 from .first_visits import FirstVisits
-from .nats import clipped, nats
+from .given import given_baselines, refuse, row_baselines
+from .last_call import LastCall, log
 from .per_level import LevelReward, ScoredOnce, Veto, level_scores
-from .reference_tokens import of_some_tokens
-from .sampled import those_of
+from .references import CHOSEN_ANEW, measured
+from .sampled import as_scored
 from .thresholds import Thresholds, checked_weights, normalized
 
 logger = logging.getLogger(__name__)
-
-_CHOSEN_ANEW = (
-    "reference_tokens='group' chooses the tokens anew in each call, so that no baseline computed before is of the same "
-    "ones: leave out baselines (the reward computes them), or use reference_tokens='hard'"
-)
-_HIGHEST = 1e300  # in place of a perplexity too large for float64: means and differences stay finite
 
 
 class MultiLevelPPLRewardFunction:
@@ -136,7 +132,7 @@ class MultiLevelPPLRewardFunction:
         if reference_tokens != "all" and target != "reference":
             raise InputError(f"reference_tokens={reference_tokens!r} is of a reference: it needs target='reference'")
         if reference_tokens == "group" and baselines is not None:
-            raise InputError(_CHOSEN_ANEW)
+            raise InputError(CHOSEN_ANEW)
         if isinstance(baselines, str | Path):
             baselines = Baselines.load(baselines)
         elif baselines is not None and not isinstance(baselines, Baselines):
@@ -150,7 +146,7 @@ class MultiLevelPPLRewardFunction:
         self._cache = PerplexityCache()
         # What the last `compute_rewards` found, for `__call__` to log and to show the observer. It cannot be returned:
         # a subclass may override `compute_rewards` with one that returns a tensor of rewards. Then this stays None.
-        self._last: _LastCall | None = None
+        self._last: LastCall | None = None
         self._warned_of_ids = False
         self.observer: Any = None  # `ppl.training.diagnostics.Diagnostics`: is shown every call of a trainer
 
@@ -253,7 +249,7 @@ class MultiLevelPPLRewardFunction:
         if self._last is None:
             return
         if log_metric := columns.get("log_metric"):
-            self._log(log_metric, columns.get("log_extra"))
+            log(self._last, self.reference_context.extracts, log_metric, columns.get("log_extra"))
             log_metric("reward_time", seconds)  # as TRL's step_time
         if self.observer is not None:
             texts = [message_text(completion) for completion in completions]
@@ -303,33 +299,21 @@ class MultiLevelPPLRewardFunction:
         completions = texts if completions is None else completions
         pairs, texts = self.written(prompts, completions, completion_ids, prompt_ids)
 
-        baseline = self._given_baselines(prompts, references, ids, baselines)
+        of_reference = self.target == "reference"
+        baseline = given_baselines(self.baselines, of_reference, prompts, references, ids, baselines)
         absent = np.isnan(baseline).any(axis=1)
         first_visit = np.zeros(n, dtype=bool)
         if self.target == "reference":
-            targets = [message_text(reference or "") for reference in references]
-            parts, has_part = zip(*map(self.reference_context.extracted, texts), strict=True) if texts else ((), ())
-            with_text = list(zip(map(self.reference_context.context, contexts, parts), targets, strict=True))
-            without = list(zip(map(self.reference_context.context, contexts), targets, strict=True))
-            # One call, so that they share the prompts' forward passes.
-            if self.reference_tokens == "all":
-                alone = [pair for pair, unknown in zip(without, absent, strict=True) if unknown]
-                values = np.minimum(self._perplexities(with_text + alone), _HIGHEST)
-                current, baseline[absent] = values[:n], values[n:]
-            elif self.reference_tokens == "group" and not absent.all():
-                raise InputError(_CHOSEN_ANEW)
-            else:
-                values = of_some_tokens(self.calculator, self.model, self.reference_tokens, with_text, without)
-                current, of_prompts = (np.minimum(one, _HIGHEST) for one in values)
-                baseline[absent] = of_prompts[absent]
+            current, alone, has_part = measured(self, contexts, texts, references, absent)
+            baseline[absent] = alone[absent]
         else:
-            current = np.minimum(self._perplexities(pairs), _HIGHEST)
+            current = np.minimum(self.perplexities(pairs), HIGHEST)
             if self.baselines is None:
                 rows = np.flatnonzero(absent)
                 visited = [contexts[row] for row in rows]
                 baseline[rows], first_visit[rows] = self.first_visits.measure(visited, current[rows])
             elif absent.any() and self.missing == "error":
-                self._refuse(absent, prompts, references, ids)
+                refuse(self.baselines, absent, prompts, references, ids)
 
         unscorable = np.isnan(current).any(axis=1)
         skipped = np.isnan(baseline).any(axis=1) & ~first_visit
@@ -338,43 +322,14 @@ class MultiLevelPPLRewardFunction:
                 index = np.flatnonzero(unscorable)[0]
                 raise InputError(f"row {index} of this call has a blank reference: drop it, or use missing='skip'")
             skipped |= unscorable
-        with np.errstate(over="ignore", invalid="ignore"):
-            improvement = 100 * (baseline - current) / baseline
-        # Floored: one text near the limit of float64 would drown every mean that is logged.
-        improvement = np.maximum(improvement, -1e9)
-        improvement[(first_visit | unscorable) & ~skipped] = 0.0
-        average = improvement @ self.weights / self.weights.sum()
-        if self.form == "nats":
-            ratio = nats(baseline, current, self.weights)
-            rewards = clipped(ratio)
-            rewards[unscorable] = -NATS_CLIP  # no honest text earns less than a blank one
-        else:
-            ratio = None
-            rewards = self.thresholds.rewards(average)
-            rewards[unscorable] = 0.0
-        if self.form == "nats":
-            with np.errstate(divide="ignore", invalid="ignore"):
-                of_levels = clipped(np.log(baseline) - np.log(current))
-        else:
-            of_levels = self.thresholds.rewards(improvement)
-        of_levels[unscorable] = self.lowest
-        for earned in (rewards, of_levels):
-            earned[first_visit] = 0.0
-            earned[skipped] = np.nan
-
-        details = {
-            "rewards": torch.from_numpy(rewards.copy()),
-            "level_rewards": _by_level(of_levels),
-            "improvements": {**_by_level(improvement), "avg": torch.from_numpy(average)},
-            "ppls": _by_level(current),
-            "baselines": _by_level(baseline),
-        }
+        one = earned(self, current, baseline, first_visit, skipped)
+        details = details_of(one, current, baseline)
+        rewards = one.rewards
         if self.normalize:
             every, mine = of_this(rewards[~skipped].tolist())
             rewards[~skipped] = normalized(np.array(every))[mine]
-        extracted = np.array(has_part, dtype=bool) if self.target == "reference" else np.ones(n, dtype=bool)
-        beyond = None if ratio is None else np.abs(ratio) > NATS_CLIP
-        self._last = _LastCall(details, skipped, ~(skipped | unscorable), first_visit, extracted, beyond)
+        extracted = np.array(has_part, dtype=bool) if of_reference else np.ones(n, dtype=bool)
+        self._last = LastCall(details, skipped, ~(skipped | unscorable), first_visit, extracted, one.clipped)
         result = torch.from_numpy(rewards).float().to(self.device)
         return (result, details) if return_details else result
 
@@ -396,107 +351,19 @@ class MultiLevelPPLRewardFunction:
         given_ids: Sequence[Sequence[int]] | None = None,
     ) -> tuple[list[Turn | Turns | Sampled], list[str]]:
         """(what the policy wrote, as it is scored: ids where there are any; the same as text, behind its prompt)"""
-        for index, completion in enumerate(completions):
-            check_text(completion, f"completion {index}")
-        texts = [message_text(completion) for completion in completions]
-        pairs = list(map(self.calculator.turns, prompts, completions))
-        one_turn = [index for index, one in enumerate(completions) if isinstance(one, str) or len(one) == 1]
-        sampled = {}
-        if completion_ids is not None:
-            if given_ids is None:
-                given_ids = prompt_ids(prompts, self.tokenizer, **self.calculator.chat)
-            ends = end_tokens(self.model, self.tokenizer)
-            sampled = those_of(texts, completion_ids, given_ids, prompts, ends, self.calculator)
-            sampled = {index: sampled[index] for index in one_turn if index in sampled}
-            if len(sampled) < len(one_turn) and not self._warned_of_ids:
-                self._warned_of_ids = True
-                logger.warning(
-                    "completion_ids are not those of the completions for this tokenizer, so their text is scored: the "
-                    "policy has another tokenizer, or the texts were changed"
-                )
-        rest = [index for index in one_turn if index not in sampled]
-        behind = dict(zip(rest, self.calculator.restore_spaces(self.model, [pairs[i] for i in rest]), strict=True))
-        for index, text in behind.items():
-            pairs[index] = (pairs[index][0], text)
-        for index, (ids, text) in sampled.items():
-            pairs[index], behind[index] = ids, text
-        return pairs, [behind.get(index, text) for index, text in enumerate(texts)]
+        ends = () if completion_ids is None else end_tokens(self.model, self.tokenizer)
+        pairs, texts, agree = as_scored(
+            self.calculator, self.model, prompts, completions, completion_ids, given_ids, ends
+        )
+        if not (agree or self._warned_of_ids):
+            self._warned_of_ids = True
+            logger.warning(
+                "completion_ids are not those of the completions for this tokenizer, so their text is scored: the "
+                "policy has another tokenizer, or the texts were changed"
+            )
+        return pairs, texts
 
-    def _perplexities(self, pairs: Sequence[Turn | Turns | Sampled]) -> np.ndarray:
+    def perplexities(self, pairs: Sequence[Turn | Turns | Sampled]) -> np.ndarray:
         """float64 [B, 3], from the cache where it has them."""
         score = functools.partial(self.calculator.score_pairs, self.model)
         return self._cache.perplexities(pairs, score) if self.use_cache else score(pairs)
-
-    def _given_baselines(self, prompts, references, ids, rows) -> np.ndarray:
-        """float64 [B, 3] from the data set's columns, else from `baselines`; nan where a row has none."""
-        values = np.full((len(prompts), len(LEVELS)), np.nan)
-        if rows is not None:
-            given = {index: row for index, row in enumerate(rows) if row is not None}
-            for index, of_row in Baselines(given, source="the data set").items():
-                values[index] = of_row
-        if self.baselines is not None:
-            for index in np.flatnonzero(np.isnan(values[:, 0])):
-                reference = (references[index] or "") if self.target == "reference" else None
-                of_row = self.baselines.find(_key(ids, prompts, references, index), prompts[index], reference, index)
-                if of_row is not None:
-                    values[index] = of_row
-        return values
-
-    def _refuse(self, absent, prompts, references, ids) -> None:
-        first = [_key(ids, prompts, references, index) for index in np.flatnonzero(absent)[:3]]
-        raise BaselineError(
-            f"{self.baselines.source} has no baseline for {absent.sum()} of {len(absent)} rows, the first are {first}: "
-            "compute them with compute_baselines_trl.py on this data set, or skip such rows with missing='skip'"
-        )
-
-    def _log(self, log_metric, log_extra=None) -> None:
-        """Means over all processes, the same names at every call on every process; without a scored row 0.
-
-        log_extra: takes a column of TRL's table of completions.
-        """
-        call = self._last
-        if self.reference_context.extracts:
-            every = from_all(call.extracted.tolist())
-            log_metric("diagnostics/not_extracted", 1 - sum(every) / len(every) if every else 0.0)
-        if call.clipped is not None:
-            every = from_all(call.clipped[call.scored].tolist())
-            log_metric("diagnostics/clipped", sum(every) / len(every) if every else 0.0)
-        columns = {f"reward_{level}": call.details["improvements"][level] for level in LEVELS}
-        columns |= {f"ppl/{level}": call.details["ppls"][level] for level in LEVELS}
-        rows = np.stack([column.numpy()[call.scored] for column in columns.values()], axis=1)
-        means = np.array(from_all(rows.tolist())).reshape(-1, len(columns))
-        means = means.mean(axis=0) if len(means) else np.zeros(len(columns))
-        for (name, column), mean in zip(columns.items(), means, strict=True):
-            log_metric(name, float(mean))
-            if log_extra is not None:
-                log_extra(name, column.tolist())
-
-
-def row_baselines(columns: Mapping[str, Sequence]) -> list[dict | None] | None:
-    """Per row the baseline in the columns `baseline_word`, `baseline_phrase`, `baseline_sentence`; None without."""
-    present = [name for name in BASELINE_COLUMNS if name in columns]
-    if not present:
-        return None
-    if len(present) < len(BASELINE_COLUMNS):
-        raise BaselineError(f"the data set has {', '.join(present)}, all of {', '.join(BASELINE_COLUMNS)} are needed")
-    rows = zip(*(columns[name] for name in BASELINE_COLUMNS), strict=True)
-    return [None if None in row else dict(zip(LEVELS, row, strict=True)) for row in rows]
-
-
-class _LastCall(NamedTuple):
-    details: dict
-    skipped: np.ndarray  # bool [B]: rows without a baseline or a reference
-    scored: np.ndarray  # bool [B]: rows with a perplexity and a baseline
-    first_visit: np.ndarray  # bool [B]: rows that make their prompt's baseline
-    extracted: np.ndarray  # bool [B]: completions that `extract` matches
-    clipped: np.ndarray | None  # bool [B]: with form="nats", those whose ratio is beyond NATS_CLIP
-
-
-def _key(ids, prompts, references, index: int):
-    if ids is not None:
-        return ids[index]
-    return None if prompts[index] is None else stable_id(prompts[index], references[index] or "")
-
-
-def _by_level(values: np.ndarray) -> dict[str, torch.Tensor]:
-    return {level: torch.from_numpy(values[:, index].copy()) for index, level in enumerate(LEVELS)}

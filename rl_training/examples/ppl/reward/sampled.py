@@ -1,11 +1,47 @@
-"""Which completions are scored as the ids that were sampled: those whose text is that of the ids."""
+"""What the policy wrote, as it is scored: the ids that were sampled, where the text is that of the ids."""
 
 from collections.abc import Sequence
 
-from ..data import Text
-from ..sampling import up_to_end
+from ..chat import Turn, Turns
+from ..data import Text, check_text, message_text
+from ..sampling import prompt_ids, up_to_end
 from ..scoring.calculator import MultiLevelPPLCalculator
 from ..scoring.tokens import Sampled
+
+
+def as_scored(
+    calculator: MultiLevelPPLCalculator,
+    model,
+    prompts: Sequence[Text | None],
+    completions: Sequence[Text],
+    completion_ids: Sequence[Sequence[int]] | None,
+    given_ids: Sequence[Sequence[int]] | None,
+    ends: Sequence[int],
+) -> tuple[list[Turn | Turns | Sampled], list[str], bool]:
+    """(each completion behind its prompt: ids where there are any; the completions' texts; whether all ids that were
+    given are those of their text)
+
+    given_ids: what the policy was given as prompts; None: what GRPOTrainer makes of them. ends: end tokens.
+    """
+    for index, completion in enumerate(completions):
+        check_text(completion, f"completion {index}")
+    texts = [message_text(completion) for completion in completions]
+    pairs = list(map(calculator.turns, prompts, completions))
+    one_turn = [index for index, one in enumerate(completions) if isinstance(one, str) or len(one) == 1]
+    sampled = {}
+    if completion_ids is not None:
+        if given_ids is None:
+            given_ids = prompt_ids(prompts, calculator.tokenizer, **calculator.chat)
+        sampled = those_of(texts, completion_ids, given_ids, prompts, ends, calculator)
+        sampled = {index: sampled[index] for index in one_turn if index in sampled}
+    rest = [index for index in one_turn if index not in sampled]
+    behind = dict(zip(rest, calculator.restore_spaces(model, [pairs[index] for index in rest]), strict=True))
+    for index, text in behind.items():
+        pairs[index] = (pairs[index][0], text)
+    for index, (ids, text) in sampled.items():
+        pairs[index], behind[index] = ids, text
+    agree = completion_ids is None or len(sampled) == len(one_turn)
+    return pairs, [behind.get(index, text) for index, text in enumerate(texts)], agree
 
 
 def those_of(

@@ -8,6 +8,8 @@ decoding.py    sampled ids -> their text, and where in it each token begins
 seams.py       the space that a completion lost when it was decoded by itself
 batching.py    windows, shared prefixes, packs, batches: integers only
 surprisal.py   the only forward pass: which way it goes, and what it gives each token
+results.py     what the rows gave, a text's values put together
+window.py      how many tokens a model takes at once
 packed.py      rows end to end in one sequence, each blind to its neighbours
 scorer.py      what calculator and reward know of a scorer, in this process or behind an address
 server.py      the scorer behind an address: a server of vLLM

@@ -7,7 +7,7 @@ length share a padded batch, and rows with a common prefix its keys and values.
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,9 @@ from .head import Head, surprisal
 from .onednn import fast_products
 from .packed import can_pack, run_packed, would_pack
 from .padded import can_continue, run_padded, run_prefix
+from .results import Results
 from .tokens import Encoded
+from .window import window_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,30 +43,6 @@ class _Sizes(NamedTuple):
 # costs its tokens and some 15 to 30 more, and above 32 MiB glibc takes every slice anew from the system.
 _SIZES = {"cpu": _Sizes(2048, 1024, 24 << 20, 32), "cuda": _Sizes(16384, 16384, 256 << 20, 512)}
 _SPAN_TOKENS = 8  # what the attention of one more span of a pack costs
-
-
-class _Results:
-    """What the rows of some texts gave. It is read once, at the end: a GPU works on rows while others are laid out."""
-
-    def __init__(self, texts: list[Encoded]) -> None:
-        self._sizes = [len(text.positions) for text in texts]
-        self._given: list[tuple[list[Row], torch.Tensor]] = []
-
-    def add(self, rows: list[Row], scored: torch.Tensor) -> None:
-        """scored: float32 [m], nats, of the rows' labels."""
-        self._given.append((rows, scored))
-
-    def read(self) -> list[np.ndarray]:
-        surprisals = [np.zeros(size) for size in self._sizes]
-        for rows, scored in self._given:
-            values = scored.double().cpu().numpy()
-            end = np.cumsum([len(row.read) for row in rows])
-            for row, piece in zip(rows, np.split(values, end[:-1]), strict=True):
-                surprisals[row.text][row.first : row.first + len(piece)] = piece
-        for number, of_text in enumerate(surprisals):
-            if np.isnan(of_text).any():
-                raise FloatingPointError(f"the model's logits are NaN for text {number} of this call")
-        return surprisals
 
 
 class SurprisalScorer:
@@ -103,7 +81,7 @@ class SurprisalScorer:
     def start(self, texts: list[Encoded]) -> Callable[[], list[np.ndarray]]:
         """Gives a GPU the work of `score` and does not wait for it. What is returned does, and gives what `score` gives
         or raises what it raises."""
-        results = _Results(texts)
+        results = Results(texts)
         if is_sharded(self.model):
             with frozen(self.model, self.adapters):
                 self._score_in_step(self._sides(texts), results)
@@ -123,17 +101,7 @@ class SurprisalScorer:
     @property
     def window(self) -> int | None:
         """Most tokens the model takes at once, BOS included; None if its architecture sets no limit."""
-        base = self._base
-        config = base.config.get_text_config(decoder=True)
-        sizes = [
-            *(
-                getattr(config, name, None)
-                for name in ("max_position_embeddings", "max_seq_len", "max_target_positions")
-            ),
-            getattr(base, "max_seq_length", None),  # Unsloth cuts there without a word
-            *_positions_behind_padding(base),
-        ]
-        return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)
+        return window_of(self._base)
 
     def _sides(self, texts: list[Encoded]) -> list[list[Row]]:
         """Rows that never share a pass: of texts up to `_switch` tokens, and of longer ones."""
@@ -292,7 +260,7 @@ class SurprisalScorer:
 
     # --- which way ---------------------------------------------------------------------------------------------------
 
-    def _score_rows(self, rows: list[Row], results: _Results, prefixes: bool = True) -> None:
+    def _score_rows(self, rows: list[Row], results: Results, prefixes: bool = True) -> None:
         if self._packs_agree:
             self._score_packs(share_prefixes(rows, _SPAN_TOKENS), results)
             return
@@ -318,7 +286,7 @@ class SurprisalScorer:
 
     # --- packed ------------------------------------------------------------------------------------------------------
 
-    def _score_packs(self, groups: list[Group], results: _Results) -> None:
+    def _score_packs(self, groups: list[Group], results: Results) -> None:
         left = self._packs(groups)
         while left:
             pack = left[0]
@@ -348,7 +316,7 @@ class SurprisalScorer:
         ids = to_device(group.rows[0].inputs[None, : group.prefix], self.model.device)
         return run_prefix(self._decoder, ids)
 
-    def _score_batch(self, batch: list[Row], skip: int, prefix, results: _Results) -> None:
+    def _score_batch(self, batch: list[Row], skip: int, prefix, results: Results) -> None:
         """Score rows from token `skip` on; in halves if they exceed the token budget or memory."""
         longest = max(len(row.inputs) for row in batch) - skip
         if len(batch) == 1 or len(batch) * longest <= self._budget:
@@ -376,7 +344,7 @@ class SurprisalScorer:
 
     # --- in step with other processes --------------------------------------------------------------------------------
 
-    def _score_in_step(self, sides: list[list[Row]], results: _Results) -> None:
+    def _score_in_step(self, sides: list[list[Row]], results: Results) -> None:
         """By the model's own forward pass, which gathers its weights, and as often as the process with most to do."""
         budget = min(self.max_batch_tokens, self._head.rows)
         every = [
@@ -388,14 +356,6 @@ class SurprisalScorer:
                 continue
             logits = self._read(batch, model=self.model)
             results.add(batch, surprisal(logits, _labels(batch, logits.device)))
-
-
-def _positions_behind_padding(model) -> Iterator[int]:
-    """RoBERTa counts positions from behind the one that padding has, so that it has 512 of 514."""
-    ahead = 1 if getattr(model.config, "ngram", None) else 0  # ProphetNet also asks for the one after a token's own
-    for name, module in model.named_modules():
-        if "position" in name and isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
-            yield module.num_embeddings - module.padding_idx - 1 - ahead
 
 
 def _labels(rows: list[Row], device) -> torch.Tensor:

@@ -16,7 +16,7 @@ from ..definitions import LEVELS
 from ..errors import InputError
 from ..files import write_text
 from ..processes import from_all, is_first, is_sharded, share
-from ..reward.function import row_baselines
+from ..reward.given import row_baselines
 from ..sampling import end_tokens, prompt_ids, sample, up_to_end
 from ..scoring.surprisal import SurprisalScorer
 from ..scoring.tokens import Sampled, TextEncoder

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import cli
-from ..baselines.file import BaselineError, Baselines, check_meta, read_meta
+from ..baselines.file import Baselines
+from ..baselines.meta import read_meta
+from ..baselines.mismatch import check_meta
 from ..data import PromptForm, check_references, find_columns, load_split, prepare_rows, split_heldout
 from ..definitions import BASELINE_COLUMNS
-from ..errors import InputError
+from ..errors import BaselineError, InputError
 from ..identity import of_target
 from ..models import import_unsloth, model_path
 from .config import check_reporters, grpo_config, loading, reward_settings

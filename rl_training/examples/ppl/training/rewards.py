@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..baselines.file import Baselines, check_meta
+from ..baselines.file import Baselines
+from ..baselines.mismatch import check_meta
 from ..data import Text
 from ..definitions import LEVELS
 from ..errors import InputError
