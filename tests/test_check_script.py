@@ -15,6 +15,7 @@ from waiting import PATIENCE
 import test_multilevel_ppl_trl as script
 from ppl import checks
 from ppl.models import load_model
+from ppl.reward import function
 from ppl.reward.function import MultiLevelPPLRewardFunction
 from ppl.reward.thresholds import Thresholds
 from ppl.scoring.calculator import MultiLevelPPLCalculator
@@ -218,7 +219,7 @@ def test_a_reward_that_trl_could_not_take_is_seen(check, monkeypatch, fault, sai
 
 
 def test_a_metric_under_another_name_is_seen(check, monkeypatch):
-    monkeypatch.setattr(MultiLevelPPLRewardFunction, "_log", lambda self, log_metric, log_extra: log_metric("ppl", 3.5))
+    monkeypatch.setattr(function, "log", lambda call, extracts, log_metric, log_extra: log_metric("ppl", 3.5))
     code, marks, said = check(toys.llama(), toys.byte_level())
     assert (code, failed(marks)) == (1, ["TRL's calling convention"])
     assert "it logged {'ppl': 3.5, 'reward_time': " in said["TRL's calling convention"]
