@@ -20,10 +20,15 @@ class Earned(NamedTuple):
 
 
 def earned(
-    reward_fn, current: np.ndarray, baseline: np.ndarray, first_visit: np.ndarray, skipped: np.ndarray
+    reward_fn,
+    current: np.ndarray,
+    baseline: np.ndarray,
+    first_visit: np.ndarray,
+    skipped: np.ndarray,
+    unscorable: np.ndarray,
 ) -> Earned:
-    """current, baseline: float64 [B, 3]. first_visit: bool [B], rows that make their prompt's baseline: they earn 0."""
-    unscorable = np.isnan(current).any(axis=1)
+    """current, baseline: float64 [B, 3]. first_visit: bool [B], rows that make their prompt's baseline: they earn 0.
+    unscorable: bool [B], rows without a perplexity."""
     with np.errstate(over="ignore", invalid="ignore"):
         improvement = 100 * (baseline - current) / baseline
     # Floored: one text near the limit of float64 would drown every mean that is logged.

@@ -303,7 +303,7 @@ class MultiLevelPPLRewardFunction:
         baseline = given_baselines(self.baselines, of_reference, prompts, references, ids, baselines)
         absent = np.isnan(baseline).any(axis=1)
         first_visit = np.zeros(n, dtype=bool)
-        if self.target == "reference":
+        if of_reference:
             current, alone, has_part = measured(self, contexts, texts, references, absent)
             baseline[absent] = alone[absent]
         else:
@@ -317,12 +317,12 @@ class MultiLevelPPLRewardFunction:
 
         unscorable = np.isnan(current).any(axis=1)
         skipped = np.isnan(baseline).any(axis=1) & ~first_visit
-        if self.target == "reference":
+        if of_reference:
             if unscorable.any() and self.missing == "error":
                 index = np.flatnonzero(unscorable)[0]
                 raise InputError(f"row {index} of this call has a blank reference: drop it, or use missing='skip'")
             skipped |= unscorable
-        one = earned(self, current, baseline, first_visit, skipped)
+        one = earned(self, current, baseline, first_visit, skipped, unscorable)
         details = details_of(one, current, baseline)
         rewards = one.rewards
         if self.normalize:

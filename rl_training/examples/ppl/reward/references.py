@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..data import Text, message_text
+from ..definitions import LEVELS
 from ..errors import InputError
 from .earned import HIGHEST
 from .reference_tokens import of_some_tokens
@@ -28,7 +29,7 @@ def measured(
     parts, has_part = zip(*map(put.extracted, texts), strict=True) if texts else ((), ())
     with_text = list(zip(map(put.context, contexts, parts), targets, strict=True))
     without = list(zip(map(put.context, contexts), targets, strict=True))
-    alone = np.full((len(texts), 3), np.nan)
+    alone = np.full((len(texts), len(LEVELS)), np.nan)
     # One call, so that they share the prompts' forward passes.
     if tokens == "all":
         unknown = [pair for pair, wanted in zip(without, absent, strict=True) if wanted]
