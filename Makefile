@@ -99,8 +99,9 @@ demo: setup $(filter smollm2,$(MODEL))
 	    "  python compute_baselines_trl.py --model_name MODEL --dataset_name DATASET --generate 4 --output_path baselines.pkl" \
 	    "  python train_grpo_multilevel_unsloth.py --model_name MODEL --dataset_name DATASET --baselines_path baselines.pkl"
 
+# Neighbours stay with one process, since what the tests of a file share is made once in each.
 test: setup browser smollm2
-	$(PY) -m pytest -q --durations=10
+	$(PY) -m pytest -q --durations=10 --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # A user without Unsloth has the TRL that pip gives today. It stands before .venv's own, which stays as it is.
 NEWEST_TRL := 1.16.0

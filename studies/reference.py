@@ -11,6 +11,7 @@ from its last checkpoint, and what is finished is not done again: a stopped stud
 import argparse
 import json
 import random
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -31,10 +32,12 @@ TEMPLATE = (
 FLAGS = [
     *("--target", "reference", "--chat", "--prompt_template", PROMPT, "--template", TEMPLATE, "--no_unsloth"),
     *("--no-load_in_4bit", "--ppl_weights", "1", "1", "1", "--num_generations", "8", "--logging_steps", "1"),
-    *("--heldout_samples", "16"),
+    *("--heldout_samples", "16", "--no_gradient_checkpointing"),
 ]
 ARMS = {
     "nats": ["--reward_form", "nats"],
+    "nats, hard tokens": ["--reward_form", "nats", "--reference_tokens", "hard"],
+    "nats, tokens that vary": ["--reward_form", "nats", "--reference_tokens", "group"],
     "steps": ["--reward_thresholds", "0.05:0.5", "1:0.9", "2:1"],  # as VR-CLI has them
 }
 TRAINED, UNTRAINED, SFT = "trained plan", "untrained plan", "SFT on the continuations, no plan"
@@ -70,7 +73,7 @@ def study(args: argparse.Namespace) -> int:
     scores = {}
     for seed in args.seeds:
         for arm in args.arms:
-            folder, flags = output / arm / f"seed_{seed}", run_flags(args, arm, data, seed)
+            folder, flags = output / re.sub(r"\W+", "_", arm) / f"seed_{seed}", run_flags(args, arm, data, seed)
             if not finished(folder, flags):
                 train(folder, flags)
             scores[arm, seed] = controlled(args, folder, data, seed)

@@ -12,6 +12,7 @@ import pytest
 import story_model
 import torch
 import toys
+import warm
 from hypothesis import HealthCheck, settings
 
 # A shell ignores Ctrl-C for what it starts in the background; the scripts that the tests interrupt would, too.
@@ -27,6 +28,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("core")
+
+
+def pytest_configure(config):
+    warm.python()  # with pytest-xdist before its workers start, so that all have the same
 
 
 def pytest_runtest_setup(item):

@@ -73,11 +73,19 @@ def test_an_added_matrix_is_no_bias(model, pays, by_onednn):
     assert not by_onednn
 
 
-@pytest.mark.parametrize("cpu, there", [("AMD EPYC", True), ("Intel(R) Xeon(R) Platinum 8480+", False)])
-def test_mkl_keeps_what_it_is_made_for(model, monkeypatch, by_onednn, cpu, there):
+@pytest.mark.parametrize(
+    "cpu, instructions, there",
+    [
+        ("AMD EPYC", "AVX512", True),
+        ("AMD EPYC", "AVX2", False),
+        ("Intel(R) Xeon(R) Platinum 8480+", "AVX512", False),
+    ],
+)
+def test_mkl_keeps_what_it_is_made_for(model, monkeypatch, by_onednn, cpu, instructions, there):
     for library in ("mkl", "mkldnn"):
         monkeypatch.setattr(getattr(torch.backends, library), "is_available", lambda: True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu})
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
     with torch.inference_mode(), fast_products(model):
         linear(torch.randn(128, 256), torch.randn(1024, 256))
     assert bool(by_onednn) is there

@@ -6,7 +6,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -62,7 +61,7 @@ def printed_command(output: str) -> list[str]:
 def stopped_twice(tmp_path_factory):
     """In the second epoch by SIGTERM, then by Ctrl-C, each time gone on with by the command that was printed."""
     output = tmp_path_factory.mktemp("stopped") / "out"
-    command = [sys.executable, "train_grpo_multilevel_unsloth.py", *FLAGS, "--output_dir", str(output)]
+    command = [warm.python(), "train_grpo_multilevel_unsloth.py", *FLAGS, "--output_dir", str(output)]
     runs = []
     for step, number in ((11, signal.SIGTERM), (13, signal.SIGINT)):
         runs.append(stop_at(command, step, number))

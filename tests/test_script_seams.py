@@ -4,11 +4,11 @@ import ast
 import json
 import os
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+import warm
 from training_runs import EXAMPLES, SHORT, log_history, refusal
 
 SCRIPT = EXAMPLES / "train_grpo_multilevel_unsloth.py"
@@ -32,7 +32,7 @@ def edited(folder: Path, old: str, new: str) -> Path:
 
 def run(script: Path, *flags, code: int = 0) -> subprocess.CompletedProcess:
     done = subprocess.run(
-        [sys.executable, script, *map(str, flags)],
+        [warm.python(), script, *map(str, flags)],
         cwd=script.parent,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(EXAMPLES)},
         capture_output=True,
@@ -72,7 +72,7 @@ def test_an_edited_prompt_never_meets_the_unedited_ones_baseline(tmp_path):
     )
     stories = json.loads((EXAMPLES / "tiny_stories" / "train.json").read_text())[:20]
     (tmp_path / "rows.json").write_text(json.dumps(stories))
-    baselines = [sys.executable, EXAMPLES / "compute_baselines_trl.py", "--dataset_name", tmp_path / "rows.json"]
+    baselines = [warm.python(), EXAMPLES / "compute_baselines_trl.py", "--dataset_name", tmp_path / "rows.json"]
     subprocess.run(
         [*baselines, "--output_path", tmp_path / "b.pkl", "--output_dataset", tmp_path / "data"],
         check=True, capture_output=True, cwd=EXAMPLES,
@@ -118,7 +118,7 @@ def test_ids_that_start_anew_in_each_split_are_refused(tmp_path):
         (tmp_path / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     subprocess.run(
         [
-            sys.executable, EXAMPLES / "compute_baselines_trl.py", "--dataset_name", tmp_path,
+            warm.python(), EXAMPLES / "compute_baselines_trl.py", "--dataset_name", tmp_path,
             "--output_path", tmp_path / "b.json",
         ],
         check=True, capture_output=True, cwd=EXAMPLES,

@@ -110,13 +110,17 @@ FLAT = {"word": 60.0, "phrase": 1.0, "sentence": 1.0}  # about what it writes: w
 @pytest.mark.parametrize("target", ["completion", "reference"])
 def test_a_step_of_training_moves_the_policy(tmp_path, target):
     """In 4 bit by Unsloth for the first target, in 32 bit by transformers and PEFT for the second."""
-    rows = json.loads((EXAMPLES / "tiny_stories" / "train.json").read_text())[:6]
+    stories = json.loads((EXAMPLES / "tiny_stories" / "train.json").read_text())[:6]
+    rows = [{"id": row["id"], **{name: row[name].split(".")[0] for name in ("prompt", "completion")}} for row in stories]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
     if target == "completion":
         (tmp_path / "flat.json").write_text(json.dumps({row["id"]: FLAT for row in rows}))
         way = ["--baselines_path", tmp_path / "flat.json"]
     else:
         way = ["--no_unsloth", "--no-load_in_4bit"]
-    done = train(*STEP, *way, "--target", target, "--output_dir", tmp_path / "out")
+    done = train(
+        *STEP, *way, "--dataset_name", tmp_path / "rows.json", "--target", target, "--output_dir", tmp_path / "out"
+    )
     assert ("Training with Unsloth\n" in done.stdout) == (target == "completion")
     heldout = json.loads((tmp_path / "out" / "heldout.json").read_text())
     before, after = heldout["before"]["scores"], heldout["after"]["scores"]

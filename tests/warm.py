@@ -4,7 +4,7 @@ A short training run takes 18 s of CPU; 13 of them import torch, trl and Unsloth
 session and forks for each run. The fork takes over its caller's arguments, folder, environment and streams, and runs
 the script as `python script.py` does. Signals reach it, and its exit code is the caller's.
 
-`python()` is the path to use instead of `sys.executable`. Where a fresh interpreter is what is tested (what libraries
+`python()` is the path to use instead of `sys.executable`; the workers of pytest-xdist share it. Where a fresh interpreter is what is tested (what libraries
 print when they are imported, that Unsloth comes first, several processes), tests use `sys.executable`.
 
 There are two servers, since Unsloth patches the other libraries: a run that uses it is forked from the one that has it.
@@ -35,6 +35,8 @@ QUIET = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_VERBOSITY": "error", "DATASETS_VERBOSITY": "critical",
 }  # fmt: skip
+
+SHARED = "PPL_TESTS_PYTHON"  # a worker of pytest-xdist inherits it from the process that starts the workers
 
 CLIENT = """#!{python} -SE
 import fcntl, json, os, signal, socket, sys
@@ -77,7 +79,9 @@ os._exit(code)
 
 @functools.cache
 def python() -> str:
-    """The path of the executable. Its servers start when they are first needed and end with this process."""
+    """The path of the executable. Its servers start when they are first needed and end with the tests."""
+    if SHARED in os.environ:
+        return os.environ[SHARED]
     folder = tempfile.mkdtemp(prefix="warm-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = Path(folder, "python")
@@ -85,6 +89,7 @@ def python() -> str:
         CLIENT.format(python=sys.executable, folder=folder, server=str(Path(__file__)), owner=str(os.getpid()))
     )
     path.chmod(0o755)
+    os.environ[SHARED] = str(path)
     return str(path)
 
 

@@ -16,7 +16,7 @@ server.py      the scorer behind an address: a server of vLLM
 padded.py      where a model cannot be packed: rows in a padded batch, behind a cache of their prefix
 head.py        hidden states -> surprisals, a piece of the vocabulary at a time
 devices.py     arrays to the device of a model
-onednn.py      faster matrix products on an AMD CPU
+onednn.py      faster matrix products on an AMD CPU with AVX-512
 nested.py      levels that condition on different things: a token in its phrase, its sentence, its text
 selection.py   which tokens of a reference count
 explained.py   the units of one text, which a notebook shows coloured
