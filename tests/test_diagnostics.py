@@ -169,9 +169,19 @@ def test_a_policy_that_has_not_moved(function, capsys, kl, named):
     reward_fn = function(dict.fromkeys(EVERY, level(500.0)), interpolate=True, reward_thresholds=[(-1e6, 0), (100, 1)])
     asked = []
     watch, _ = run(reward_fn, steps=2 * WINDOW, kl=lambda prompts, texts: asked.append((prompts, texts)) or kl)
-    assert watch.named == named and len(asked) == 1 and len(asked[0][1]) == 4
+    assert watch.named == named and len(asked) == 2 and len(asked[0][1]) == 4
     printed = capsys.readouterr().out
     assert ("NOT MOVED: after 20 steps the policy is 0.003 nats" in printed) == bool(named)
+
+
+@pytest.mark.parametrize(("late", "named"), [(0.49, []), (0.51, ["moved far"])])
+def test_a_policy_that_has_moved_far(function, capsys, late, named):
+    reward_fn = function(dict.fromkeys(EVERY, level(500.0)), interpolate=True, reward_thresholds=[(-1e6, 0), (100, 1)])
+    distances = iter([0.1, late, 3.0])
+    watch, _ = run(reward_fn, steps=2 * WINDOW, kl=lambda prompts, texts: next(distances))
+    assert watch.named == named
+    printed = capsys.readouterr().out
+    assert ("MOVED FAR: after 40 steps the policy is 0.51 nats a token from its start" in printed) == bool(named)
 
 
 def test_where_nothing_can_be_learned_that_is_why_it_has_not_moved(function):

@@ -4,8 +4,9 @@ A short training run takes 18 s of CPU; 13 of them import torch, trl and Unsloth
 session and forks for each run. The fork takes over its caller's arguments, folder, environment and streams, and runs
 the script as `python script.py` does. Signals reach it, and its exit code is the caller's.
 
-`python()` is the path to use instead of `sys.executable`; the workers of pytest-xdist share it. Where a fresh interpreter is what is tested (what libraries
-print when they are imported, that Unsloth comes first, several processes), tests use `sys.executable`.
+`python()` is the path to use instead of `sys.executable`; the workers of pytest-xdist share it. Where a fresh
+interpreter is what is tested (what libraries print when they are imported, that Unsloth comes first, several
+processes), tests use `sys.executable`.
 
 There are two servers, since Unsloth patches the other libraries: a run that uses it is forked from the one that has it.
 """

@@ -1,8 +1,8 @@
 """float32 matrix products by oneDNN, on an AMD CPU with AVX-512.
 
-torch takes them to MKL, which there runs at half of what oneDNN, a part of torch as well, reaches: it has no AVX-512 for
-other makers' CPUs. Where there is only AVX2, MKL is the faster one (a Zen 3: 74 against 60 GFLOP/s a core). The numbers
-differ as those of two MKL products of other sizes do, in the last digits.
+torch takes them to MKL, which there runs at half of what oneDNN, a part of torch as well, reaches. Where there is only
+AVX2, MKL is the faster one (a Zen 3: 74 against 60 GFLOP/s a core). The numbers differ as those of two MKL products of
+other sizes do, in the last digits.
 """
 
 from contextlib import AbstractContextManager, nullcontext

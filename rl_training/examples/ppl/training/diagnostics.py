@@ -19,7 +19,7 @@ NEARLY_ALL = 0.9
 LEAST_DISTINCT = 0.9  # of the start
 LEAST_LENGTH = 0.5  # of the start
 PAID = 5.0  # %, how far a level's improvement rises, and another's falls below 0 and below its start
-LEAST_KL = 0.02  # nats a token
+LEAST_KL, MOST_KL = 0.02, 0.5  # nats a token; runs of which the texts stayed what they were ended at 0.05 to 0.35
 
 REMEDY = {
     "saturated": "Measure against the model's own writing (compute_baselines_trl.py --generate 4), sample at "
@@ -36,6 +36,8 @@ REMEDY = {
     "hold the policy near its start (--beta 0.04).",
     "not moved": "Raise --learning_rate (five times is a usual step), and see that --warmup_steps are few beside the "
     "steps of the run.",
+    "moved far": "Read the completions: what is paid may be a manner of writing, whatever it says. Hold the policy near "
+    "its start (--beta 0.1), or lower --learning_rate.",
     "gamed": "Hold the policy near its start (--beta 0.04), lower --learning_rate, keep --loop_penalty on, or "
     "measure what the model does not write (--target reference). A checkpoint from before is the one to keep.",
 }
@@ -82,10 +84,10 @@ class Diagnostics(TrainerCallback):
     `WINDOW` steps is below 0.9 of the start, or the length below half of it, that the reward is being gamed. When one
     level has become better than at the start by more than `PAID` % and another one worse, by more than that below its
     baseline, it says which level pays for which. And where groups had spread, but the policy is still where it began
-    after `WINDOW` steps, it says that, too.
+    after `WINDOW` steps, it says that, too, and later, if it is far from there.
 
     kl: of prompts and what was written for them (ids or texts), gives the policy's distance from its start in nats a
-    token, or None; asked once, after `WINDOW` steps.
+    token, or None; asked every `WINDOW` steps.
     """
 
     def __init__(self, kl: Callable[[list, list], float | None] | None = None) -> None:
@@ -157,13 +159,18 @@ class Diagnostics(TrainerCallback):
         while self._calls and self._calls[0].step < self._steps - WINDOW:
             self._calls.popleft()
         verdicts = self.verdicts()
-        if self._steps == WINDOW and self.kl is not None and not set(verdicts) & _NOTHING_TO_LEARN:
-            # Where nothing can be learned, that is why it has not moved.
+        # Where nothing can be learned, that is why it has not moved.
+        if self._steps % WINDOW == 0 and self.kl is not None and not set(verdicts) & _NOTHING_TO_LEARN:
             kl = self.kl(*self._written)
-            if kl is not None and kl < LEAST_KL:
+            if kl is not None and kl < LEAST_KL and self._steps == WINDOW:
                 verdicts["not moved"] = (
                     f"NOT MOVED: after {WINDOW} steps the policy is {max(kl, 0.0):.3f} nats a token from its start, "
                     f"less than {LEAST_KL}. {REMEDY['not moved']}"
+                )
+            if kl is not None and kl > MOST_KL:
+                verdicts["moved far"] = (
+                    f"MOVED FAR: after {self._steps} steps the policy is {kl:.2f} nats a token from its start, "
+                    f"more than {MOST_KL}. {REMEDY['moved far']}"
                 )
         for name, text in verdicts.items():
             if name not in self.named:
