@@ -36,8 +36,8 @@ REMEDY = {
     "hold the policy near its start (--beta 0.04).",
     "not moved": "Raise --learning_rate (five times is a usual step), and see that --warmup_steps are few beside the "
     "steps of the run.",
-    "moved far": "Read the completions: what is paid may be a manner of writing, whatever it says. Hold the policy near "
-    "its start (--beta 0.1), or lower --learning_rate.",
+    "moved far": "Read the completions: what is paid may be a manner of writing, whatever it says. Hold the policy "
+    "near its start (--beta 0.1), or lower --learning_rate.",
     "gamed": "Hold the policy near its start (--beta 0.04), lower --learning_rate, keep --loop_penalty on, or "
     "measure what the model does not write (--target reference). A checkpoint from before is the one to keep.",
 }
