@@ -28,7 +28,7 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(20, 200, 16)
-SMALL = Sizes(4, 24, 4)
+SMALL = Sizes(2, 16, 2)
 
 
 def scripts(rows: Rows, toy: bool, folder: str) -> None:
