@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,15 @@ def add_run_flags(parser: argparse.ArgumentParser, output_dir: str, kept: str, a
     parser.add_argument("--arms", nargs="+", choices=arms, default=list(arms), help="what to compare")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run of each arm for each")
     parser.add_argument("--max_steps", type=positive_int, default=steps, help="optimizer steps of a run")
+
+
+def run_folder(output: Path, arm: str, seed: int) -> Path:
+    """Where a run's files are: of its arm, without what a shell would ask to quote.
+
+    >>> run_folder(Path("study"), "nested, nats", 0).as_posix()
+    'study/nested_nats/seed_0'
+    """
+    return output / re.sub(r"\W+", "_", arm) / f"seed_{seed}"
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -11,13 +11,12 @@ from its last checkpoint, and what is finished is not done again: a stopped stud
 import argparse
 import json
 import random
-import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import add_run_flags, print_table, write_json
+from common import add_run_flags, print_table, run_folder, write_json
 from training import call, finished, resolved
 
 from ppl import cli
@@ -74,7 +73,7 @@ def study(args: argparse.Namespace) -> int:
     scores = {}
     for seed in args.seeds:
         for arm in args.arms:
-            folder, flags = output / re.sub(r"\W+", "_", arm) / f"seed_{seed}", run_flags(args, arm, data, seed)
+            folder, flags = run_folder(output, arm, seed), run_flags(args, arm, data, seed)
             if not finished(folder, flags):
                 train(folder, flags)
             scores[arm, seed] = controlled(args, folder, data, seed)

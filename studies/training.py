@@ -10,7 +10,6 @@ the scorer says what it thinks of the completions.
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from common import EXAMPLES, add_run_flags, print_table, quiet_axes, write_figure, write_json
+from common import EXAMPLES, add_run_flags, print_table, quiet_axes, run_folder, write_figure, write_json
 from measures import common_share, commonest_words, copied, judged
 
 from ppl import cli
@@ -90,7 +89,7 @@ def study(args: argparse.Namespace) -> int:
             path = compute_baselines(output, aggregation, [*common, *BASELINES.split(), *short])
             flags += ["--baselines_path", str(path)]
         for seed in args.seeds:
-            runs[arm, seed] = (output / re.sub(r"\W+", "_", arm) / f"seed_{seed}", flags)
+            runs[arm, seed] = (run_folder(output, arm, seed), flags)
     run_all(runs, args.jobs)
     heldout = {run: json.loads((folder / "heldout.json").read_text("utf-8")) for run, (folder, _) in runs.items()}
     scores = common_scores(args, heldout)

@@ -177,8 +177,8 @@ def test_a_policy_that_has_not_moved(function, capsys, kl, named):
 @pytest.mark.parametrize(("late", "named"), [(0.49, []), (0.51, ["moved far"])])
 def test_a_policy_that_has_moved_far(function, capsys, late, named):
     reward_fn = function(dict.fromkeys(EVERY, level(500.0)), interpolate=True, reward_thresholds=[(-1e6, 0), (100, 1)])
-    distances = iter([0.1, late, 3.0])
-    watch, _ = run(reward_fn, steps=2 * WINDOW, kl=lambda prompts, texts: next(distances))
+    distances = iter([0.1, late, *[0.1] * (not named)])  # what has been told is not asked for again
+    watch, _ = run(reward_fn, steps=3 * WINDOW, kl=lambda prompts, texts: next(distances))
     assert watch.named == named
     printed = capsys.readouterr().out
     assert ("MOVED FAR: after 40 steps the policy is 0.51 nats a token from its start" in printed) == bool(named)

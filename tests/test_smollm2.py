@@ -111,8 +111,7 @@ FLAT = {"word": 60.0, "phrase": 1.0, "sentence": 1.0}  # about what it writes: w
 def test_a_step_of_training_moves_the_policy(tmp_path, target):
     """In 4 bit by Unsloth for the first target, in 32 bit by transformers and PEFT for the second."""
     stories = json.loads((EXAMPLES / "tiny_stories" / "train.json").read_text())[:6]
-    first = {name: [row[name].split(".")[0] for row in stories] for name in ("prompt", "completion")}
-    rows = [{"id": row["id"], **{name: first[name][index] for name in first}} for index, row in enumerate(stories)]
+    rows = [{name: value.split(".")[0] for name, value in story.items()} for story in stories]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     if target == "completion":
         (tmp_path / "flat.json").write_text(json.dumps({row["id"]: FLAT for row in rows}))

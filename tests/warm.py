@@ -13,7 +13,6 @@ There are two servers, since Unsloth patches the other libraries: a run that use
 
 import atexit
 import contextlib
-import functools
 import gc
 import importlib
 import io
@@ -78,7 +77,6 @@ os._exit(code)
 """
 
 
-@functools.cache
 def python() -> str:
     """The path of the executable. Its servers start when they are first needed and end with the tests."""
     if SHARED in os.environ:

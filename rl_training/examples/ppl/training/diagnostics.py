@@ -87,7 +87,7 @@ class Diagnostics(TrainerCallback):
     after `WINDOW` steps, it says that, too, and later, if it is far from there.
 
     kl: of prompts and what was written for them (ids or texts), gives the policy's distance from its start in nats a
-    token, or None; asked every `WINDOW` steps.
+    token, or None; asked every `WINDOW` steps until it is far.
     """
 
     def __init__(self, kl: Callable[[list, list], float | None] | None = None) -> None:
@@ -159,15 +159,16 @@ class Diagnostics(TrainerCallback):
         while self._calls and self._calls[0].step < self._steps - WINDOW:
             self._calls.popleft()
         verdicts = self.verdicts()
-        # Where nothing can be learned, that is why it has not moved.
-        if self._steps % WINDOW == 0 and self.kl is not None and not set(verdicts) & _NOTHING_TO_LEARN:
-            kl = self.kl(*self._written)
-            if kl is not None and kl < LEAST_KL and self._steps == WINDOW:
+        # Where nothing can be learned, that is why it has not moved. What has been told is not asked for again.
+        asks = self._steps % WINDOW == 0 and "moved far" not in self.named and not set(verdicts) & _NOTHING_TO_LEARN
+        kl = self.kl(*self._written) if asks and self.kl is not None else None
+        if kl is not None:
+            if kl < LEAST_KL and self._steps == WINDOW:
                 verdicts["not moved"] = (
                     f"NOT MOVED: after {WINDOW} steps the policy is {max(kl, 0.0):.3f} nats a token from its start, "
                     f"less than {LEAST_KL}. {REMEDY['not moved']}"
                 )
-            if kl is not None and kl > MOST_KL:
+            if kl > MOST_KL:
                 verdicts["moved far"] = (
                     f"MOVED FAR: after {self._steps} steps the policy is {kl:.2f} nats a token from its start, "
                     f"more than {MOST_KL}. {REMEDY['moved far']}"
