@@ -25,10 +25,11 @@ class Sizes(NamedTuple):
     steps: int  # a checkpoint is saved halfway
     samples: int
     heldout: int
+    tokens: int
 
 
-FULL = Sizes(20, 200, 16)
-SMALL = Sizes(2, 16, 2)
+FULL = Sizes(20, 200, 16, 64)
+SMALL = Sizes(2, 16, 2, 16)
 
 
 def scripts(rows: Rows, toy: bool, folder: str) -> None:
@@ -82,18 +83,19 @@ def _one_billion(runs: "_Runs", sizes: Sizes) -> None:
 
 def _baselines(runs: "_Runs", name: str, sizes: Sizes, environment=None, *more: str) -> None:
     runs.run(
-        f"baselines{name}", "compute_baselines_trl.py", "--load_in_4bit", "--generate", "4", "--max_new_tokens", "64",
-        "--num_samples", str(sizes.samples), "--output_path", str(runs.folder / f"baselines{name}.pkl"), *more,
-        environment=environment,
+        f"baselines{name}", "compute_baselines_trl.py", "--load_in_4bit", "--generate", "4",
+        "--max_new_tokens", str(sizes.tokens), "--num_samples", str(sizes.samples),
+        "--output_path", str(runs.folder / f"baselines{name}.pkl"), *more, environment=environment,
     )  # fmt: skip
 
 
 def _train(runs: "_Runs", name: str, baselines: str, sizes: Sizes, *more: str, environment=None) -> None:
     runs.run(
         name, "train_grpo_multilevel_unsloth.py", "--baselines_path", str(runs.folder / f"baselines{baselines}.pkl"),
-        "--output_dir", str(runs.folder / name), "--max_samples", str(sizes.samples), "--max_new_tokens", "64",
-        "--learning_rate", "2e-3", "--per_device_train_batch_size", "16", "--max_steps", str(sizes.steps),
-        "--save_steps", str(sizes.steps // 2), "--heldout_samples", str(sizes.heldout), *more, environment=environment,
+        "--output_dir", str(runs.folder / name), "--max_samples", str(sizes.samples),
+        "--max_new_tokens", str(sizes.tokens), "--learning_rate", "2e-3", "--per_device_train_batch_size", "16",
+        "--max_steps", str(sizes.steps), "--save_steps", str(sizes.steps // 2),
+        "--heldout_samples", str(sizes.heldout), *more, environment=environment,
     )  # fmt: skip
 
 

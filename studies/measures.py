@@ -65,5 +65,4 @@ def judged(model, tokenizer, prompts: Sequence[Text], texts: Sequence[str]) -> d
     calculator = MultiLevelPPLCalculator(tokenizer, aggregation="nested")
     levels = calculator.compute_all_levels(model, list(texts), list(prompts))
     logs = {level: float(np.nanmean(levels[level].log().numpy())) for level in LEVELS}
-    means = {f"judge's {level}": float(np.exp(value)) for level, value in logs.items()}
-    return {"judge's PPL": float(np.exp(sum(logs.values()))), **means}
+    return {"PPL": float(np.exp(sum(logs.values()))), **{level: float(np.exp(logs[level])) for level in LEVELS}}

@@ -12,12 +12,11 @@ import argparse
 import json
 import random
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common import add_run_flags, print_table, run_folder, write_json
-from training import call, finished, resolved
+from training import finished, resolved, train
 
 from ppl import cli
 from ppl.definitions import LEVELS
@@ -75,6 +74,7 @@ def study(args: argparse.Namespace) -> int:
         for arm in args.arms:
             folder, flags = run_folder(output, arm, seed), run_flags(args, arm, data, seed)
             if not finished(folder, flags):
+                print(f"{folder}: training ...", file=sys.stderr)
                 train(folder, flags)
             scores[arm, seed] = controlled(args, folder, data, seed)
             write_json(output / "reference.json", numbers(args, scores))  # as far as it has come
@@ -113,22 +113,6 @@ def run_flags(args: argparse.Namespace, arm: str, data: Path, seed: int) -> list
         *(word for name in changing for word in (f"--{name}", str(getattr(args, name)))),
         *("--per_device_train_batch_size", str(args.batch), "--seed", str(seed), "--save_total_limit", "1"),
     ]
-
-
-def train(folder: Path, flags: list[str]) -> None:
-    """A run of the training script, from its last checkpoint if it was made with the same flags."""
-    folder.mkdir(parents=True, exist_ok=True)
-    asked = folder / "asked.json"
-    going_on = asked.exists() and json.loads(asked.read_text("utf-8")) == flags and any(folder.glob("checkpoint-*"))
-    for name in ("flags.json", "controls.json", *([] if going_on else ["heldout.json"])):
-        (folder / name).unlink(missing_ok=True)
-    write_json(asked, flags)
-    print(f"{folder}: training{', from its last checkpoint' if going_on else ''} ...", file=sys.stderr)
-    start = time.monotonic()
-    further = ["--resume_from_checkpoint"] if going_on else []
-    call("train_grpo_multilevel_unsloth.py", [*flags, "--output_dir", str(folder), *further], folder / "log.txt")
-    write_json(folder / "seconds.json", {"seconds of the last start": round(time.monotonic() - start)})
-    write_json(folder / "flags.json", flags)
 
 
 # --- what a plan is compared with -------------------------------------------------------------------------------------
@@ -177,8 +161,15 @@ def controlled(args: argparse.Namespace, folder: Path, data: Path, seed: int) ->
         each = len(plans) // len(prompts)
         improvement = 100 * (1 - perplexities(plans) / np.repeat(empty, each, axis=0))
         found[name] = summary(improvement, plans)
-    tuned = fine_tuned(args, folder, [row for row in rows if row["reference"] not in mine], joined, calculator, seed)
-    found[SFT] = summary(100 * (1 - perplexities([""] * len(prompts), tuned) / empty), [""])
+
+    def tuned_improvement(steps: int) -> dict:
+        others = [row for row in rows if row["reference"] not in mine]
+        tuned = fine_tuned(args, folder, others, joined, calculator, seed, steps)
+        return summary(100 * (1 - perplexities([""] * len(prompts), tuned) / empty), [""])
+
+    lengths = [len(tokenizer(row["reference"])["input_ids"]) for row in rows]
+    steps = max(1, round(args.max_steps * args.max_new_tokens * len(lengths) / sum(lengths)))
+    found[SFT] = once_a_seed(folder.parents[1] / f"sft_seed_{seed}.json", steps, tuned_improvement)
     write_plans(folder / "plans.txt", [message_text(prompt) for prompt in prompts], mine, before, after)
     write_json(path, found)
     return found
@@ -222,8 +213,17 @@ def summary(improvement, plans: Sequence[str]) -> dict:
     return {**levels, "mean": float(improvement.mean()), "words": sum(len(p.split()) for p in plans) / len(plans)}
 
 
-def fine_tuned(args, folder: Path, rows: Sequence[dict], joined, calculator, seed: int):
-    """The model after fine-tuning on the true continuations: a gradient on as many tokens as GRPO sampled.
+def once_a_seed(path: Path, steps: int, compute: Callable[[int], dict]) -> dict:
+    """What fine-tuning for so many steps gives, which is the same for all arms: from the file where it is there."""
+    kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    if kept.get("steps") != steps:
+        kept = {"steps": steps, "improvement": compute(steps)}
+        write_json(path, kept)
+    return kept["improvement"]
+
+
+def fine_tuned(args, folder: Path, rows: Sequence[dict], joined, calculator, seed: int, steps: int):
+    """The model after fine-tuning on the true continuations: a gradient on as many tokens as GRPO could sample at most.
 
     The same adapter, merged, since a scorer's adapters are off.
     """
@@ -242,8 +242,6 @@ def fine_tuned(args, folder: Path, rows: Sequence[dict], joined, calculator, see
         }
         for row in rows
     ]
-    length = sum(len(tokenizer(pair["completion"])["input_ids"]) for pair in pairs) / len(pairs)
-    steps = max(1, round(sampled_tokens(folder, args) / (args.batch * length)))
     print(f"{folder}: SFT, {steps} steps of {args.batch} continuations ...", file=sys.stderr)
     set_seed(seed)
     config = SFTConfig(
@@ -254,14 +252,6 @@ def fine_tuned(args, folder: Path, rows: Sequence[dict], joined, calculator, see
     model = add_lora(model, 16, 16, seed, unsloth=False)
     SFTTrainer(model, config, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer).train()
     return model.merge_and_unload().eval()
-
-
-def sampled_tokens(folder: Path, args: argparse.Namespace) -> float:
-    """How many tokens the completions of a run had: its log has their mean length at each step."""
-    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-    history = json.loads(states[-1].read_text("utf-8"))["log_history"]
-    lengths = [entry["completions/mean_length"] for entry in history if "completions/mean_length" in entry]
-    return args.batch * args.max_steps * sum(lengths) / len(lengths)
 
 
 def write_plans(path: Path, prompts, references, before, after) -> None:

@@ -3,8 +3,8 @@
     python training.py --output_dir study_training
 
 An arm is the configuration of `make demo` with some flags changed; each is run with every seed, a process a run. A run
-that is finished is not run again: a stopped study goes on with the same command. With --judge_model a model that is not
-the scorer says what it thinks of the completions.
+that is finished is not run again, and one that was stopped goes on from its last checkpoint: a stopped study goes on
+with the same command. With --judge_model models that are not the scorer say what they think of the completions.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from ppl.errors import InputError
 
 DEMO = "--max_new_tokens 64 --learning_rate 2e-3 --per_device_train_batch_size 16"
 BASELINES = "--load_in_4bit --generate 4 --max_new_tokens 64"
+SAVED = ["--save_steps", "10", "--save_total_limit", "1"]
 ARMS = {
     "default": "",
     "no loop guard": "--loop_penalty 0",
@@ -51,20 +52,21 @@ QUICK_BASELINES = "--num_samples 20 --generate 2 --max_new_tokens 12"
 
 
 def parse_args(
-    argv=None, doc: str = __doc__, arms: dict[str, str] = ARMS, name: str = "training"
+    argv=None, doc: str = __doc__, arms: dict[str, str] = ARMS, name: str = "training", **defaults
 ) -> argparse.Namespace:
-    """Also of a study with other arms: `name` is that of its files."""
+    """Also of a study with other arms: `name` is that of its files, `defaults` what its flags are when not given, and
+    `demo` and `baselines` what all its runs and its baselines have."""
     parser = cli.parser(doc.splitlines()[0], epilog=doc.rpartition("\n\n")[2])
-    parser.set_defaults(name=name, arm_flags=arms)
     add_run_flags(parser, f"study_{name}", "numbers, picture", arms, steps=100)
     parser.add_argument("--jobs", type=cli.positive_int, default=2, help="runs at a time")
     parser.add_argument("--quick", action="store_true", help="few arms, one seed, two steps of short texts: a try")
     parser.add_argument("--model_name", default="tiny-stories", help="as for the training script")
     parser.add_argument("--dataset_name", default="tiny-stories", help="as for the training script")
-    parser.add_argument("--judge_model", help="another model, which scores what each arm wrote (default: none)")
+    parser.add_argument("--judge_model", nargs="+", default=[], help="other models, which score what each arm wrote")
     parser.add_argument(
         "--flags", default="", metavar="'FLAGS'", help="for every run, after those of the demo: '--learning_rate 1e-3'"
     )
+    parser.set_defaults(name=name, arm_flags=arms, **{"demo": DEMO, "baselines": BASELINES, **defaults})
     args = parser.parse_args(argv)
     if args.quick:
         vars(args).update(QUICK, arms=list(arms)[:5:4], flags=f"{QUICK_FLAGS} {args.flags}")
@@ -81,15 +83,15 @@ def study(args: argparse.Namespace) -> int:
     common = ["--model_name", resolved(args.model_name), "--dataset_name", resolved(args.dataset_name)]
     runs = {}
     for arm in args.arms:
-        words = f"{DEMO} {args.arm_flags[arm]} {args.flags}".split()
-        flags = [*common, *words, "--max_steps", str(args.max_steps)]
+        words = f"{args.demo} {args.arm_flags[arm]} {args.flags}".split()
+        flags = [*common, *SAVED, *words, "--max_steps", str(args.max_steps)]
         if "reference" not in flags:  # for which the reward computes them itself
             aggregation = flags[flags.index("--aggregation") + 1] if "--aggregation" in flags else "geometric"
             short = QUICK_BASELINES.split() if args.quick else []
-            path = compute_baselines(output, aggregation, [*common, *BASELINES.split(), *short])
+            path = compute_baselines(output, aggregation, [*common, *args.baselines.split(), *short])
             flags += ["--baselines_path", str(path)]
         for seed in args.seeds:
-            runs[arm, seed] = (run_folder(output, arm, seed), flags)
+            runs[arm, seed] = (run_folder(output, arm, seed), [*flags, "--seed", str(seed)])
     run_all(runs, args.jobs)
     heldout = {run: json.loads((folder / "heldout.json").read_text("utf-8")) for run, (folder, _) in runs.items()}
     scores = common_scores(args, heldout)
@@ -140,7 +142,7 @@ def run_all(runs: dict[tuple[str, int], tuple[Path, list[str]]], jobs: int) -> N
     failed = []
     pool = ThreadPoolExecutor(jobs)
     try:
-        waiting = {pool.submit(run_one, folder, flags, seed): arm for (arm, seed), (folder, flags) in open_runs.items()}
+        waiting = {pool.submit(train, *run): arm for (arm, _), run in open_runs.items()}
         with tqdm(total=len(waiting), unit="run", disable=not waiting) as bar:
             for done in as_completed(waiting):
                 try:
@@ -162,14 +164,18 @@ def finished(folder: Path, flags: list[str]) -> bool:
     return (folder / "heldout.json").exists() and made_with.exists() and json.loads(made_with.read_text()) == flags
 
 
-def run_one(folder: Path, flags: list[str], seed: int) -> None:
+def train(folder: Path, flags: list[str]) -> None:
+    """A run of the training script, from its last checkpoint if it was made with the same flags."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("flags.json", "heldout.json"):
+    asked = folder / "asked.json"
+    going_on = asked.exists() and json.loads(asked.read_text("utf-8")) == flags and any(folder.glob("checkpoint-*"))
+    for name in ("flags.json", "controls.json", *([] if going_on else ["heldout.json"])):
         (folder / name).unlink(missing_ok=True)
+    write_json(asked, flags)
     start = time.monotonic()
-    seeded = ["--seed", str(seed), "--output_dir", str(folder), "--save_strategy", "no"]
-    call("train_grpo_multilevel_unsloth.py", [*flags, *seeded], folder / "log.txt")
-    write_json(folder / "seconds.json", {"seconds": round(time.monotonic() - start)})
+    further = ["--resume_from_checkpoint"] if going_on else []
+    call("train_grpo_multilevel_unsloth.py", [*flags, "--output_dir", str(folder), *further], folder / "log.txt")
+    write_json(folder / "seconds.json", {"seconds of the last start": round(time.monotonic() - start)})
     write_json(folder / "flags.json", flags)
 
 
@@ -191,7 +197,7 @@ def call(script: str, flags: list[str], log: Path) -> None:
 def common_scores(args: argparse.Namespace, heldout: dict) -> dict:
     """Per run {"before", "after"}: what the run says of its held-out completions, and on one scale for all arms the
     geometric mean over the completions of their own geometric perplexities ("word", "phrase", "sentence"), what they
-    copy of their prompts, how common their words are, and what the judge says of them."""
+    copy of their prompts, how common their words are, and what each judge says of them."""
     import numpy as np
 
     from ppl.data import load_split
@@ -208,7 +214,7 @@ def common_scores(args: argparse.Namespace, heldout: dict) -> dict:
             owners += [(*key, side)] * len(of_side)
     contexts, texts = zip(*pairs, strict=True)
     levels = MultiLevelPPLCalculator(tokenizer).compute_all_levels(model, list(texts), list(contexts))
-    judge = load_model(args.judge_model)[:2] if args.judge_model else None
+    judges = {Path(name).name: load_model(name)[:2] for name in args.judge_model}
     rows = load_split(args.dataset_name, None, "train")
     commonest = commonest_words([value for row in rows for value in row.values() if isinstance(value, str)])
     scores = {}
@@ -220,8 +226,8 @@ def common_scores(args: argparse.Namespace, heldout: dict) -> dict:
             of_side = [pair for pair, owner in zip(pairs, owners, strict=True) if owner == (arm, seed, side)]
             prompts, written = map(list, zip(*of_side, strict=True))
             own = {"copied": copied(prompts, written), "commonest words": common_share(written, commonest)}
-            if judge is not None:
-                own |= judged(*judge, prompts, written)
+            for name, judge in judges.items():
+                own |= {f"judge {name}: {level}": value for level, value in judged(*judge, prompts, written).items()}
             scores[arm, seed][side] = sides[side]["scores"] | ppls | own
     return scores
 
@@ -243,9 +249,9 @@ def summary(runs: list[dict]) -> dict:
         "commonest words": [run["after"]["commonest words"] for run in runs],
         "commonest words before": [run["before"]["commonest words"] for run in runs],
     }
-    # Levels as the arm's own reward has them, and as the judge does.
+    # Levels as the arm's own reward has them, and as the judges do.
     levels = {f"its own {level}": f"{level} PPL" for level in LEVELS}
-    levels |= {name: name for name in runs[0]["after"] if name.startswith("judge's ")}
+    levels |= {name: name for name in runs[0]["after"] if name.startswith("judge ")}
     values |= {
         f"{new} kept": [run["after"][name] / run["before"][name] for run in runs] for new, name in levels.items()
     }
@@ -278,7 +284,7 @@ def show(numbers: dict) -> None:
     print_table(f"Held-out completions after training, mean ± sd over {len(seeds)} seeds", ["arm", *columns], rows)
     columns = {"copied": "{:.3f}", "commonest words before": "{:.3f}", "commonest words": "{:.3f}"}
     names = next(iter(numbers["arms"].values()))["summary"]
-    columns |= {name: "{:.3f}" for name in names if name.startswith(("its own ", "judge's "))}
+    columns |= {name: "{:.3f}" for name in names if name.startswith(("its own ", "judge "))}
     rows = [[arm, *cells_of(one["summary"], columns)] for arm, one in numbers["arms"].items()]
     print_table("Measures that no reward contains; kept: after / before", ["arm", *columns], rows)
 

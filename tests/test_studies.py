@@ -1,8 +1,10 @@
 """The studies at toy size, run as their users run them: what they damage, and the numbers they write."""
 
 import json
+import math
 import os
 import random
+import re
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -28,6 +30,13 @@ def run(script: str, *flags: str) -> str:
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
+
+
+def documented(script: str) -> list[str]:
+    """The flags with which the guide runs a study, without the folder at their end."""
+    guide = (ROOT / "MULTILEVEL_PPL_GUIDE.md").read_text(encoding="utf-8")
+    [flags] = re.findall(rf"^python \.\./\.\./studies/{script} (.*) --output_dir \w+$", guide, re.MULTILINE)
+    return flags.split()
 
 
 # --- damages ---------------------------------------------------------------------------------------------------------
@@ -125,7 +134,7 @@ def test_a_text_that_cannot_be_damaged_is_left_out(damage):
 
 
 def test_which_level_sees_what(tmp_path):
-    printed = run("levels.py", "--quick", "--openings", "--output_dir", tmp_path)
+    printed = run("levels.py", *documented("levels.py"), "--openings", "--output_dir", tmp_path)
     numbers = json.loads((tmp_path / "levels.json").read_text())
     plain = {"geometric", "arithmetic", "selective", "nested"}
     openings = {f"nested behind {name}" for name in ("a line break", "a sentence", "EOS")}
@@ -149,7 +158,8 @@ def test_which_level_sees_what(tmp_path):
 
 @pytest.mark.slow
 def test_does_training_work_and_a_finished_run_is_not_run_again(tmp_path):
-    printed = run("training.py", "--quick", "--output_dir", tmp_path)
+    flags = [*documented("training.py"), "--judge_model", "tiny-stories", "--output_dir", tmp_path]
+    printed = run("training.py", *flags)
     numbers = json.loads((tmp_path / "training.json").read_text())
     assert set(numbers["arms"]) == {"default", "sentence only"}
     for arm in numbers["arms"].values():
@@ -157,13 +167,17 @@ def test_does_training_work_and_a_finished_run_is_not_run_again(tmp_path):
         assert abs(of_seed["before"]["KL"]) < 1e-4 and of_seed["before"]["distinct-2"] > 0.5
         change = of_seed["after"]["reward"] - of_seed["before"]["reward"]
         assert arm["summary"]["reward change"] == {"mean": pytest.approx(change), "sd": None}
+        judged = {name: of_seed["after"][f"judge tiny-stories: {name}"] for name in ("PPL", *LEVELS)}
+        assert judged["PPL"] == pytest.approx(math.prod(judged[level] for level in LEVELS))
+        # Here the judge is the scorer, but for the 4 bits: what the run itself says is close.
+        assert judged["PPL"] == pytest.approx(of_seed["after"]["word"], rel=0.3)
     starts = [arm["seeds"]["0"]["before"]["word"] for arm in numbers["arms"].values()]
     assert starts[0] == starts[1]  # the same completions of the same model
     assert "| sentence only" in printed
     assert (tmp_path / "training.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/seed_0/heldout.json")}
     assert len(made) == 2
-    run("training.py", "--quick", "--output_dir", tmp_path)
+    run("training.py", *flags)
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert json.loads((tmp_path / "training.json").read_text()) == numbers
 
@@ -208,6 +222,18 @@ def test_plans_are_compared_with_their_controls_and_a_stopped_study_goes_on(tmp_
     (folder / "flags.json").unlink()
     run("reference.py", *flags, "--save_steps", 1, "--output_dir", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "reference.json").read_text()) == made
+
+
+def test_a_pretrained_model_continues_stories_in_every_arm(damage):
+    """The flags of all are the training script's, and the arms differ in their aggregation and form alone."""
+    from completion import ARMS, DEFAULTS
+
+    from train_grpo_multilevel_unsloth import parse_args
+
+    asked = [vars(parse_args([*DEFAULTS["demo"].split(), *flags.split()])[0]) for flags in ARMS.values()]
+    differ = {name for name in asked[0] if len({str(one[name]) for one in asked}) > 1}
+    assert differ == {"aggregation", "reward_form"} and len(ARMS) == 4
+    assert not any(one["load_in_4bit"] for one in asked) and {tuple(one["ppl_weights"]) for one in asked} == {(1, 1, 1)}
 
 
 def test_each_arm_of_the_settings_changes_what_its_flags_name_and_nothing_else(damage):

@@ -1,6 +1,8 @@
 """Every architecture of transformers' causal mapping that can be had as a toy has the numbers of the model alone."""
 
+import os
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -9,11 +11,11 @@ import toys
 import zoo
 
 from ppl.errors import InputError
+from ppl.files import write_text
 from ppl.scoring.surprisal import SurprisalScorer
 from ppl.scoring.tokens import Encoded
 
 PARTS = 6
-RESULTS: dict[str, str] = {}
 RANDOM = np.random.default_rng(0)
 PREFIX = RANDOM.integers(3, toys.VOCABULARY, 40)
 
@@ -56,22 +58,37 @@ def result(name) -> str:
     return way(scorer)
 
 
+@pytest.fixture(scope="module")
+def result_of(tmp_path_factory) -> Callable[[str], str]:
+    """`result` of a name; all processes of pytest-xdist share what one has tried."""
+    own = tmp_path_factory.getbasetemp()
+    tried = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "architectures"
+    tried.mkdir(exist_ok=True)
+
+    def once(name: str) -> str:
+        path = tried / name
+        if not path.exists():
+            write_text(path, result(name))
+        return path.read_text(encoding="utf-8")
+
+    return once
+
+
 @pytest.mark.parametrize("part", range(PARTS))
-def test_a_mixed_batch_has_the_numbers_of_each_text_alone(part):
-    names = sorted(zoo.NAMES)[part::PARTS]
-    RESULTS.update((name, result(name)) for name in names)
+def test_a_mixed_batch_has_the_numbers_of_each_text_alone(part, result_of):
+    for name in sorted(zoo.NAMES)[part::PARTS]:
+        result_of(name)
 
 
-def test_how_many_architectures_go_which_way(capsys):
+def test_how_many_architectures_go_which_way(capsys, result_of):
     """The numbers that the README has; later versions of transformers bring more."""
-    # What the test above has not tried in this process: alone, or where pytest-xdist gave parts of it to another one.
-    RESULTS.update((name, result(name)) for name in zoo.NAMES if name not in RESULTS)
-    counts = Counter(one.partition(":")[0] for one in RESULTS.values())
-    built = len(RESULTS) - counts["not built"]
+    results = {name: result_of(name) for name in zoo.NAMES}
+    counts = Counter(one.partition(":")[0] for one in results.values())
+    built = len(results) - counts["not built"]
     exact = built - counts["refused"]
     with capsys.disabled():
-        print(f"\n{len(RESULTS)} types, {built} built as toys: {exact} exact, {counts['refused']} refused")
+        print(f"\n{len(results)} types, {built} built as toys: {exact} exact, {counts['refused']} refused")
         for name, count in counts.most_common():
-            print(f"  {count:4} {name}: {', '.join(sorted(one for one in RESULTS if RESULTS[one].startswith(name)))}")
+            print(f"  {count:4} {name}: {', '.join(sorted(one for one in results if results[one].startswith(name)))}")
     assert built >= 150 and exact >= 143 and counts["packed"] >= 58
     assert counts["by its own logits"] <= 15 and counts["row by row"] <= 2 and counts["refused"] <= 8

@@ -87,7 +87,11 @@ def python() -> str:
     path.write_text(
         CLIENT.format(python=sys.executable, folder=folder, server=str(Path(__file__)), owner=str(os.getpid()))
     )
-    path.chmod(0o755)
+    # For a shell whose PATH begins with this folder: TRL's command, which starts Python two times.
+    trl = path.with_name("trl")
+    trl.write_text(f"#!{path}\nfrom trl.cli import main\n\nmain()\n")
+    for executable in (path, trl):
+        executable.chmod(0o755)
     os.environ[SHARED] = str(path)
     return str(path)
 
