@@ -228,8 +228,8 @@ def judged(value: float, target: float, least: bool = True, form: str = "{:.2f}"
     return form.format(value), bound if met else f"{bound} [bold red]missed[/]"
 
 
-def print_table(title: str, columns: Sequence[str], sections: Sequence[Sequence[Sequence[str]]]) -> None:
-    """Sections of rows; in a file or a pipe the table is Markdown."""
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """In a file or a pipe the table is Markdown."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -240,10 +240,8 @@ def print_table(title: str, columns: Sequence[str], sections: Sequence[Sequence[
     table = Table(title=title, title_justify="left", box=box.ROUNDED if console.is_terminal else box.MARKDOWN)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if 0 < index < len(columns) - 1 else "left")
-    for section in sections:
-        for row in section:
-            table.add_row(*row)  # the cells that a row lacks stay empty
-        table.add_section()
+    for row in rows:
+        table.add_row(*row)  # the cells that a row lacks stay empty
     console.print(table)
 
 

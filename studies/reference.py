@@ -11,8 +11,9 @@ from its last checkpoint, and what is finished is not done again: a stopped stud
 import argparse
 import json
 import random
+import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from common import add_run_flags, print_table, run_folder, write_json
@@ -69,7 +70,7 @@ def study(args: argparse.Namespace) -> int:
     output = Path(args.output_dir).resolve()
     output.mkdir(parents=True, exist_ok=True)
     data = write_rows(args, output)
-    scores = {}
+    scores, tuned = {}, {}
     for seed in args.seeds:
         for arm in args.arms:
             folder, flags = run_folder(output, arm, seed), run_flags(args, arm, data, seed)
@@ -77,8 +78,11 @@ def study(args: argparse.Namespace) -> int:
                 print(f"{folder}: training ...", file=sys.stderr)
                 train(folder, flags)
             scores[arm, seed] = controlled(args, folder, data, seed)
-            write_json(output / "reference.json", numbers(args, scores))  # as far as it has come
-    show(scores)
+            write_json(output / "reference.json", numbers(args, scores, tuned))  # as far as it has come
+        # The same prompts are held out in all arms.
+        tuned[seed] = fine_tuning(args, output, run_folder(output, args.arms[0], seed), data, seed)
+        write_json(output / "reference.json", numbers(args, scores, tuned))
+    show(scores, tuned)
     print(f"Numbers: {output / 'reference.json'}\nPlans: {output / '*' / 'seed_*' / 'plans.txt'}")
     return 0
 
@@ -118,59 +122,63 @@ def run_flags(args: argparse.Namespace, arm: str, data: Path, seed: int) -> list
 # --- what a plan is compared with -------------------------------------------------------------------------------------
 
 
+class Heldout:
+    """The held-out prompts of a run, their true continuations, and the perplexities of these behind other texts."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path, data: Path) -> None:
+        from ppl.data import message_text
+        from ppl.models import load_model
+        from ppl.reference_context import ReferenceContext
+        from ppl.scoring.calculator import MultiLevelPPLCalculator
+
+        self.model, self.tokenizer, _ = load_model(args.model_name)
+        self.calculator, self.joined = MultiLevelPPLCalculator(self.tokenizer), ReferenceContext(template=TEMPLATE)
+        self.run = json.loads((folder / "heldout.json").read_text("utf-8"))
+        self.rows = [json.loads(line) for line in data.read_text("utf-8").splitlines()]
+        self.prompts = self.run["before"]["prompts"]
+        references = {PROMPT.format(prompt=row["prompt"]): row["reference"] for row in self.rows}
+        self.references = [references[message_text(prompt)] for prompt in self.prompts]
+
+    def perplexities(self, plans: Sequence[str], scorer=None):
+        """float64 [plans, 3], `len(plans) // len(prompts)` of them for each prompt in turn; by the untrained model."""
+        import numpy as np
+
+        each = len(plans) // len(self.prompts)
+        contexts = [
+            self.context(prompt, plan)
+            for prompt, group in zip(self.prompts, chunks(plans, each), strict=True)
+            for plan in group
+        ]
+        texts = [reference for reference in self.references for _ in range(each)]
+        levels = self.calculator.compute_all_levels(scorer or self.model, texts, contexts)
+        return np.stack([levels[level].cpu().numpy() for level in LEVELS], axis=1)
+
+    def context(self, prompt, plan: str = "") -> str:
+        return self.joined.context(self.calculator.render(prompt), plan)
+
+    def improvement(self, plans: Sequence[str], scorer=None) -> dict:
+        """{level: in %, over an empty plan in the mean over plans, "words": their mean length}"""
+        import numpy as np
+
+        empty = np.repeat(self.perplexities([""] * len(self.prompts)), len(plans) // len(self.prompts), axis=0)
+        gained = 100 * (1 - self.perplexities(plans, scorer) / empty)  # [plans, 3]
+        levels = dict(zip(LEVELS, gained.mean(axis=0).tolist(), strict=True))
+        return {**levels, "mean": float(gained.mean()), "words": sum(len(plan.split()) for plan in plans) / len(plans)}
+
+
 def controlled(args: argparse.Namespace, folder: Path, data: Path, seed: int) -> dict:
-    """{name: {level: improvement in %, "words": mean length}} of the held-out continuations behind each kind of text.
-
-    The improvement is over an empty plan, in the mean over plans, under the untrained model.
-    """
-    import numpy as np
-
+    """{name: improvement} of the held-out continuations behind each kind of text that stands where a plan does."""
     from ppl.data import message_text
-    from ppl.models import load_model
-    from ppl.reference_context import ReferenceContext
-    from ppl.scoring.calculator import MultiLevelPPLCalculator
 
     path = folder / "controls.json"
     if path.exists():
         return json.loads(path.read_text("utf-8"))
-    model, tokenizer, _ = load_model(args.model_name)
-    calculator, joined = MultiLevelPPLCalculator(tokenizer), ReferenceContext(template=TEMPLATE)
-    heldout = json.loads((folder / "heldout.json").read_text("utf-8"))
-    rows = [json.loads(line) for line in data.read_text("utf-8").splitlines()]
-    references = {PROMPT.format(prompt=row["prompt"]): row["reference"] for row in rows}
-    prompts = heldout["before"]["prompts"]
-    mine = [references[message_text(prompt)] for prompt in prompts]
-
-    def perplexities(plans: Sequence[str], scorer=None) -> np.ndarray:
-        """float64 [plans, 3], `len(plans) // len(prompts)` of them for each prompt in turn."""
-        each = len(plans) // len(prompts)
-        contexts = [
-            joined.context(calculator.render(prompt), plan)
-            for prompt, group in zip(prompts, chunks(plans, each), strict=True)
-            for plan in group
-        ]
-        texts = [reference for reference in mine for _ in range(each)]
-        levels = calculator.compute_all_levels(scorer or model, texts, contexts)
-        return np.stack([levels[level].cpu().numpy() for level in LEVELS], axis=1)
-
-    empty = perplexities([""] * len(prompts))
-    before, after = (heldout[side]["completions"] for side in ("before", "after"))
-    kinds = plan_kinds(before, after, [message_text(prompt) for prompt in prompts], tokenizer, random.Random(seed))
-    found = {}
-    for name, plans in kinds.items():
-        each = len(plans) // len(prompts)
-        improvement = 100 * (1 - perplexities(plans) / np.repeat(empty, each, axis=0))
-        found[name] = summary(improvement, plans)
-
-    def tuned_improvement(steps: int) -> dict:
-        others = [row for row in rows if row["reference"] not in mine]
-        tuned = fine_tuned(args, folder, others, joined, calculator, seed, steps)
-        return summary(100 * (1 - perplexities([""] * len(prompts), tuned) / empty), [""])
-
-    lengths = [len(tokenizer(row["reference"])["input_ids"]) for row in rows]
-    steps = max(1, round(args.max_steps * args.max_new_tokens * len(lengths) / sum(lengths)))
-    found[SFT] = once_a_seed(folder.parents[1] / f"sft_seed_{seed}.json", steps, tuned_improvement)
-    write_plans(folder / "plans.txt", [message_text(prompt) for prompt in prompts], mine, before, after)
+    heldout = Heldout(args, folder, data)
+    prompts = [message_text(prompt) for prompt in heldout.prompts]
+    before, after = (heldout.run[side]["completions"] for side in ("before", "after"))
+    kinds = plan_kinds(before, after, prompts, heldout.tokenizer, random.Random(seed))
+    found = {name: heldout.improvement(plans) for name, plans in kinds.items()}
+    write_plans(folder / "plans.txt", prompts, heldout.references, before, after)
     write_json(path, found)
     return found
 
@@ -207,26 +215,24 @@ def chunks(items: Sequence, size: int) -> list[Sequence]:
     return [items[index : index + size] for index in range(0, len(items), size)]
 
 
-def summary(improvement, plans: Sequence[str]) -> dict:
-    """improvement: float64 [n, 3], in percent."""
-    levels = dict(zip(LEVELS, improvement.mean(axis=0).tolist(), strict=True))
-    return {**levels, "mean": float(improvement.mean()), "words": sum(len(p.split()) for p in plans) / len(plans)}
-
-
-def once_a_seed(path: Path, steps: int, compute: Callable[[int], dict]) -> dict:
-    """What fine-tuning for so many steps gives, which is the same for all arms: from the file where it is there."""
+def fine_tuning(args: argparse.Namespace, output: Path, folder: Path, data: Path, seed: int) -> dict:
+    """Improvement of the continuations that `folder`'s run held out, without a plan, under a model that was fine-tuned
+    on the others: a gradient on as many tokens as GRPO could sample at most. For all arms, and so once a seed."""
+    path = output / f"sft_seed_{seed}.json"
+    heldout = Heldout(args, folder, data)
+    lengths = [len(heldout.tokenizer(row["reference"])["input_ids"]) for row in heldout.rows]
+    steps = max(1, round(args.max_steps * args.max_new_tokens * len(lengths) / sum(lengths)))
     kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if kept.get("steps") != steps:
-        kept = {"steps": steps, "improvement": compute(steps)}
+        print(f"Seed {seed}: SFT, {steps} steps of {args.batch} continuations ...", file=sys.stderr)
+        tuned = fine_tuned(args, heldout, output / "sft", seed, steps)
+        kept = {"steps": steps, "improvement": heldout.improvement([""] * len(heldout.prompts), tuned)}
         write_json(path, kept)
     return kept["improvement"]
 
 
-def fine_tuned(args, folder: Path, rows: Sequence[dict], joined, calculator, seed: int, steps: int):
-    """The model after fine-tuning on the true continuations: a gradient on as many tokens as GRPO could sample at most.
-
-    The same adapter, merged, since a scorer's adapters are off.
-    """
+def fine_tuned(args: argparse.Namespace, heldout: Heldout, folder: Path, seed: int, steps: int):
+    """The model with the same adapter, merged, since a scorer's adapters are off."""
     import torch
     from datasets import Dataset
     from transformers.trainer_utils import set_seed
@@ -235,17 +241,17 @@ def fine_tuned(args, folder: Path, rows: Sequence[dict], joined, calculator, see
     from ppl.models import add_lora, load_model
 
     model, tokenizer, _ = load_model(args.model_name)
+    others = [row for row in heldout.rows if row["reference"] not in heldout.references]
     pairs = [
         {
-            "prompt": joined.context(calculator.render([{"role": "user", "content": PROMPT.format(**row)}])),
+            "prompt": heldout.context([{"role": "user", "content": PROMPT.format(prompt=row["prompt"])}]),
             "completion": row["reference"],
         }
-        for row in rows
+        for row in others
     ]
-    print(f"{folder}: SFT, {steps} steps of {args.batch} continuations ...", file=sys.stderr)
     set_seed(seed)
     config = SFTConfig(
-        output_dir=str(folder / "sft"), max_steps=steps, per_device_train_batch_size=args.batch, seed=seed,
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=args.batch, seed=seed,
         learning_rate=args.sft_learning_rate, report_to="none", save_strategy="no", logging_steps=10, bf16=False,
         use_cpu=not torch.cuda.is_available(), max_length=None, gradient_checkpointing=False, disable_tqdm=True,
     )  # fmt: skip
@@ -268,28 +274,32 @@ def write_plans(path: Path, prompts, references, before, after) -> None:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def numbers(args: argparse.Namespace, scores: dict) -> dict:
+def numbers(args: argparse.Namespace, scores: dict, tuned: dict) -> dict:
     names = ("model_name", "dataset_name", "max_steps", "batch", "max_new_tokens", "learning_rate", "sft_learning_rate")
     arms: dict = {}
     for (arm, seed), found in scores.items():
         arms.setdefault(arm, {})[str(seed)] = found
-    return {"settings": {name: getattr(args, name) for name in (*names, "sentences")}, "arms": arms}
+    settings = {name: getattr(args, name) for name in (*names, "sentences")}
+    return {"settings": settings, "arms": arms, SFT: {str(seed): found for seed, found in tuned.items()}}
 
 
-def show(scores: dict) -> None:
+def show(scores: dict, tuned: dict) -> None:
     """Per arm and kind of text the improvement of the held-out continuations over no plan, all seeds beside another."""
-    import statistics
-
     rows = []
     for arm in dict.fromkeys(arm for arm, _ in scores):
         runs = [found for (name, _), found in scores.items() if name == arm]
-        for kind in runs[0]:
-            means = [run[kind]["mean"] for run in runs]
-            levels = [f"{statistics.mean(run[kind][level] for run in runs):+.1f}" for level in LEVELS]
-            words = f"{statistics.mean(run[kind]['words'] for run in runs):.0f}"
-            rows.append([f"{arm}: {kind}", " ".join(f"{mean:+.1f}" for mean in means), *levels, words])
+        rows += [cells(f"{arm}: {kind}", [run[kind] for run in runs]) for kind in runs[0]]
+    rows.append(cells(SFT, list(tuned.values())))
     columns = ["behind", "improvement, % (each seed)", *LEVELS, "words"]
     print_table("True continuations of held-out prompts, against an empty plan", columns, rows)
+
+
+def cells(name: str, runs: Sequence[dict]) -> list[str]:
+    def mean(what: str) -> float:
+        return statistics.mean(run[what] for run in runs)
+
+    each = " ".join(f"{run['mean']:+.1f}" for run in runs)
+    return [name, each, *(f"{mean(level):+.1f}" for level in LEVELS), f"{mean('words'):.0f}"]
 
 
 if __name__ == "__main__":

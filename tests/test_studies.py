@@ -210,15 +210,16 @@ def test_plans_are_compared_with_their_controls_and_a_stopped_study_goes_on(tmp_
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
     assert [row["reference"] for row in rows[:2]] == ["It ate 0 plums.", "It ate 1 plums."]
     controls = json.loads((folder / "controls.json").read_text())
-    assert len(controls) == 6 and all(set(one) == {*LEVELS, "mean", "words"} for one in controls.values())
+    assert len(controls) == 5 and all(set(one) == {*LEVELS, "mean", "words"} for one in controls.values())
     cut = controls["untrained plan, cut to the trained one's length"]
     assert cut["words"] <= controls["untrained plan"]["words"]
-    tuned = controls["SFT on the continuations, no plan"]
+    made = json.loads((tmp_path / "out" / "reference.json").read_text())
+    tuned = made["SFT on the continuations, no plan"]["0"]
     assert tuned["words"] == 0 and 0 < abs(tuned["mean"]) < 50
+    assert tuned == json.loads((tmp_path / "out" / "sft_seed_0.json").read_text())["improvement"]
     assert "| nats: another row's trained plan" in printed and (folder / "plans.txt").read_text().count("AFTER") == 10
 
     # Stopped behind its last checkpoint: it goes on from there, and ends where it had ended.
-    made = json.loads((tmp_path / "out" / "reference.json").read_text())
     (folder / "flags.json").unlink()
     run("reference.py", *flags, "--save_steps", 1, "--output_dir", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "reference.json").read_text()) == made
