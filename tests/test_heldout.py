@@ -9,7 +9,15 @@ import pytest
 import toys
 
 from ppl.errors import InputError
-from ppl.training.heldout import HeldOut, HeldOutPrompts, kl_a_token, kl_by_text, read_before, write_heldout
+from ppl.training.heldout import (
+    HeldOut,
+    HeldOutPrompts,
+    kl_a_token,
+    kl_by_text,
+    kl_scorers,
+    read_before,
+    write_heldout,
+)
 from ppl.training.load import Loaded
 from ppl.variety import distinct
 
@@ -25,7 +33,7 @@ def adapted():
 
 def kl(model, tokenizer, prompts, completions):
     """As the held-out table has it."""
-    return kl_a_token(*zip(*kl_by_text(model, model, tokenizer, prompts, completions), strict=True))
+    return kl_a_token(*zip(*kl_by_text(kl_scorers(model, model), tokenizer, prompts, completions), strict=True))
 
 
 def test_kl_is_the_mean_difference_of_the_surprisals_with_and_without_adapters(adapted, tokenizer):
@@ -51,14 +59,15 @@ def test_kl_is_0_without_adapters_and_nan_without_tokens(model, adapted, tokeniz
 
 def test_the_distance_that_the_diagnostics_ask_for_is_that_of_what_was_just_sampled(adapted, tokenizer):
     """By ids, up to their end token, or by texts where there are no ids; None where there is no start."""
-    run = SimpleNamespace(start=adapted, policy=Loaded(adapted, tokenizer), job=SimpleNamespace(chat={}))
+    policy, scorers = Loaded(adapted, tokenizer), kl_scorers(adapted, adapted)
+    run = SimpleNamespace(scorers=scorers, policy=policy, job=SimpleNamespace(chat={}))
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in COMPLETIONS]
     ended = [[*one, tokenizer.eos_token_id, 7] for one in ids]
     by_ids = HeldOutPrompts.kl(run, PROMPTS, ended)
     expected = kl(adapted, tokenizer, PROMPTS, ids)
     assert by_ids == pytest.approx(expected, abs=1e-6) and abs(expected) > 0.02
     assert HeldOutPrompts.kl(run, PROMPTS, COMPLETIONS) == pytest.approx(kl(adapted, tokenizer, PROMPTS, COMPLETIONS))
-    run.start = None
+    run.scorers = kl_scorers(adapted, None)
     assert HeldOutPrompts.kl(run, PROMPTS, ended) is None
 
 

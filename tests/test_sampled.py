@@ -19,7 +19,7 @@ from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRe
 from ppl.baselines.file import Baselines
 from ppl.sampling import end_tokens, prompt_ids, sample
 from ppl.scoring.tokens import Sampled, TextEncoder
-from ppl.training.heldout import evaluate
+from ppl.training.heldout import evaluate, kl_scorers
 from ppl.training.rewards import other_beginning
 
 PROMPTS = ["Once upon a time", "The fox said: ", "They walked home together,"]
@@ -359,15 +359,12 @@ def test_held_out_numbers_and_own_baselines_are_those_of_the_sampling(story, tmp
         model, [Sampled(tuple(one.prompt_ids), tuple(one.written)) for group in groups for one in group]
     )
     reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)
-    run = {"start": copy.deepcopy(model), "state": None, **options}
+    run = {"scorers": kl_scorers(model, copy.deepcopy(model)), "state": None, **options}
     held_out = evaluate(model, tokenizer, [(reward_fn, 1.0)], rows, **run)
     assert held_out.completion_ids == [[one.ids for one in group] for group in groups]
     assert held_out.scores["KL"] == 0
     # Nothing was trained, so nothing is gained, zero-shot baselines or not.
-    assert (
-        evaluate(model, tokenizer, [(reward_fn, 1.0)], rows, start=copy.deepcopy(model), state=None, **options)
-        == held_out
-    )
+    assert evaluate(model, tokenizer, [(reward_fn, 1.0)], rows, **run) == held_out
     assert held_out.scores["reward"] > 0.1 and held_out.scores["word improvement %"] != 0
     for level, values in zip(LEVELS, levels.T, strict=True):
         assert held_out.scores[f"{level} PPL"] == pytest.approx(np.nanmean(values))

@@ -52,7 +52,7 @@ class HeldOutPrompts:
         }
         # The model before training: itself without its adapter, or a frozen copy, if that is what scores.
         copy = None if job.args.scorer_model or job.args.scorer_url else scorer.model
-        self.start = copy if job.args.full_finetuning else policy.model
+        self.scorers = kl_scorers(policy.model, copy if job.args.full_finetuning else policy.model)
 
     def before(self) -> HeldOut:
         """Of a run that goes on: what it measured before its first step."""
@@ -76,18 +76,18 @@ class HeldOutPrompts:
 
         None where there is no start to compare with. Several processes must all call.
         """
-        if self.start is None:
+        if self.scorers is None:
             return None
         ends = end_tokens(*self.policy)
         written = [one if isinstance(one, str) else up_to_end(list(map(int, one)), ends) for one in completions]
-        sums = kl_by_text(self.policy.model, self.start, self.policy.tokenizer, prompts, written, **self.job.chat)
+        sums = kl_by_text(self.scorers, self.policy.tokenizer, prompts, written, **self.job.chat)
         kl = kl_a_token(*zip(*from_all(sums), strict=True))
         return None if math.isnan(kl) else kl
 
     def _evaluate(self, progress: str) -> HeldOut:
         return evaluate(
-            *self.policy, self.rewards, self.job.heldout_rows, start=self.start, state=self.trainer.state,
-            progress=progress, **self.sampling,
+            *self.policy, self.rewards, self.job.heldout_rows, scorers=self.scorers,
+            state=self.trainer.state, progress=progress, **self.sampling,
         )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def evaluate(
     rewards: Sequence[Reward],
     rows,
     *,
-    start,
+    scorers: tuple[SurprisalScorer, SurprisalScorer] | None,
     state,
     num_generations: int,
     **sampling,
@@ -108,8 +108,8 @@ def evaluate(
 
     rewards: of `ppl.training.rewards.weighted`. The mean of the first one, before its `normalize`, is the score
     "reward", or of its three levels the sum's; the mean of each other one, and of a level, that of the function's name.
-    rows: a data set of `prepare_dataset`. start: the model as it was before training: `model` itself if it trains
-    adapters, a frozen copy, or None without one. state: the trainer's. sampling: keywords of `ppl.sampling.sample`.
+    rows: a data set of `prepare_dataset`. scorers: of `kl_scorers`, or None without a KL. state: the trainer's.
+    sampling: keywords of `ppl.sampling.sample`.
     """
     reward_fn = perplexity_reward(rewards)
     per_level = rewards[0][0] is not reward_fn
@@ -143,7 +143,7 @@ def evaluate(
     details = measured()
     if reward_fn.target == "completion" and reward_fn.baselines is None:
         details = measured()
-    moved = kl_by_text(model, start, tokenizer, repeated(columns["prompt"]), written, **chat)
+    moved = kl_by_text(scorers, tokenizer, repeated(columns["prompt"]), written, **chat)
     as_columns = {name: repeated(column) for name, column in columns.items()}
     called = call_as_trl(
         [function for function, _ in others], repeated(columns["prompt"]), texts, ids, as_columns, state
@@ -218,9 +218,17 @@ def _without_nan(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def kl_scorers(model, start) -> tuple[SurprisalScorer, SurprisalScorer] | None:
+    """Of a model as it is and of its start, kept for a run, since a scorer compares its ways before its first text.
+
+    start: the model as it was before training: `model` itself, whose adapters are then off, if it trains adapters; a
+    frozen copy; None without one.
+    """
+    return None if start is None else (SurprisalScorer(model, adapters=True), SurprisalScorer(start))
+
+
 def kl_by_text(
-    model,
-    start,
+    scorers: tuple[SurprisalScorer, SurprisalScorer] | None,
     tokenizer,
     prompts: Sequence[Text],
     completions: Sequence[str] | Sequence[Sequence[int]],
@@ -228,19 +236,18 @@ def kl_by_text(
 ) -> list[tuple]:
     """How far training has moved the model from its start, per completion: (sum over its tokens, their number).
 
-    The start's surprisal of a token minus the model's own, in nats. `start`: `model` itself stands for it with its
-    adapters off; None: 0 of 0 tokens. completions: the ids that were written, without an end token, or texts. chat:
-    keywords of `ppl.chat.render_prompt`.
+    The start's surprisal of a token minus the model's own, in nats. scorers: of `kl_scorers`; None: 0 of 0 tokens.
+    completions: the ids that were written, without an end token, or texts. chat: keywords of
+    `ppl.chat.render_prompt`.
     """
-    if start is None:
+    if scorers is None:
         return [(0.0, 0)] * len(completions)
     pairs = [
         (render_prompt(prompt, tokenizer, **chat), one) if isinstance(one, str) else Sampled(tuple(given), tuple(one))
         for prompt, given, one in zip(prompts, prompt_ids(prompts, tokenizer, **chat), completions, strict=True)
     ]
     encoded, _ = TextEncoder(tokenizer).encode_pairs(pairs)
-    own = SurprisalScorer(model, adapters=True).score(encoded)
-    of_start = SurprisalScorer(start).score(encoded)
+    own, of_start = (scorer.score(encoded) for scorer in scorers)
     return [((b - a).sum(), len(a)) for a, b in zip(own, of_start, strict=True)]
 
 
