@@ -18,6 +18,7 @@ import pytest
 import stub_baselines
 import torch
 import toys
+import warm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from waiting import wait_for
 
@@ -521,8 +522,8 @@ def test_two_runs_at_once_and_a_full_disk():
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
-def torchrun(count, script, *flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", *map(str, (count, script, *flags))]
+def torchrun(count, script, *flags, python=sys.executable):
+    command = [python, "-m", "torch.distributed.run", "--nproc_per_node", *map(str, (count, script, *flags))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -531,7 +532,7 @@ def torchrun(count, script, *flags):
 def test_two_processes_give_what_one_gives(toy):
     flags = ["--model_name", toy, "--num_samples", 100]  # 2 windows
     assert run(*flags, "--output_path", "one.json") == 0
-    process = torchrun(2, SCRIPT, *flags, "--output_path", "two.json")
+    process = torchrun(2, SCRIPT, *flags, "--output_path", "two.json", python=warm.python())
     output, error = process.communicate()
     assert process.returncode == 0, error
     assert output.count("100 baselines of 100 rows") == 1

@@ -223,6 +223,7 @@ def _half_a_group(rank, folder):
     import accelerate
     import toys
 
+    accelerate.PartialState._reset_state()  # a fork of a process that may have been alone
     accelerate.PartialState(cpu=True)
     tokenizer, model = toys.byte_level(), toys.llama()
     # Rewards 1 in one process, 0 in the other: only together has the group a spread.
@@ -238,7 +239,7 @@ def _half_a_group(rank, folder):
 
 
 def test_two_processes_with_a_half_of_a_group_each(tmp_path):
-    torch.multiprocessing.spawn(_half_a_group, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(_half_a_group, (str(tmp_path),), nprocs=2, start_method="fork")
 
 
 def test_a_real_run_that_is_saturated_says_so(tmp_path):

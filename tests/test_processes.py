@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import reward_in_processes
 import toys
+import warm
 import yaml
 from training_runs import EXAMPLES, SHORT, log_history
 from waiting import PATIENCE, wait_for
@@ -19,8 +20,13 @@ HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "accelerate_configs"
 
 
-def launch(*words) -> subprocess.Popen:
-    command = [Path(sys.executable).parent / "accelerate", "launch", "--config_file", CONFIGS / "cpu.yaml", *words]
+# The processes are their own either way; those that are stopped start as a user's do.
+WARM = [warm.python(), "-m", "accelerate.commands.accelerate_cli"]
+COLD = [Path(sys.executable).parent / "accelerate"]
+
+
+def launch(*words, accelerate=WARM) -> subprocess.Popen:
+    command = [*accelerate, "launch", "--config_file", CONFIGS / "cpu.yaml", *words]
     path = os.pathsep.join(map(str, (HERE, EXAMPLES)))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(
@@ -95,6 +101,7 @@ def test_a_signal_stops_both_processes_at_the_same_step(tmp_path):
     process = launch(
         "train_grpo_multilevel_unsloth.py", *SHORT, "--no_unsloth", "--no-load_in_4bit", "--max_steps", "5000",
         "--num_train_epochs", "1000", "--save_steps", "1", "--save_total_limit", "2", "--output_dir", out,
+        accelerate=COLD,
     )  # fmt: skip
     wait_for(lambda: any(out.glob("checkpoint-*/reward_state.json")), process)
     process.send_signal(signal.SIGTERM)

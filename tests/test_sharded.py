@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import toys
+import warm
 from waiting import PATIENCE
 
 from ppl.processes import is_sharded
@@ -21,7 +21,7 @@ TEXTS = [["The fox said nothing at all.", "Mr. Brown paid 1,000 dollars for a ho
 
 @pytest.mark.parametrize("texts", [TEXTS, [[], TEXTS[0]]])
 def test_each_process_gets_its_numbers_in_as_many_passes_as_the_other(tmp_path, texts):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [warm.python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, str(HERE / "score_sharded.py"), json.dumps(texts), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "rl_training" / "examples")])},

@@ -5,8 +5,8 @@ session and forks for each run. The fork takes over its caller's arguments, fold
 the script as `python script.py` does. Signals reach it, and its exit code is the caller's.
 
 `python()` is the path to use instead of `sys.executable`; the workers of pytest-xdist share it. Where a fresh
-interpreter is what is tested (what libraries print when they are imported, that Unsloth comes first, several
-processes), tests use `sys.executable`.
+interpreter is what is tested (what libraries print when they are imported, that Unsloth comes first, processes that are
+killed), tests use `sys.executable`.
 
 There are two servers, since Unsloth patches the other libraries: a run that uses it is forked from the one that has it.
 """
@@ -43,7 +43,10 @@ import fcntl, json, os, signal, socket, sys
 
 argv = sys.argv[1:]
 text = " ".join(argv)
-if not argv or argv[0].startswith("-") and argv[0] != "-c":
+if argv[:1] == ["-u"]:  # as torchrun starts its processes
+    os.environ["PYTHONUNBUFFERED"] = "1"
+    del argv[0]
+if not argv or argv[0].startswith("-") and argv[0] not in ("-c", "-m"):
     os.execv({python!r}, [{python!r}, *argv])
 names = ("unsloth.py", "unsloth import", "import unsloth", "from unsloth", "GRPO 8B, Unsloth")
 unsloth = "--load_in_4bit" in argv or any(name in text for name in names)
@@ -154,9 +157,9 @@ def become(argv: list[str], folder: str, environment: dict[str, str]) -> None:
     sys.stdin = io.TextIOWrapper(io.FileIO(0))
     sys.stderr = io.TextIOWrapper(io.FileIO(2, "w"), errors="backslashreplace", line_buffering=True)
     sys.stdout = io.TextIOWrapper(io.FileIO(1, "w"), write_through=unbuffered, line_buffering=os.isatty(1))
-    sys.argv = argv if argv[0] != "-c" else ["-c", *argv[2:]]
+    sys.argv = argv if argv[0] not in ("-c", "-m") else [argv[0], *argv[2:]]
     more = [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
-    sys.path[:1] = ["" if argv[0] == "-c" else str(Path(argv[0]).resolve().parent), *more]
+    sys.path[:1] = ["" if argv[0] in ("-c", "-m") else str(Path(argv[0]).resolve().parent), *more]
 
 
 def without_unsloth() -> None:
@@ -184,6 +187,8 @@ def main(address: str, owner: str) -> None:
         atexit.register(without_unsloth)
     if argv[0] == "-c":
         exec(compile(argv[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif argv[0] == "-m":
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(argv[0], run_name="__main__")
 
