@@ -22,7 +22,7 @@ ARMS = {
 }
 # A CPU trains whole numbers faster than Unsloth's four bits, which are made for a GPU.
 PRECISION = "--no-load_in_4bit"
-RUNS = f"{PRECISION} --no_unsloth --no_gradient_checkpointing --learning_rate 1e-3 --max_new_tokens 64"
+RUNS = f"{PRECISION} --no_unsloth --no_gradient_checkpointing --learning_rate 3e-4 --max_new_tokens 64"
 DEFAULTS = {
     "model_name": "smollm2",
     "max_steps": 60,

@@ -8,7 +8,7 @@ from rich.table import Table
 from ..data import message_text
 from ..definitions import COLORS, LEVELS
 from ..files import write_atomically
-from ..training.heldout import HeldOut
+from ..training.heldout import HeldOut, gained_by_any
 
 
 def print_comparison(before: HeldOut, after: HeldOut) -> None:
@@ -23,6 +23,8 @@ def print_comparison(before: HeldOut, after: HeldOut) -> None:
         table.add_row(name, f"{value:.3f}", f"{new:.3f}", f"{new - value:+.3f}")
     console = Console()
     console.print(table)
+    if warning := gained_by_any(before.scores, after.scores):
+        console.print(warning, markup=False, highlight=False)
     prompt = before.prompts[0] if isinstance(before.prompts[0], str) else message_text(before.prompts[0][-1:])
     for title, text in (("prompt", prompt), ("before", before.completions[0][0]), ("after", after.completions[0][0])):
         console.print(f"[bold]{title}:[/bold] ", end="")

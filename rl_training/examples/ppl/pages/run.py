@@ -14,7 +14,7 @@ from ..data import Text, message_text
 from ..definitions import COLORS
 from ..files import write_text
 from ..processes import is_first
-from ..training.heldout import HeldOut
+from ..training.heldout import SWAPPED, HeldOut
 from ..training.job import Job
 from ..training.resume import launched
 from .charts import charts
@@ -40,6 +40,7 @@ NOTES = {
     "distinct-2": "word pairs said once; 1: none twice",
     "repetition": "share of repeated word triples",
     "words": "a completion",
+    SWAPPED: "mean of the three levels; what only belongs to its prompt does nothing here",
     "loop penalty": "added to the reward",
 }
 

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +24,10 @@ from ..variety import distinct
 from .job import Job
 from .load import Loaded
 from .rewards import Reward, call_as_trl, name_of, perplexity_reward
+
+SWAPPED = "improvement % with another row's"
+LEAST_GAIN = 2.0  # points of improvement; less is not looked into
+LARGE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,8 @@ def evaluate(
 
     Several processes must all call; each does its share of the rows, and all get the whole.
 
+    With references as target there is one more score: what the completions of the next row do for a row's reference.
+
     rewards: of `ppl.training.rewards.weighted`. The mean of the first one, before its `normalize`, is the score
     "reward", or of its three levels the sum's; the mean of each other one, and of a level, that of the function's name.
     rows: a data set of `prepare_dataset`. scorers: of `kl_scorers`, or None without a KL. state: the trainer's.
@@ -120,6 +126,7 @@ def evaluate(
     chat = reward_fn.calculator.chat
     sampled = sample(model, tokenizer, columns["prompt"], num_generations=num_generations, **sampling, **chat)
     groups = [[(one.text, one.ids) for one in group] for group in sampled]
+    groups = dict(zip(from_all(indices), from_all(groups), strict=True))
     texts = [one.text for group in sampled for one in group]
     ids = [one.ids for group in sampled for one in group]
     written = [one.written for group in sampled for one in group]
@@ -127,7 +134,7 @@ def evaluate(
     def repeated(column):
         return None if column is None else [value for value in column for _ in range(num_generations)]
 
-    def measured():
+    def measured(texts, ids):
         return reward_fn.compute_rewards(
             texts,
             prompts=repeated(columns["prompt"]),
@@ -140,9 +147,14 @@ def evaluate(
 
     # Without baselines, completions make their prompt's at the first visit, and are measured at the second: before
     # training against the same ones as after it.
-    details = measured()
+    details = measured(texts, ids)
     if reward_fn.target == "completion" and reward_fn.baselines is None:
-        details = measured()
+        details = measured(texts, ids)
+    swapped = np.empty((len(texts), 0))
+    if reward_fn.target == "reference" and len(rows) > 1:
+        strangers = [one for index in indices for one in groups[(index + 1) % len(rows)]]
+        improvements = measured([text for text, _ in strangers], [ids for _, ids in strangers])["improvements"]
+        swapped = np.mean([np.asarray(improvements[level]) for level in LEVELS], axis=0)[:, None]
     moved = kl_by_text(scorers, tokenizer, repeated(columns["prompt"]), written, **chat)
     as_columns = {name: repeated(column) for name, column in columns.items()}
     called = call_as_trl(
@@ -152,9 +164,10 @@ def evaluate(
     total = sum(earned[: len(LEVELS)]) if per_level else rewards[0][1] * np.asarray(details["rewards"])
     levels = [details[name][level] for name in ("improvements", "ppls") for level in LEVELS]
     table = np.stack([np.asarray(column) for column in (total, *levels, *earned)], axis=1)
-    table = np.concatenate([table, np.reshape(moved, (-1, 2))], axis=1).reshape(len(indices), num_generations, -1)
-    by_index = dict(zip(from_all(indices), from_all(zip(groups, table.tolist(), strict=True)), strict=True))
-    groups, table = zip(*(by_index[index] for index in range(len(rows))), strict=True)
+    table = np.concatenate([table, swapped, np.reshape(moved, (-1, 2))], axis=1)
+    table = table.reshape(len(indices), num_generations, -1).tolist()
+    by_index = dict(zip(from_all(indices), from_all(table), strict=True))
+    groups, table = ([of_index[index] for index in range(len(rows))] for of_index in (groups, by_index))
     completions = [[text for text, _ in group] for group in groups]
     texts = [text for group in completions for text in group]
     *columns, moved, tokens = np.moveaxis(np.array(table), -1, 0)
@@ -167,9 +180,33 @@ def evaluate(
         "repetition": 1 - distinct(texts, 3),
         "words": sum(len(text.split()) for text in texts) / len(texts),
     }
-    scores |= {row_name(function): mean for (function, _), mean in zip(others, means[len(names) :], strict=True)}
+    more = [row_name(function) for function, _ in others] + [SWAPPED] * swapped.shape[1]
+    scores |= dict(zip(more, means[len(names) :], strict=True))
     completion_ids = [[ids for _, ids in group] for group in groups]
     return HeldOut(list(rows["prompt"]), completions, columns[0].tolist(), scores, completion_ids)
+
+
+def gained_by_any(before: Mapping[str, float], after: Mapping[str, float]) -> str | None:
+    """A warning where references gained as much, or half as much, with the completions of other rows.
+
+    before, after: scores of `HeldOut`.
+
+    >>> levels = ["word improvement %", "phrase improvement %", "sentence improvement %"]
+    >>> gained_by_any(dict.fromkeys([*levels, SWAPPED], 0.0), dict.fromkeys(levels, 16.0) | {SWAPPED: 14.0})[:74]
+    'ANY ROW: references gained 16.0 points with their own completions and 14.0'
+    >>> gained_by_any(dict.fromkeys([*levels, SWAPPED], 0.0), dict.fromkeys(levels, 16.0) | {SWAPPED: 2.0})
+    """
+    if SWAPPED not in before or SWAPPED not in after:
+        return None
+    own = sum(after[name] - before[name] for name in (f"{level} improvement %" for level in LEVELS)) / len(LEVELS)
+    swapped = after[SWAPPED] - before[SWAPPED]
+    if not (own > LEAST_GAIN and swapped > LARGE_SHARE * own):
+        return None
+    return (
+        f"ANY ROW: references gained {own:.1f} points with their own completions and {swapped:.1f} with those of other "
+        "rows: most of what was learned is a manner of writing, whatever it says. Hold the policy near its start "
+        "(--beta 0.1), or look only at what completions disagree on (--reference_tokens group)."
+    )
 
 
 def row_name(function) -> str:
