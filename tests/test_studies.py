@@ -1,5 +1,6 @@
 """The studies at toy size, run as their users run them: what they damage, and the numbers they write."""
 
+import doctest
 import json
 import math
 import os
@@ -128,6 +129,15 @@ def test_a_text_that_cannot_be_damaged_is_left_out(damage):
     damages = damage.Damages(["Go.", "He ran home. She saw him."], seed=0)
     assert set(damages.all(0)) == {"words replaced"}
     assert damages.sentences_shuffled(1, random.Random(0)) == "She saw him. He ran home."
+
+
+def test_the_examples_in_docstrings_are_right(damage):
+    import common
+    import measures
+
+    for module in (common, measures):
+        failed, tried = doctest.testmod(module)
+        assert tried >= 1 and failed == 0, module.__name__
 
 
 # --- scripts ---------------------------------------------------------------------------------------------------------
