@@ -3,13 +3,19 @@
     python completion.py --judge_model tiny-stories MODEL --output_dir study_completion
 
 The arms are geometric and nested levels, each with thresholds and in nats, against baselines of the model's own
-writing. A run that is finished is not run again, and one that was stopped goes on from its last checkpoint: a stopped
-study goes on with the same command. A run takes an hour or so on two CPU cores.
+writing. A lower temperature makes a model predictable, too, and costs nothing: so the untrained model's completions at
+lower temperatures stand beside the trained ones. A run that is finished is not run again, and one that was stopped goes
+on from its last checkpoint: a stopped study goes on with the same command. A run takes an hour or so on two CPU cores.
 """
 
+import argparse
+import json
+import statistics
 import sys
+from pathlib import Path
 
-from training import parse_args, study
+from common import print_table, run_folder, write_json
+from training import in_rows, measuring, parse_args, study
 
 from ppl import cli
 
@@ -20,7 +26,7 @@ ARMS = {
     "nested": f"--aggregation nested {WEIGHTS}",
     "nested, nats": f"--aggregation nested {WEIGHTS} --reward_form nats",
 }
-# A CPU trains whole numbers faster than Unsloth's four bits, which are made for a GPU.
+# On a CPU 32 bits train faster than four, which are made for a GPU.
 PRECISION = "--no-load_in_4bit"
 RUNS = f"{PRECISION} --no_unsloth --no_gradient_checkpointing --learning_rate 3e-4 --max_new_tokens 64"
 DEFAULTS = {
@@ -32,8 +38,62 @@ DEFAULTS = {
 }
 
 
+TEMPERATURES = (0.8, 0.6)  # the policy samples at 1
+
+
 def main(argv=None) -> int:
-    return cli.run(parse_args(argv, __doc__, ARMS, "completion", **DEFAULTS), study)
+    return cli.run(parse_args(argv, __doc__, ARMS, "completion", **DEFAULTS), whole_study)
+
+
+def whole_study(args: argparse.Namespace) -> int:
+    study(args)
+    output = Path(args.output_dir).resolve()
+    measured, kinds = measuring(args), {}
+    for seed in args.seeds:
+        runs = {
+            arm: json.loads((run_folder(output, arm, seed) / "heldout.json").read_text("utf-8")) for arm in args.arms
+        }
+        first = next(iter(runs.values()))
+        sides = {"untrained": first["before"]}
+        sides |= {f"untrained, temperature {one}": colder(args, output, seed, first, one) for one in TEMPERATURES}
+        sides |= {arm: run["after"] for arm, run in runs.items()}
+        for name, side in sides.items():
+            prompts, texts = in_rows(side)
+            kinds.setdefault(name, []).append(measured(prompts, texts) | variety(texts))
+    write_json(output / "temperatures.json", kinds)
+    judges = dict.fromkeys(name.partition(": ")[0] for name in kinds["untrained"][0] if name.startswith("judge "))
+    columns = {"PPL, words": "word", "distinct-2": "distinct-2", "repetition": "repetition", "words": "words"}
+    columns |= {f"{judge}: {level}": f"{judge}: {level}" for judge in judges for level in ("PPL", "sentence")}
+    rows = [
+        [name, *(f"{statistics.mean(run[key] for run in runs):.3f}" for key in columns.values())]
+        for name, runs in kinds.items()
+    ]
+    print_table("Training, or a lower temperature; means over the seeds", ["completions", *columns], rows)
+    return 0
+
+
+def colder(args: argparse.Namespace, output: Path, seed: int, heldout: dict, temperature: float) -> dict:
+    """{"prompts", "completions"}: what the untrained model writes for a run's held-out prompts."""
+    from ppl.models import load_model
+    from ppl.sampling import sample_completions
+
+    path = output / f"untrained_{temperature}_seed_{seed}.json"
+    asked = {**heldout["sampling"], "temperature": temperature}
+    kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    prompts = heldout["before"]["prompts"]
+    if (kept.get("sampling"), kept.get("prompts")) != (asked, prompts):
+        model, tokenizer, _ = load_model(args.model_name)
+        completions = sample_completions(model, tokenizer, prompts, progress=f"temperature {temperature}", **asked)
+        kept = {"sampling": asked, "prompts": prompts, "completions": completions}
+        write_json(path, kept)
+    return kept
+
+
+def variety(texts: list[str]) -> dict[str, float]:
+    from ppl.variety import distinct
+
+    words = sum(len(text.split()) for text in texts) / len(texts)
+    return {"distinct-2": distinct(texts, 2), "repetition": 1 - distinct(texts, 3), "words": words}
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -195,9 +196,25 @@ def call(script: str, flags: list[str], log: Path) -> None:
 
 
 def common_scores(args: argparse.Namespace, heldout: dict) -> dict:
-    """Per run {"before", "after"}: what the run says of its held-out completions, and on one scale for all arms the
-    geometric mean over the completions of their own geometric perplexities ("word", "phrase", "sentence"), what they
-    copy of their prompts, how common their words are, and what each judge says of them."""
+    """Per run {"before", "after"}: what the run says of its held-out completions, and `measuring`'s view of them."""
+    measured = measuring(args)
+    return {
+        run: {side: sides[side]["scores"] | measured(*in_rows(sides[side])) for side in ("before", "after")}
+        for run, sides in heldout.items()
+    }
+
+
+def in_rows(side: dict) -> tuple[list, list[str]]:
+    """(prompt of each completion, completion), of one side of a heldout.json."""
+    pairs = zip(side["prompts"], side["completions"], strict=True)
+    prompts, texts = zip(*((prompt, text) for prompt, group in pairs for text in group), strict=True)
+    return list(prompts), list(texts)
+
+
+def measuring(args: argparse.Namespace) -> Callable[[list, list[str]], dict]:
+    """A function of prompts and completions that gives, on one scale for all arms, the geometric mean over completions
+    of their own geometric perplexities ("word", "phrase", "sentence"), what they copy of their prompts, how common
+    their words are, and what each judge says of them."""
     import numpy as np
 
     from ppl.data import load_split
@@ -205,31 +222,20 @@ def common_scores(args: argparse.Namespace, heldout: dict) -> dict:
     from ppl.scoring.calculator import MultiLevelPPLCalculator
 
     model, tokenizer, _ = load_model(args.model_name)
-    pairs, owners = [], []
-    for key, sides in heldout.items():
-        for side in ("before", "after"):
-            prompts, completions = sides[side]["prompts"], sides[side]["completions"]
-            of_side = [(prompt, text) for prompt, group in zip(prompts, completions, strict=True) for text in group]
-            pairs += of_side
-            owners += [(*key, side)] * len(of_side)
-    contexts, texts = zip(*pairs, strict=True)
-    levels = MultiLevelPPLCalculator(tokenizer).compute_all_levels(model, list(texts), list(contexts))
+    calculator = MultiLevelPPLCalculator(tokenizer)
     judges = {Path(name).name: load_model(name)[:2] for name in args.judge_model}
     rows = load_split(args.dataset_name, None, "train")
     commonest = commonest_words([value for row in rows for value in row.values() if isinstance(value, str)])
-    scores = {}
-    for (arm, seed), sides in heldout.items():
-        scores[arm, seed] = {}
-        for side in ("before", "after"):
-            mine = np.array([owner == (arm, seed, side) for owner in owners])
-            ppls = {level: float(np.exp(np.nanmean(levels[level].log().numpy()[mine]))) for level in LEVELS}
-            of_side = [pair for pair, owner in zip(pairs, owners, strict=True) if owner == (arm, seed, side)]
-            prompts, written = map(list, zip(*of_side, strict=True))
-            own = {"copied": copied(prompts, written), "commonest words": common_share(written, commonest)}
-            for name, judge in judges.items():
-                own |= {f"judge {name}: {level}": value for level, value in judged(*judge, prompts, written).items()}
-            scores[arm, seed][side] = sides[side]["scores"] | ppls | own
-    return scores
+
+    def measured(prompts: list, texts: list[str]) -> dict:
+        levels = calculator.compute_all_levels(model, texts, prompts)
+        scores = {level: float(np.exp(np.nanmean(levels[level].log().numpy()))) for level in LEVELS}
+        scores |= {"copied": copied(prompts, texts), "commonest words": common_share(texts, commonest)}
+        for name, judge in judges.items():
+            scores |= {f"judge {name}: {level}": value for level, value in judged(*judge, prompts, texts).items()}
+        return scores
+
+    return measured
 
 
 def summary(runs: list[dict]) -> dict:
@@ -284,9 +290,13 @@ def show(numbers: dict) -> None:
     print_table(f"Held-out completions after training, mean ± sd over {len(seeds)} seeds", ["arm", *columns], rows)
     columns = {"copied": "{:.3f}", "commonest words before": "{:.3f}", "commonest words": "{:.3f}"}
     names = next(iter(numbers["arms"].values()))["summary"]
-    columns |= {name: "{:.3f}" for name in names if name.startswith(("its own ", "judge "))}
+    columns |= {name: "{:.3f}" for name in names if name.startswith("its own ")}
     rows = [[arm, *cells_of(one["summary"], columns)] for arm, one in numbers["arms"].items()]
     print_table("Measures that no reward contains; kept: after / before", ["arm", *columns], rows)
+    for judge in dict.fromkeys(name.partition(": ")[0] for name in names if name.startswith("judge ")):
+        columns = {name: "{:.3f}" for name in names if name.startswith(f"{judge}: ")}
+        rows = [[arm, *cells_of(one["summary"], columns)] for arm, one in numbers["arms"].items()]
+        print_table(f"{judge}; kept: after / before", ["arm", *(name.partition(": ")[2] for name in columns)], rows)
 
 
 def cells_of(summary: dict, columns: dict[str, str]) -> list[str]:
