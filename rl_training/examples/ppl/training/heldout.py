@@ -205,7 +205,7 @@ def gained_by_any(before: Mapping[str, float], after: Mapping[str, float]) -> st
     return (
         f"ANY ROW: references gained {own:.1f} points with their own completions and {swapped:.1f} with those of other "
         "rows: most of what was learned is a manner of writing, whatever it says. Hold the policy near its start "
-        "(--beta 0.1)."
+        "(--beta 0.1), or look at what is hard to foresee (--reference_tokens hard)."
     )
 
 
