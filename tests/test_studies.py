@@ -247,6 +247,21 @@ def test_a_pretrained_model_continues_stories_in_every_arm(damage):
     assert not any(one["load_in_4bit"] for one in asked) and {tuple(one["ppl_weights"]) for one in asked} == {(1, 1, 1)}
 
 
+@pytest.mark.slow
+def test_what_training_does_stands_beside_a_lower_temperature(tmp_path):
+    flags = ["--quick", "--model_name", "tiny-stories", "--judge_model", "tiny-stories", "--output_dir", tmp_path]
+    printed = run("completion.py", *flags)
+    kinds = json.loads((tmp_path / "temperatures.json").read_text())
+    assert list(kinds) == ["untrained", "untrained, temperature 0.8", "untrained, temperature 0.6", "geometric"]
+    [of_seed] = json.loads((tmp_path / "completion.json").read_text())["arms"]["geometric"]["seeds"].values()
+    for kind, side in (("untrained", "before"), ("geometric", "after")):
+        [measured] = kinds[kind]
+        assert measured == {name: pytest.approx(of_seed[side][name]) for name in measured}
+    words = [kinds[kind][0]["word"] for kind in list(kinds)[:3]]
+    assert words[0] > words[1] > words[2]  # the colder, the more predictable
+    assert "| untrained, temperature 0.6 |" in printed
+
+
 def test_each_arm_of_the_settings_changes_what_its_flags_name_and_nothing_else(damage):
     """By TRL's own parser: a field that it renames, or a value that is its default now, fails here."""
     from settings import ARMS
