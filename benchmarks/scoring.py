@@ -36,7 +36,16 @@ PEER_BATCHES = (1, 8)  # lm-evaluation-harness: the faster of its default and th
 EQUAL = 256  # tokens of a row where the shape is free; 4 of them run fastest together
 GROUP, PROMPT, COMPLETION = 8, 512, 128
 NESTED_GROUP, NESTED_TEXTS = 2.0, 3.2  # at most so many times geometric's time
-PARTS = ("mixed", "shared", "nested", "memory", "text", "reward", "start")
+# name -> what measures it, of (model, tokenizer, texts, args): a title's row, and the rows
+PARTS = {
+    "mixed": lambda model, tokenizer, texts, args: mixed_texts(model, tokenizer, texts, args.rounds),
+    "shared": lambda model, tokenizer, _, args: shared_prompt(model, tokenizer, args.rounds, args.seed),
+    "nested": lambda model, tokenizer, texts, args: nested_levels(model, tokenizer, texts, args.rounds, args.seed),
+    "memory": lambda *_, args: memory(args.seed),
+    "text": lambda _, tokenizer, texts, args: text_work(tokenizer, texts, 5 * args.rounds),
+    "reward": lambda *_, args: reward_share(),
+    "start": lambda *_, args: start_up(args.rounds),
+}
 SAME_PRODUCTS = f"decoder + LM head alone in rows of {EQUAL}, with this engine's matrix products"
 MEGABYTE = 1e6
 
@@ -54,7 +63,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=8000, help="of all texts together (default: 8000)")
     parser.add_argument("--rounds", type=int, default=3, help="of which the medians are (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and texts")
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="these parts (default: all)")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=[*PARTS], help="these parts (default: all)")
     return parser.parse_args(argv)
 
 
@@ -69,18 +78,9 @@ def main(argv=None) -> int:
     model = random_gpt2(args.seed)
     texts = stories(tokenizer, mixed_lengths(args.tokens, args.seed), args.seed)
     print(f"{machine()}; GPT-2 124M, float32")
-    parts = {
-        "mixed": lambda: mixed_texts(model, tokenizer, texts, args.rounds),
-        "shared": lambda: shared_prompt(model, tokenizer, args.rounds, args.seed),
-        "nested": lambda: nested_levels(model, tokenizer, texts, args.rounds, args.seed),
-        "memory": lambda: memory(args.seed),
-        "text": lambda: text_work(tokenizer, texts, 5 * args.rounds),
-        "reward": reward_share,
-        "start": lambda: start_up(args.rounds),
-    }
-    for name in PARTS:
+    for name, measure in PARTS.items():
         if name in args.only:
-            [title], *rows = parts[name]()
+            [title], *rows = measure(model, tokenizer, texts, args=args)
             print_table(title, ("what", "measured", "ratio", "target", "ratio of what"), rows)
             sys.stdout.flush()
     return 0

@@ -18,6 +18,7 @@ from common import print_table, run_folder, write_json
 from training import in_rows, measuring, parse_args, study
 
 from ppl import cli
+from ppl.variety import described
 
 WEIGHTS = "--ppl_weights 1 1 1"
 ARMS = {
@@ -36,8 +37,6 @@ DEFAULTS = {
     "demo": f"{RUNS} --per_device_train_batch_size 16 --heldout_samples 16 --logging_steps 1",
     "baselines": f"{PRECISION} --generate 4 --max_new_tokens 64",
 }
-
-
 TEMPERATURES = (0.8, 0.6)  # the policy samples at 1
 
 
@@ -48,18 +47,15 @@ def main(argv=None) -> int:
 def whole_study(args: argparse.Namespace) -> int:
     study(args)
     output = Path(args.output_dir).resolve()
-    measured, kinds = measuring(args), {}
-    for seed in args.seeds:
-        runs = {
-            arm: json.loads((run_folder(output, arm, seed) / "heldout.json").read_text("utf-8")) for arm in args.arms
-        }
-        first = next(iter(runs.values()))
-        sides = {"untrained": first["before"]}
-        sides |= {f"untrained, temperature {one}": colder(args, output, seed, first, one) for one in TEMPERATURES}
-        sides |= {arm: run["after"] for arm, run in runs.items()}
-        for name, side in sides.items():
-            prompts, texts = in_rows(side)
-            kinds.setdefault(name, []).append(measured(prompts, texts) | variety(texts))
+    arms = json.loads((output / "completion.json").read_text("utf-8"))["arms"]
+    first = args.arms[0]  # the same untrained model in all arms
+    measured = measuring(args)
+    kinds: dict[str, list[dict]] = {"untrained": [arms[first]["seeds"][str(seed)]["before"] for seed in args.seeds]}
+    for temperature in TEMPERATURES:
+        sides = [colder(args, output, seed, run_folder(output, first, seed), temperature) for seed in args.seeds]
+        rows = map(in_rows, sides)
+        kinds[f"untrained, temperature {temperature}"] = [measured(*pair) | described(pair[1]) for pair in rows]
+    kinds |= {arm: [arms[arm]["seeds"][str(seed)]["after"] for seed in args.seeds] for arm in args.arms}
     write_json(output / "temperatures.json", kinds)
     judges = dict.fromkeys(name.partition(": ")[0] for name in kinds["untrained"][0] if name.startswith("judge "))
     columns = {"PPL, words": "word", "distinct-2": "distinct-2", "repetition": "repetition", "words": "words"}
@@ -72,11 +68,12 @@ def whole_study(args: argparse.Namespace) -> int:
     return 0
 
 
-def colder(args: argparse.Namespace, output: Path, seed: int, heldout: dict, temperature: float) -> dict:
-    """{"prompts", "completions"}: what the untrained model writes for a run's held-out prompts."""
+def colder(args: argparse.Namespace, output: Path, seed: int, folder: Path, temperature: float) -> dict:
+    """{"prompts", "completions"}: what the untrained model writes for the held-out prompts of `folder`'s run."""
     from ppl.models import load_model
     from ppl.sampling import sample_completions
 
+    heldout = json.loads((folder / "heldout.json").read_text("utf-8"))
     path = output / f"untrained_{temperature}_seed_{seed}.json"
     asked = {**heldout["sampling"], "temperature": temperature}
     kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
@@ -87,13 +84,6 @@ def colder(args: argparse.Namespace, output: Path, seed: int, heldout: dict, tem
         kept = {"sampling": asked, "prompts": prompts, "completions": completions}
         write_json(path, kept)
     return kept
-
-
-def variety(texts: list[str]) -> dict[str, float]:
-    from ppl.variety import distinct
-
-    words = sum(len(text.split()) for text in texts) / len(texts)
-    return {"distinct-2": distinct(texts, 2), "repetition": 1 - distinct(texts, 3), "words": words}
 
 
 if __name__ == "__main__":

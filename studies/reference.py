@@ -9,6 +9,7 @@ from its last checkpoint, and what is finished is not done again: a stopped stud
 """
 
 import argparse
+import functools
 import json
 import random
 import statistics
@@ -76,6 +77,7 @@ def study(args: argparse.Namespace) -> int:
             folder, flags = run_folder(output, arm, seed), run_flags(args, arm, data, seed)
             if not finished(folder, flags):
                 print(f"{folder}: training ...", file=sys.stderr)
+                (folder / "controls.json").unlink(missing_ok=True)
                 train(folder, flags)
             scores[arm, seed] = controlled(args, folder, data, seed)
             write_json(output / "reference.json", numbers(args, scores, tuned))  # as far as it has come
@@ -156,11 +158,14 @@ class Heldout:
     def context(self, prompt, plan: str = "") -> str:
         return self.joined.context(self.calculator.render(prompt), plan)
 
+    @functools.cached_property
+    def empty(self):
+        """float64 [prompts, 3]: perplexities behind an empty plan."""
+        return self.perplexities([""] * len(self.prompts))
+
     def improvement(self, plans: Sequence[str], scorer=None) -> dict:
         """{level: in %, over an empty plan in the mean over plans, "words": their mean length}"""
-        import numpy as np
-
-        empty = np.repeat(self.perplexities([""] * len(self.prompts)), len(plans) // len(self.prompts), axis=0)
+        empty = self.empty.repeat(len(plans) // len(self.prompts), axis=0)
         gained = 100 * (1 - self.perplexities(plans, scorer) / empty)  # [plans, 3]
         levels = dict(zip(LEVELS, gained.mean(axis=0).tolist(), strict=True))
         return {**levels, "mean": float(gained.mean()), "words": sum(len(plan.split()) for plan in plans) / len(plans)}
@@ -219,14 +224,15 @@ def fine_tuning(args: argparse.Namespace, output: Path, folder: Path, data: Path
     """Improvement of the continuations that `folder`'s run held out, without a plan, under a model that was fine-tuned
     on the others: a gradient on as many tokens as GRPO could sample at most. For all arms, and so once a seed."""
     path = output / f"sft_seed_{seed}.json"
-    heldout = Heldout(args, folder, data)
-    lengths = [len(heldout.tokenizer(row["reference"])["input_ids"]) for row in heldout.rows]
-    steps = max(1, round(args.max_steps * args.max_new_tokens * len(lengths) / sum(lengths)))
     kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    if kept.get("steps") != steps:
+    if kept.get("settings") != settings(args):
+        heldout = Heldout(args, folder, data)
+        lengths = [len(heldout.tokenizer(row["reference"])["input_ids"]) for row in heldout.rows]
+        steps = max(1, round(args.max_steps * args.max_new_tokens * len(lengths) / sum(lengths)))
         print(f"Seed {seed}: SFT, {steps} steps of {args.batch} continuations ...", file=sys.stderr)
         tuned = fine_tuned(args, heldout, output / "sft", seed, steps)
-        kept = {"steps": steps, "improvement": heldout.improvement([""] * len(heldout.prompts), tuned)}
+        improvement = heldout.improvement([""] * len(heldout.prompts), tuned)
+        kept = {"settings": settings(args), "steps": steps, "improvement": improvement}
         write_json(path, kept)
     return kept["improvement"]
 
@@ -274,13 +280,16 @@ def write_plans(path: Path, prompts, references, before, after) -> None:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def numbers(args: argparse.Namespace, scores: dict, tuned: dict) -> dict:
+def settings(args: argparse.Namespace) -> dict:
     names = ("model_name", "dataset_name", "max_steps", "batch", "max_new_tokens", "learning_rate", "sft_learning_rate")
+    return {name: getattr(args, name) for name in (*names, "sentences")}
+
+
+def numbers(args: argparse.Namespace, scores: dict, tuned: dict) -> dict:
     arms: dict = {}
     for (arm, seed), found in scores.items():
         arms.setdefault(arm, {})[str(seed)] = found
-    settings = {name: getattr(args, name) for name in (*names, "sentences")}
-    return {"settings": settings, "arms": arms, SFT: {str(seed): found for seed, found in tuned.items()}}
+    return {"settings": settings(args), "arms": arms, SFT: {str(seed): found for seed, found in tuned.items()}}
 
 
 def show(scores: dict, tuned: dict) -> None:

@@ -170,7 +170,7 @@ def train(folder: Path, flags: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     asked = folder / "asked.json"
     going_on = asked.exists() and json.loads(asked.read_text("utf-8")) == flags and any(folder.glob("checkpoint-*"))
-    for name in ("flags.json", "controls.json", *([] if going_on else ["heldout.json"])):
+    for name in ("flags.json", *([] if going_on else ["heldout.json"])):
         (folder / name).unlink(missing_ok=True)
     write_json(asked, flags)
     start = time.monotonic()

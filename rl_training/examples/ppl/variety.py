@@ -18,3 +18,16 @@ def distinct(texts: Sequence[str], n: int) -> float:
         if runs:
             shares.append(len(set(runs)) / len(runs))
     return sum(shares) / len(shares) if shares else float("nan")
+
+
+def described(texts: Sequence[str]) -> dict[str, float]:
+    """What held-out tables say of texts themselves.
+
+    >>> described(["a b a b a", "c d"])
+    {'distinct-2': 0.75, 'repetition': 0.33333333333333337, 'words': 3.5}
+    """
+    return {
+        "distinct-2": distinct(texts, 2),
+        "repetition": 1 - distinct(texts, 3),
+        "words": sum(len(text.split()) for text in texts) / len(texts),
+    }

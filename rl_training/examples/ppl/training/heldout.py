@@ -20,7 +20,7 @@ from ..reward.given import row_baselines
 from ..sampling import end_tokens, prompt_ids, sample, up_to_end
 from ..scoring.surprisal import SurprisalScorer
 from ..scoring.tokens import Sampled, TextEncoder
-from ..variety import distinct
+from ..variety import described
 from .job import Job
 from .load import Loaded
 from .rewards import Reward, call_as_trl, name_of, perplexity_reward
@@ -176,9 +176,7 @@ def evaluate(
     scores = {
         **dict(zip(names, means, strict=False)),
         "KL": kl_a_token(moved, tokens),
-        "distinct-2": distinct(texts, 2),
-        "repetition": 1 - distinct(texts, 3),
-        "words": sum(len(text.split()) for text in texts) / len(texts),
+        **described(texts),
     }
     more = [row_name(function) for function, _ in others] + [SWAPPED] * swapped.shape[1]
     scores |= dict(zip(more, means[len(names) :], strict=True))
