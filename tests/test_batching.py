@@ -91,6 +91,18 @@ def test_a_prefix_ends_where_a_hidden_state_is_read():
     assert [group.prefix for group in share_prefixes(rows, overhead=1)] == [2]
 
 
+def test_short_rows_share_also_what_is_read():
+    """As units alone do, which all begin with BOS and are scored from their first token on."""
+    rows = [row(1, 2, 3, 4, read=[0, 1, 2, 3]), row(1, 2, 3, 5, read=[0, 1, 2, 3]), row(1, 2, 3, read=[0, 2])]
+    assert [group.prefix for group in share_prefixes(rows, overhead=1, short=3)] == [0]
+    [group] = share_prefixes(rows, overhead=1, short=4)
+    assert group.prefix == 2  # the last of the third row is its own
+    [pack] = packs([group], 100, 100)
+    assert [id(one) for one in pack.rows] == [id(one) for one in rows]
+    assert pack.ids.tolist() == [1, 2, 3, 4, 3, 5, 3]
+    assert pack.read.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 0, 6]
+
+
 def test_equal_rows_share_all_but_what_is_read():
     assert [group.prefix for group in share_prefixes([row(1, 2, 3), row(1, 2, 3)], overhead=1)] == [2]
 
@@ -123,6 +135,14 @@ def _best_saving(rows, overhead):
 
 
 rows_strategy = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=8).map(lambda ids: row(*ids)), max_size=8)
+
+
+@st.composite
+def reading_rows(draw):
+    """Rows that read some of their hidden states, the last one among them."""
+    rows = draw(rows_strategy)
+    masks = [draw(st.lists(st.booleans(), min_size=len(one.inputs), max_size=len(one.inputs))) for one in rows]
+    return [row(*one.inputs, read=np.flatnonzero([*mask[:-1], True])) for one, mask in zip(rows, masks, strict=True)]
 
 
 @settings(max_examples=200)
@@ -229,9 +249,12 @@ def test_only_a_group_fills_more_than_enough():
 
 
 @settings(max_examples=200)
-@given(rows_strategy, st.integers(0, 6), st.integers(1, 20), st.integers(1, 20), st.none() | st.integers(1, 3))
-def test_every_row_is_in_one_pack_as_it_is(rows, overhead, max_tokens, enough, max_rows):
-    found = packs(share_prefixes(rows, overhead), max_tokens, enough, max_rows)
+@given(
+    reading_rows(), st.integers(0, 6), st.integers(0, 8), st.integers(1, 20), st.integers(1, 20),
+    st.none() | st.integers(1, 3),
+)  # fmt: skip
+def test_every_row_is_in_one_pack_as_it_is(rows, overhead, short, max_tokens, enough, max_rows):
+    found = packs(share_prefixes(rows, overhead, short), max_tokens, enough, max_rows)
     assert sorted(map(id, rows)) == sorted(id(one) for pack in found for one in pack.rows)
     for pack in found:
         assert len(pack.rows) == 1 or len(pack.ids) <= max_tokens

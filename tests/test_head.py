@@ -46,6 +46,16 @@ def test_pieces_of_any_size_equal_the_whole(vocabulary, rows, bias, slice_bytes,
     torch.testing.assert_close(found.double(), expected(base, states(rows), labels), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_states_that_predict_several_labels(hooked):
+    base = Base(600)
+    if hooked:
+        base.head.register_forward_hook(lambda *args: None)
+    labels, read = torch.arange(0, 600, 100), torch.tensor([0, 0, 2, 0, 1, 1])
+    found = Head(base, 1).surprisal(states(3), labels, read).double()
+    torch.testing.assert_close(found, expected(base, states(3)[read], labels), rtol=1e-5, atol=1e-5)
+
+
 def test_the_first_and_last_token_of_every_piece():
     base = Base(1000)
     labels = torch.tensor([0, 255, 256, 511, 512, 767, 768, 999])  # pieces are at least 256 tokens wide

@@ -33,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that begin with the same `prefix` tokens, none of whose hidden states is read; 0: nothing is shared."""
+    """Rows that begin with the same `prefix` tokens; 0: nothing is shared."""
 
     prefix: int
     rows: list[Row]
@@ -46,7 +46,8 @@ class Pack:
     ids:       int64 [T], per group its prefix once, then what each row has behind it
     positions: int64 [T], the index of each token in its own row
     spans:     (start, end, prefix_start, prefix): tokens start .. end follow on tokens prefix_start .. + prefix
-    read:      int64 [m], ascending: indices whose hidden states predict the labels of the rows, in order
+    read:      int64 [m]: indices whose hidden states predict the labels of the rows, in order; of a shared prefix one
+               may be read for several rows
     """
 
     groups: list[Group]
@@ -89,8 +90,11 @@ def windows(encoded: Encoded, window: int | None, text: int, whole: bool = False
             return
 
 
-def share_prefixes(rows: Sequence[Row], overhead: int) -> list[Group]:
+def share_prefixes(rows: Sequence[Row], overhead: int, short: int = 0) -> list[Group]:
     """Partition the rows into groups of equal prefix where running it once saves more than `overhead` tokens.
+
+    short: rows of at most so many tokens also share those whose hidden states are read. Of longer ones there is little
+    to save (BOS, as a rule), and what stands behind a prefix cannot use the fastest attention everywhere.
 
     The rows are sorted by their ids, so that rows with a common prefix stand side by side. A run of neighbours shares
     the shortest of the prefixes that two of them have in common. Runs lie within longer runs with shorter prefixes.
@@ -98,7 +102,7 @@ def share_prefixes(rows: Sequence[Row], overhead: int) -> list[Group]:
     within it.
     """
     order = sorted(rows, key=lambda row: sort_key(row.inputs))
-    common = [_common_prefix(a, b) for a, b in pairwise(order)]
+    common = [_common_prefix(a, b, short) for a, b in pairwise(order)]
     shared: list[tuple[int, int, int]] = []  # (start, end, prefix) of the runs chosen within the last closed one
     saved = 0
     open_runs: list[tuple[int, int, int, list]] = []  # (prefix, start, saved within, runs within), prefix ascending
@@ -120,7 +124,7 @@ def share_prefixes(rows: Sequence[Row], overhead: int) -> list[Group]:
     if not groups:
         return [Group(0, alone)] if alone else []
     # What is left may share less: the BOS token, where there are many short rows.
-    return groups + share_prefixes(alone, overhead)
+    return groups + share_prefixes(alone, overhead, short)
 
 
 def sort_key(ids: np.ndarray) -> bytes:
@@ -128,9 +132,10 @@ def sort_key(ids: np.ndarray) -> bytes:
     return ids.astype(ID).tobytes()
 
 
-def _common_prefix(a: Row, b: Row) -> int:
-    """Tokens both rows begin with, short of the first hidden state that either needs."""
-    limit = min(a.read[0], b.read[0])
+def _common_prefix(a: Row, b: Row, short: int) -> int:
+    """Tokens both rows begin with, short of the last one, and in long rows of the first hidden state that is read."""
+    least, most = sorted((len(a.inputs), len(b.inputs)))
+    limit = least - 1 if most <= short else min(a.read[0], b.read[0])
     differ = np.flatnonzero(a.inputs[:limit] != b.inputs[:limit])
     return int(differ[0]) if len(differ) else int(limit)
 
@@ -201,8 +206,9 @@ def lay_out(groups: list[Group]) -> Pack:
             positions.append(np.arange(prefix, prefix + len(own)))
             spans.append((end, end + len(own), shared, prefix))
             end += len(own)
-        behind = spans[-len(group.rows) :]
-        read += [row.read - group.prefix + span[0] for row, span in zip(group.rows, behind, strict=True)]
+        for row, (start, *_) in zip(group.rows, spans[-len(group.rows) :], strict=True):
+            behind = row.read >= group.prefix
+            read.append(np.where(behind, start - group.prefix, shared) + row.read)
     return Pack(list(groups), np.concatenate(ids), np.concatenate(positions), spans, np.concatenate(read))
 
 

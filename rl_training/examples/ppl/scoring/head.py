@@ -30,9 +30,12 @@ class Head:
         weight = self.layer.weight
         return self._scaled(self.layer(hidden.to(weight.dtype) if weight.is_floating_point() else hidden))
 
-    def surprisal(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """float32 [N], nats, of labels [N] from hidden states [N, H]."""
+    def surprisal(self, hidden: torch.Tensor, labels: torch.Tensor, states: torch.Tensor | None = None) -> torch.Tensor:
+        """float32 [N], nats, of labels [N] from hidden states [N, H], or [M, H] of which `states` [N] says which one
+        predicts a label: where several are predicted by the same, its logits are computed once."""
         if not self._plain:
+            if states is not None:
+                hidden = hidden[states]
             count = -(-len(labels) // self.rows)  # equal slices: a short last one would run at half the speed
             slices = zip(hidden.tensor_split(count), labels.tensor_split(count), strict=True)
             return torch.cat([surprisal(self.logits(states), wanted) for states, wanted in slices])
@@ -40,7 +43,7 @@ class Head:
         hidden = hidden.to(weight.dtype)
         values = min(self._slice_bytes, _CACHED.get(hidden.device.type, self._slice_bytes)) // 4
         # A multiple of 256: a GPU takes twice the time or more for a product whose rows end at odd addresses.
-        width = max(1, values // len(labels) // 256) * 256
+        width = max(1, values // len(hidden) // 256) * 256
         totals, wanted = [], torch.zeros(len(labels), device=hidden.device)
         for start in range(0, len(weight), width):
             piece = slice(start, start + width)
@@ -48,12 +51,14 @@ class Head:
                 torch.nn.functional.linear(hidden, weight[piece], None if bias is None else bias[piece])
             )
             inside = (labels >= start) & (labels < start + logits.shape[1])
-            indices = (labels - start).clamp(0, logits.shape[1] - 1)[:, None]
-            wanted = torch.where(inside, logits.gather(1, indices)[:, 0], wanted)
+            indices = (labels - start).clamp(0, logits.shape[1] - 1)
+            own = logits.gather(1, indices[:, None])[:, 0] if states is None else logits[states, indices]
+            wanted = torch.where(inside, own, wanted)
             # As logsumexp does it, but in place. A piece that is -inf throughout has no largest logit to subtract.
             most = logits.amax(1).clamp_(min=_LEAST)
             totals.append(logits.sub_(most[:, None]).exp_().sum(1).log_().add_(most))
-        return torch.stack(totals).logsumexp(0) - wanted
+        total = torch.stack(totals).logsumexp(0)
+        return (total if states is None else total[states]) - wanted
 
     @property
     def _plain(self) -> bool:

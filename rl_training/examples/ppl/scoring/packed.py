@@ -5,7 +5,7 @@
     b3 sees     p1 p2 p3           b1 b2 b3
 
 All that is not attention (the matrix products) sees one long sequence. The attention runs span by span, by the model's
-own function, spans of one shape together; on a GPU, in 16 bit, one kernel takes all spans of a layer at once.
+own function, spans of like shape together; on a GPU, in 16 bit, one kernel takes all spans of a layer at once.
 """
 
 import functools
@@ -26,6 +26,7 @@ from .devices import to_device
 
 IMPLEMENTATION = "multi_level_ppl_packed"
 _OWN = "sdpa"  # transformers' default, and the one that is called for a span
+_SHORT, _STEP = 64, 8  # spans of at most so many tokens are padded to a multiple of so many
 _pack: ContextVar["_Spans"] = ContextVar("pack")
 
 
@@ -84,47 +85,58 @@ class _Spans:
 
     def __init__(self, pack: Pack, device: torch.device) -> None:
         self._spans = np.array(pack.spans)
+        self._tokens = len(pack.ids)
         self._device = device
 
     @functools.cached_property
     def by_shape(self) -> list["_Alike"]:
-        shapes: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for start, end, prefix_start, prefix in self._spans.tolist():
-            shapes.setdefault((end - start, prefix), []).append((start, prefix_start))
-        return [_Alike.of(*shape, np.array(spans), self._device) for shape, spans in shapes.items()]
+        shapes: dict[tuple[int, int], list[list[int]]] = {}
+        for span in self._spans.tolist():
+            start, end, _, prefix = span
+            shapes.setdefault((_padded(end - start), prefix), []).append(span)
+        return [_Alike.of(*shape, np.array(spans), self._tokens, self._device) for shape, spans in shapes.items()]
 
     @functools.cached_property
     def together(self) -> "_Together":
         return _Together.of(self._spans, self._device)
 
 
+def _padded(length: int) -> int:
+    """Short spans are many and of many lengths: what some are padded costs less than a call for each length."""
+    return -(-length // _STEP) * _STEP if length <= _SHORT else length
+
+
 @dataclass(frozen=True)
 class _Alike:
-    """Spans of one length behind prefixes of one length: they are the rows of one call.
+    """Spans that are padded to one length, behind prefixes of one length: they are the rows of one call.
 
     queries, keys: where their tokens, and those that they see, are in the pack: of one span a slice, which copies
-    nothing; of n int64 [n * L]. mask: bool [1, 1, queries, keys]; None: plainly causal.
+    nothing; of n int64 [n * L]. written: where what their tokens see is written; padding, which stands at the end,
+    where no token sees it, one past the pack's. mask: bool [1, 1, queries, keys]; None: plainly causal.
     """
 
     count: int
     queries: slice | torch.Tensor
     keys: slice | torch.Tensor
+    written: slice | torch.Tensor
     mask: torch.Tensor | None
 
     @classmethod
-    def of(cls, length: int, prefix: int, spans: np.ndarray, device: torch.device) -> "_Alike":
-        """spans: int64 [n, 2], where each starts and where its prefix does."""
-        own = spans[:, :1] + np.arange(length)
-        seen = np.concatenate([spans[:, 1:] + np.arange(prefix), own], axis=1)
+    def of(cls, length: int, prefix: int, spans: np.ndarray, tokens: int, device: torch.device) -> "_Alike":
+        """spans: int64 [n, 4], as in a `Pack`, of at most `length` tokens; `tokens`: of the pack."""
+        starts, ends, prefix_starts, _ = spans.T[:, :, None]
+        own = np.minimum(starts + np.arange(length), ends - 1)
+        seen = np.concatenate([prefix_starts + np.arange(prefix), own], axis=1)
+        written = np.where(starts + np.arange(length) < ends, own, tokens)
         mask = None
         if prefix:
             shape = (length, prefix + length)
             mask = torch.ones(shape, dtype=torch.bool, device=device).tril(prefix)[None, None]
-        if len(spans) == 1 and seen[0, -1] - seen[0, 0] == seen.shape[1] - 1:
+        if len(spans) == 1 and written[0, -1] < tokens and seen[0, -1] - seen[0, 0] == seen.shape[1] - 1:
             queries, keys = (slice(int(indices[0, 0]), int(indices[0, -1]) + 1) for indices in (own, seen))
-        else:
-            queries, keys = (to_device(indices.ravel(), device) for indices in (own, seen))
-        return cls(len(spans), queries, keys, mask)
+            return cls(1, queries, keys, queries, mask)
+        queries, keys, written = (to_device(indices.ravel(), device) for indices in (own, seen, written))
+        return cls(len(spans), queries, keys, written, mask)
 
 
 @dataclass(frozen=True)
@@ -245,9 +257,9 @@ def _attention(module, query, key, value, attention_mask, **options):
         rows = _rows(query, alike.queries, alike.count), *(_rows(x, alike.keys, alike.count) for x in (key, value))
         output = sdpa_attention_forward(module, *rows, alike.mask, **options)[0].flatten(0, 1)
         if result is None:
-            result = output.new_empty(query.shape[2], *output.shape[1:])
-        result[alike.queries] = output
-    return result[None], None
+            result = output.new_empty(query.shape[2] + 1, *output.shape[1:])
+        result[alike.written] = output
+    return result[None, :-1], None
 
 
 def _rows(x: torch.Tensor, indices: slice | torch.Tensor, count: int) -> torch.Tensor:

@@ -43,6 +43,7 @@ class _Sizes(NamedTuple):
 # costs its tokens and some 15 to 30 more, and above 32 MiB glibc takes every slice anew from the system.
 _SIZES = {"cpu": _Sizes(2048, 1024, 24 << 20, 32), "cuda": _Sizes(16384, 16384, 256 << 20, 512)}
 _SPAN_TOKENS = 8  # what the attention of one more span of a pack costs
+_SHORT = 64  # tokens of a row, up to which all that it begins with is shared in a pack
 
 
 class SurprisalScorer:
@@ -265,7 +266,7 @@ class SurprisalScorer:
 
     def _score_rows(self, rows: list[Row], results: Results, prefixes: bool = True) -> None:
         if self._packs_agree:
-            self._score_packs(share_prefixes(rows, _SPAN_TOKENS), results)
+            self._score_packs(share_prefixes(rows, _SPAN_TOKENS, _SHORT), results)
             return
         prefixes &= not self._by_length
         groups = share_prefixes(rows, 2 * self._sizes.overhead) if prefixes else [Group(0, rows)]
@@ -309,9 +310,11 @@ class SurprisalScorer:
     def _score_pack(self, pack: Pack) -> torch.Tensor:
         """float32 [m], nats, of the labels of its rows."""
         hidden = run_packed(self._decoder, pack)
-        if len(pack.read) < len(hidden):
-            hidden = hidden[to_device(pack.read, hidden.device)]
-        return self._head.surprisal(hidden, _labels(pack.rows, hidden.device))
+        read, states = np.unique(pack.read, return_inverse=True)
+        if len(read) < len(hidden):
+            hidden = hidden[to_device(read, hidden.device)]
+        in_order = None if np.array_equal(read, pack.read) else to_device(states, hidden.device)
+        return self._head.surprisal(hidden, _labels(pack.rows, hidden.device), in_order)
 
     # --- padded ------------------------------------------------------------------------------------------------------
 
