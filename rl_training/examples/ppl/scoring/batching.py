@@ -60,6 +60,12 @@ class Pack:
     def rows(self) -> list[Row]:
         return [row for group in self.groups for row in group.rows]
 
+    @property
+    def states(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """The indices in `read`, each once, ascending; and which of them predicts each label, None: in order."""
+        states, order = np.unique(self.read, return_inverse=True)
+        return states, None if np.array_equal(states, self.read) else order
+
 
 def windows(encoded: Encoded, window: int | None, text: int, whole: bool = False) -> Iterator[Row]:
     """The rows that score one text: windows start every window // 2 tokens, each scores what none before it reached.

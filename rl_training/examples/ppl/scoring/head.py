@@ -85,3 +85,10 @@ def _first(config, *names: str) -> float | None:
 def surprisal(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """float32 [N], nats, from float32 logits [N, V] and labels [N]."""
     return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """How far logits [..., V] are from others, as a share of how much those vary over the vocabulary."""
+    a, b = (x.float() - x.float().mean(-1, keepdim=True) for x in (a, b))
+    difference, size = float((a - b).norm()), float(b.norm())
+    return difference / size if size else difference

@@ -21,7 +21,7 @@ from ..models import describe_model
 from ..processes import in_step, is_sharded
 from .batching import Group, Pack, Row, batches, lay_out, packs, share_prefixes, windows
 from .devices import to_device
-from .head import Head, surprisal
+from .head import Head, difference, surprisal
 from .onednn import fast_products
 from .packed import can_pack, run_packed, would_pack
 from .padded import can_continue, run_padded, run_prefix
@@ -42,8 +42,8 @@ class _Sizes(NamedTuple):
 # By device type. CPU, measured on GPT-2 124M: beyond 1,024 tokens the activations leave the caches, a forward pass
 # costs its tokens and some 15 to 30 more, and above 32 MiB glibc takes every slice anew from the system.
 _SIZES = {"cpu": _Sizes(2048, 1024, 24 << 20, 32), "cuda": _Sizes(16384, 16384, 256 << 20, 512)}
-_SPAN_TOKENS = 8  # what the attention of one more span of a pack costs
-_SHORT = 64  # tokens of a row, up to which all that it begins with is shared in a pack
+# Tokens: what the attention of one more span of a pack costs; of rows that share all that they begin with.
+_SPAN_TOKENS, _SHORT = 8, 64
 
 
 class SurprisalScorer:
@@ -192,16 +192,16 @@ class SurprisalScorer:
         whole, half, other = (self._own_logits(self._base, one)[0, :6] for one in (ids, ids[:, :6], others))
         allowed = max(1e-3, 12 * self._rounding)
         # Where the same ids give other logits the second time, something is random, and says nothing of what follows.
-        if _difference(other, whole) > allowed >= _difference(self._own_logits(self._base, ids)[0, :6], whole):
+        if difference(other, whole) > allowed >= difference(self._own_logits(self._base, ids)[0, :6], whole):
             raise InputError(
                 f"{type(self._base).__name__} is not causal: its logits depend on later tokens, so a text has no "
                 "perplexity under it: expected a causal language model (of BERT's kind, one with is_decoder: true)"
             )
-        self._noise = _difference(half, whole)
+        self._noise = difference(half, whole)
         self._by_length = self._noise > allowed
 
     def _same(self, a: torch.Tensor, b: torch.Tensor) -> bool:
-        return _difference(a, b) <= 4 * max(self._noise, self._rounding)
+        return difference(a, b) <= 4 * max(self._noise, self._rounding)
 
     def _compare_head(self) -> bool:
         """Whether decoder, LM head and the scalings known here give the model's own logits."""
@@ -216,7 +216,7 @@ class SurprisalScorer:
         hidden = self._hidden(ids)[0]
         # Of the same hidden states, so that the two differ by no more than one operation rounds.
         ours = self._head.logits(inside[-1][0] if inside else hidden)
-        if ours.shape != own.shape or _difference(ours, own) > self._rounding:
+        if ours.shape != own.shape or difference(ours, own) > self._rounding:
             return False
         return self._same(self._head.logits(hidden), own)
 
@@ -310,11 +310,11 @@ class SurprisalScorer:
     def _score_pack(self, pack: Pack) -> torch.Tensor:
         """float32 [m], nats, of the labels of its rows."""
         hidden = run_packed(self._decoder, pack)
-        read, states = np.unique(pack.read, return_inverse=True)
+        read, order = pack.states
         if len(read) < len(hidden):
             hidden = hidden[to_device(read, hidden.device)]
-        in_order = None if np.array_equal(read, pack.read) else to_device(states, hidden.device)
-        return self._head.surprisal(hidden, _labels(pack.rows, hidden.device), in_order)
+        states = None if order is None else to_device(order, hidden.device)
+        return self._head.surprisal(hidden, _labels(pack.rows, hidden.device), states)
 
     # --- padded ------------------------------------------------------------------------------------------------------
 
@@ -366,10 +366,3 @@ class SurprisalScorer:
 
 def _labels(rows: list[Row], device) -> torch.Tensor:
     return to_device(np.concatenate([row.labels for row in rows]), device)
-
-
-def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """How far logits [..., V] are from others, as a share of how much those vary over the vocabulary."""
-    a, b = (x.float() - x.float().mean(-1, keepdim=True) for x in (a, b))
-    difference, size = float((a - b).norm()), float(b.norm())
-    return difference / size if size else difference
