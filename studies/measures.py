@@ -58,6 +58,19 @@ def common_share(texts: Sequence[str], commonest: Collection[str]) -> float:
     return sum(word in commonest for word in words) / len(words) if words else 0.0
 
 
+def plain(prompt: Text, completion: str, form: str) -> tuple[str, str]:
+    """What a model without chats is given: of a chat the text that was put into `form`, as for `--prompt_template`, and
+    the completion with the space that a turn of its own does without. Strings are what they are.
+
+    >>> plain([{"role": "user", "content": "Go on: The fox ran."}], "It fell.", "Go on: {prompt}")
+    ('The fox ran.', ' It fell.')
+    """
+    if isinstance(prompt, str):
+        return prompt, completion
+    before, _, after = form.partition("{prompt}")
+    return message_text(prompt).removeprefix(before).removesuffix(after), " " + completion.lstrip()
+
+
 def judged(model, tokenizer, prompts: Sequence[Text], texts: Sequence[str]) -> dict[str, float]:
     """Geometric means over the texts of their nested levels under a model, and of their product, the perplexity."""
     from ppl.scoring.calculator import MultiLevelPPLCalculator

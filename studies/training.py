@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from common import EXAMPLES, add_run_flags, print_table, quiet_axes, run_folder, write_figure, write_json
-from measures import common_share, commonest_words, copied, judged
+from measures import common_share, commonest_words, copied, judged, plain
 
 from ppl import cli
 from ppl.definitions import LEVELS
@@ -47,6 +47,7 @@ ARMS = {
     "nested, nats, 1 2 1": "--aggregation nested --reward_form nats --ppl_weights 1 2 1",
     "nested, nats, per level": "--aggregation nested --reward_form nats --per_level",
 }
+CHAT = "Here is the beginning of a story.\n\n{prompt}\n\nGo on with the story."
 QUICK = {"seeds": [0], "max_steps": 2}
 QUICK_FLAGS = "--max_samples 20 --heldout_samples 4 --max_new_tokens 12"
 QUICK_BASELINES = "--num_samples 20 --generate 2 --max_new_tokens 12"
@@ -65,6 +66,9 @@ def parse_args(
     parser.add_argument("--dataset_name", default="tiny-stories", help="as for the training script")
     parser.add_argument("--judge_model", nargs="+", default=[], help="other models, which score what each arm wrote")
     parser.add_argument(
+        "--chat", nargs="?", const=CHAT, metavar="FORM", help=f"prompts as a chat message of this form ({CHAT!r})"
+    )
+    parser.add_argument(
         "--flags", default="", metavar="'FLAGS'", help="for every run, after those of the demo: '--learning_rate 1e-3'"
     )
     parser.set_defaults(name=name, arm_flags=arms, **{"demo": DEMO, "baselines": BASELINES, **defaults})
@@ -82,6 +86,8 @@ def study(args: argparse.Namespace) -> int:
     output = Path(args.output_dir).resolve()
     output.mkdir(parents=True, exist_ok=True)
     common = ["--model_name", resolved(args.model_name), "--dataset_name", resolved(args.dataset_name)]
+    if args.chat:
+        common += ["--chat", "--prompt_template", args.chat]
     runs = {}
     for arm in args.arms:
         words = f"{args.demo} {args.arm_flags[arm]} {args.flags}".split()
@@ -96,7 +102,7 @@ def study(args: argparse.Namespace) -> int:
     run_all(runs, args.jobs)
     heldout = {run: json.loads((folder / "heldout.json").read_text("utf-8")) for run, (folder, _) in runs.items()}
     scores = common_scores(args, heldout)
-    settings = ("model_name", "dataset_name", "judge_model", "seeds", "max_steps", "flags")
+    settings = ("model_name", "dataset_name", "chat", "judge_model", "seeds", "max_steps", "flags")
     numbers = {
         "settings": {name: getattr(args, name) for name in settings},
         "arms": {
@@ -214,7 +220,7 @@ def in_rows(side: dict) -> tuple[list, list[str]]:
 def measuring(args: argparse.Namespace) -> Callable[[list, list[str]], dict]:
     """A function of prompts and completions that gives, on one scale for all arms, the geometric mean over completions
     of their own geometric perplexities ("word", "phrase", "sentence"), what they copy of their prompts, how common
-    their words are, and what each judge says of them."""
+    their words are, and what each judge says of them, which is given the text of a chat without the chat."""
     import numpy as np
 
     from ppl.data import load_split
@@ -230,9 +236,11 @@ def measuring(args: argparse.Namespace) -> Callable[[list, list[str]], dict]:
     def measured(prompts: list, texts: list[str]) -> dict:
         levels = calculator.compute_all_levels(model, texts, prompts)
         scores = {level: float(np.exp(np.nanmean(levels[level].log().numpy()))) for level in LEVELS}
-        scores |= {"copied": copied(prompts, texts), "commonest words": common_share(texts, commonest)}
+        pairs = [plain(*pair, args.chat or "{prompt}") for pair in zip(prompts, texts, strict=True)]
+        begun, texts = map(list, zip(*pairs, strict=True))
+        scores |= {"copied": copied(begun, texts), "commonest words": common_share(texts, commonest)}
         for name, judge in judges.items():
-            scores |= {f"judge {name}: {level}": value for level, value in judged(*judge, prompts, texts).items()}
+            scores |= {f"judge {name}: {level}": value for level, value in judged(*judge, begun, texts).items()}
         return scores
 
     return measured

@@ -203,9 +203,9 @@ def test_a_score_that_a_collapsed_policy_lacks_is_left_out_of_the_mean(damage):
     assert summary(runs)["reward change"] == {"mean": 0, "sd": 0}
 
 
-@pytest.mark.slow
-def test_plans_are_compared_with_their_controls_and_a_stopped_study_goes_on(tmp_path):
-    """With a model that has learned nothing: what it plans is noise, and the numbers are those of the texts."""
+@pytest.fixture
+def with_chats(tmp_path):
+    """Flags: a model with a chat template that has learned nothing, and stories."""
     model, tokenizer = toys.llama(max_position_embeddings=2048), toys.byte_level(chat=True)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -214,7 +214,13 @@ def test_plans_are_compared_with_their_controls_and_a_stopped_study_goes_on(tmp_
         for number, animal in enumerate(["A fox", "A crow", "A dog", "An ant", "A cat", "A cow"] * 4)
     ]
     (tmp_path / "stories.jsonl").write_text("".join(json.dumps(story) + "\n" for story in stories))
-    flags = ["--quick", "--model_name", tmp_path / "model", "--dataset_name", tmp_path / "stories.jsonl"]
+    return ["--model_name", tmp_path / "model", "--dataset_name", tmp_path / "stories.jsonl"]
+
+
+@pytest.mark.slow
+def test_plans_are_compared_with_their_controls_and_a_stopped_study_goes_on(tmp_path, with_chats):
+    """What such a model plans is noise, and the numbers are those of the texts."""
+    flags = ["--quick", *with_chats]
     printed = run("reference.py", *flags, "--save_steps", 1, "--output_dir", tmp_path / "out")
     folder = tmp_path / "out" / "nats" / "seed_0"
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
@@ -260,6 +266,39 @@ def test_what_training_does_stands_beside_a_lower_temperature(tmp_path):
     words = [kinds[kind][0]["word"] for kind in list(kinds)[:3]]
     assert words[0] > words[1] > words[2]  # the colder, the more predictable
     assert "| untrained, temperature 0.6 |" in printed
+
+
+@pytest.mark.slow
+def test_stories_through_a_chat_are_scored_in_it_and_judged_without_it(tmp_path, with_chats, damage):
+    from measures import judged
+
+    from ppl.models import load_model
+    from ppl.scoring.calculator import MultiLevelPPLCalculator
+
+    form = "Go on, please: {prompt}"
+    judge = ["--judge_model", "tiny-stories"]
+    run("completion.py", "--quick", *with_chats, *judge, "--chat", form, "--output_dir", tmp_path / "out")
+    made = json.loads((tmp_path / "out" / "completion.json").read_text())
+    before = made["arms"]["geometric"]["seeds"]["0"]["before"]
+    heldout = json.loads((tmp_path / "out" / "geometric" / "seed_0" / "heldout.json").read_text())["before"]
+    pairs = [
+        (prompt, text)
+        for prompt, group in zip(heldout["prompts"], heldout["completions"], strict=True)
+        for text in group
+    ]
+    assert all(prompt[0]["content"].startswith("Go on, please: A") for prompt, _ in pairs)
+    stories = [prompt[0]["content"].removeprefix("Go on, please: ") for prompt, _ in pairs]
+    expected = judged(*load_model("tiny-stories")[:2], stories, [f" {text.lstrip()}" for _, text in pairs])
+    assert {level: before[f"judge tiny-stories: {level}"] for level in expected} == pytest.approx(expected)
+
+    model, tokenizer, _ = load_model(str(tmp_path / "model"))
+    rendered = [
+        tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt, _ in pairs
+    ]
+    words = MultiLevelPPLCalculator(tokenizer).compute_all_levels(model, [text for _, text in pairs], rendered)["word"]
+    assert before["word"] == pytest.approx(math.exp(words.log().nanmean()), rel=1e-4)
+    meta = json.loads((tmp_path / "out" / "baselines-geometric.json.meta.json").read_text())
+    assert form in json.dumps(meta)
 
 
 def test_each_arm_of_the_settings_changes_what_its_flags_name_and_nothing_else(damage):
