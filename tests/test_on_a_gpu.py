@@ -28,6 +28,7 @@ def score(model, tokenizer):
 
 def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
     """As torch.nn.attention.varlen's, whose kernel runs on a GPU only: causal from the last key backwards."""
+    assert query.shape[1:] == key.shape[1:] == value.shape[1:]  # it groups no heads in PyTorch 2.11
     assert window_size == (-1, 0)
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
@@ -66,6 +67,25 @@ def test_one_kernel_for_all_spans_of_a_layer_gives_the_same(tokenizer, one_kerne
     monkeypatch.setattr(packed, "_one_kernel", lambda device, dtype: False)
     expected, _ = score(model, tokenizer)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_kernel_that_groups_heads_is_given_each_key_once(tokenizer, one_kernel, monkeypatch):
+    model = toys.llama()
+    heads, key_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+    expected, _ = score(model, tokenizer)
+    given = []
+
+    def grouping(query, key, value, *args, enable_gqa=False, **options):
+        assert enable_gqa
+        given.append((query.shape[1], key.shape[1], value.shape[1]))
+        return varlen_attn(
+            query, *(x.repeat_interleave(heads // key_heads, dim=1) for x in (key, value)), *args, **options
+        )
+
+    monkeypatch.setattr(packed, "_varlen", lambda: grouping)
+    found, scorer = score(model, tokenizer)
+    assert scorer._packs_agree and set(given) == {(heads, key_heads, key_heads)} and heads > key_heads
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def unsloths(monkeypatch, model, flash=None):

@@ -195,7 +195,12 @@ def _varlen() -> Callable | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+    return varlen_attn if _takes(varlen_attn, "window_size") else None
+
+
+@functools.cache  # asked in every layer
+def _takes(function: Callable, name: str) -> bool:
+    return name in inspect.signature(function).parameters
 
 
 def _one_kernel(device: torch.device, dtype: torch.dtype) -> bool:
@@ -225,11 +230,14 @@ def _all_spans(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scal
     spans = _pack.get().together
     if spans.keys is not None:
         key, value = key[spans.keys], value[spans.keys]
+    kernel, grouped = _varlen(), {}
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # PyTorch's own grouping of heads came with 2.12
+    if groups > 1 and _takes(kernel, "enable_gqa"):  # from PyTorch 2.12 on
+        grouped["enable_gqa"] = True
+    elif groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     # A window that ends at the query is the causal one, counted from the last key: a row sees all of its prefix.
-    return _varlen()(
+    return kernel(
         query,
         key,
         value,
@@ -239,6 +247,7 @@ def _all_spans(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scal
         spans.longest_key,
         scale=scale,
         window_size=(-1, 0),
+        **grouped,
     )
 
 
