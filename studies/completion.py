@@ -14,7 +14,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from common import print_table, run_folder, write_json
+from common import print_table, run_folder, write_figure, write_json
 from training import in_rows, measuring, parse_args, study
 
 from ppl import cli
@@ -38,6 +38,7 @@ DEFAULTS = {
     "baselines": f"{PRECISION} --generate 4 --max_new_tokens 64",
 }
 TEMPERATURES = (0.8, 0.6)  # the policy samples at 1
+UNTRAINED = "untrained"
 
 
 def main(argv=None) -> int:
@@ -50,14 +51,14 @@ def whole_study(args: argparse.Namespace) -> int:
     arms = json.loads((output / "completion.json").read_text("utf-8"))["arms"]
     first = args.arms[0]  # the same untrained model in all arms
     measured = measuring(args)
-    kinds: dict[str, list[dict]] = {"untrained": [arms[first]["seeds"][str(seed)]["before"] for seed in args.seeds]}
+    kinds: dict[str, list[dict]] = {UNTRAINED: [arms[first]["seeds"][str(seed)]["before"] for seed in args.seeds]}
     for temperature in TEMPERATURES:
         sides = [colder(args, output, seed, run_folder(output, first, seed), temperature) for seed in args.seeds]
         rows = map(in_rows, sides)
-        kinds[f"untrained, temperature {temperature}"] = [measured(*pair) | described(pair[1]) for pair in rows]
+        kinds[f"{UNTRAINED}, temperature {temperature}"] = [measured(*pair) | described(pair[1]) for pair in rows]
     kinds |= {arm: [arms[arm]["seeds"][str(seed)]["after"] for seed in args.seeds] for arm in args.arms}
     write_json(output / "temperatures.json", kinds)
-    judges = dict.fromkeys(name.partition(": ")[0] for name in kinds["untrained"][0] if name.startswith("judge "))
+    judges = dict.fromkeys(name.partition(": ")[0] for name in kinds[UNTRAINED][0] if name.startswith("judge "))
     columns = {"PPL, words": "word", "distinct-2": "distinct-2", "repetition": "repetition", "words": "words"}
     columns |= {f"{judge}: {level}": f"{judge}: {level}" for judge in judges for level in ("PPL", "sentence")}
     rows = [
@@ -65,7 +66,56 @@ def whole_study(args: argparse.Namespace) -> int:
         for name, runs in kinds.items()
     ]
     print_table("Training, or a lower temperature; means over the seeds", ["completions", *columns], rows)
+    write_figure(output / "temperatures.png", figure(kinds, ["word", *(f"{judge}: PPL" for judge in judges)]))
+    print(f"Picture: {output / 'temperatures.png'}")
     return 0
+
+
+def figure(kinds: dict[str, list[dict]], perplexities: list[str]):
+    """Variety over perplexity, a panel for the scorer and each judge, a dot a seed: a line joins the temperatures."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    made = Figure(figsize=(3.2 * len(perplexities) + 1, 3.6), layout="constrained")
+    FigureCanvasAgg(made)
+    panels = made.subplots(1, len(perplexities), sharey=True, squeeze=False)[0]
+    arms = [name for name in kinds if not name.startswith(UNTRAINED)]
+    cold = [name for name in kinds if name.startswith(UNTRAINED)]
+    for panel, key in zip(panels, perplexities, strict=True):
+        for seed in range(len(kinds[UNTRAINED])):
+            line = [(kinds[name][seed][key], kinds[name][seed]["distinct-2"]) for name in cold]
+            panel.plot(
+                *zip(*line, strict=True), color="0.7", marker="o", markerfacecolor="white", linewidth=1, zorder=1
+            )
+        middle = {name: statistics.mean(run[key] for run in kinds[name]) for name in cold}
+        for name, temperature in zip(cold, (1, *TEMPERATURES), strict=True):
+            height = min(run["distinct-2"] for run in kinds[name])
+            panel.annotate(
+                f"T {temperature}",
+                (middle[name], height),
+                (0, -14),
+                textcoords="offset points",
+                ha="center",
+                color="0.4",
+            )
+        for number, name in enumerate(arms):
+            spots = [(run[key], run["distinct-2"]) for run in kinds[name]]
+            panel.scatter(*zip(*spots, strict=True), color=f"C{number}", s=30, label=name, zorder=2)
+        panel.set_xscale("log")
+        panel.margins(0.15)
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.set_xlabel("perplexity, scorer" if key == "word" else f"perplexity, {key.partition(': ')[0]}")
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("distinct-2")
+    made.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+    made.suptitle(
+        "Training (●) or a lower temperature (○): further up and left is better", x=0.01, ha="left", fontsize=11
+    )
+    return made
 
 
 def colder(args: argparse.Namespace, output: Path, seed: int, folder: Path, temperature: float) -> dict:

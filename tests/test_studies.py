@@ -265,6 +265,7 @@ def test_what_training_does_stands_beside_a_lower_temperature(tmp_path):
         assert measured == {name: pytest.approx(of_seed[side][name]) for name in measured}
     words = [kinds[kind][0]["word"] for kind in list(kinds)[:3]]
     assert words[0] > words[1] > words[2]  # the colder, the more predictable
+    assert (tmp_path / "temperatures.png").read_bytes().startswith(b"\x89PNG")
     assert "| untrained, temperature 0.6 |" in printed
 
 
@@ -299,6 +300,24 @@ def test_stories_through_a_chat_are_scored_in_it_and_judged_without_it(tmp_path,
     assert before["word"] == pytest.approx(math.exp(words.log().nanmean()), rel=1e-4)
     meta = json.loads((tmp_path / "out" / "baselines-geometric.json.meta.json").read_text())
     assert form in json.dumps(meta)
+
+
+def test_the_picture_has_each_seed_where_its_numbers_are(damage):
+    from completion import TEMPERATURES, figure
+
+    names = ["untrained", *(f"untrained, temperature {temperature}" for temperature in TEMPERATURES), "nested, nats"]
+    kinds = {
+        name: [{"word": 30.0 - 5 * place - seed, "distinct-2": 0.9 - 0.1 * place + 0.01 * seed} for seed in range(2)]
+        for place, name in enumerate(names)
+    }
+    [panel] = figure(kinds, ["word"]).axes
+    lines = [line.get_xydata().tolist() for line in panel.lines]
+    assert lines == [
+        [[run[seed]["word"], run[seed]["distinct-2"]] for run in [kinds[n] for n in names[:3]]] for seed in (0, 1)
+    ]
+    [arm] = panel.collections
+    assert arm.get_offsets().tolist() == [[run["word"], run["distinct-2"]] for run in kinds["nested, nats"]]
+    assert [text.get_text() for text in panel.texts] == ["T 1", "T 0.8", "T 0.6"]
 
 
 def test_each_arm_of_the_settings_changes_what_its_flags_name_and_nothing_else(damage):
