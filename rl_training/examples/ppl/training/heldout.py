@@ -118,70 +118,84 @@ def evaluate(
     sampling: keywords of `ppl.sampling.sample`.
     """
     reward_fn = perplexity_reward(rewards)
-    per_level = rewards[0][0] is not reward_fn
-    others = rewards if per_level else rewards[1:]
+    chat = reward_fn.calculator.chat
     # Weights spread over processes are gathered for every forward pass, so all must sample equally often.
     indices = share(len(rows), padded=is_sharded(model))
     columns = {name: [rows[name][index] for index in indices] for name in rows.column_names}
-    chat = reward_fn.calculator.chat
     sampled = sample(model, tokenizer, columns["prompt"], num_generations=num_generations, **sampling, **chat)
-    groups = [[(one.text, one.ids) for one in group] for group in sampled]
-    groups = dict(zip(from_all(indices), from_all(groups), strict=True))
-    texts = [one.text for group in sampled for one in group]
-    ids = [one.ids for group in sampled for one in group]
-    written = [one.written for group in sampled for one in group]
+    groups = _of_all_rows(indices, [[(one.text, one.ids) for one in group] for group in sampled], len(rows))
 
-    def repeated(column):
-        return None if column is None else [value for value in column for _ in range(num_generations)]
-
-    def measured(texts, ids):
-        return reward_fn.compute_rewards(
-            texts,
-            prompts=repeated(columns["prompt"]),
-            references=repeated(columns.get("reference")),
-            ids=repeated(columns.get("id")),
-            baselines=repeated(row_baselines(columns)),
-            completion_ids=ids,
-            return_details=True,
-        )[1]
-
-    # Without baselines, completions make their prompt's at the first visit, and are measured at the second: before
-    # training against the same ones as after it.
-    details = measured(texts, ids)
-    if reward_fn.target == "completion" and reward_fn.baselines is None:
-        details = measured(texts, ids)
-    swapped = np.empty((len(texts), 0))
+    columns = {name: [value for value in column for _ in range(num_generations)] for name, column in columns.items()}
+    own = [one for index in indices for one in groups[index]]
+    scores = _scores(rewards, columns, own, state)
     if reward_fn.target == "reference" and len(rows) > 1:
         strangers = [one for index in indices for one in groups[(index + 1) % len(rows)]]
-        improvements = measured([text for text, _ in strangers], [ids for _, ids in strangers])["improvements"]
-        swapped = np.mean([np.asarray(improvements[level]) for level in LEVELS], axis=0)[:, None]
-    moved = kl_by_text(scorers, tokenizer, repeated(columns["prompt"]), written, **chat)
-    as_columns = {name: repeated(column) for name, column in columns.items()}
-    called = call_as_trl(
-        [function for function, _ in others], repeated(columns["prompt"]), texts, ids, as_columns, state
-    )
-    earned = [weight * one for (_, weight), one in zip(others, called, strict=True)]
-    total = sum(earned[: len(LEVELS)]) if per_level else rewards[0][1] * np.asarray(details["rewards"])
-    levels = [details[name][level] for name in ("improvements", "ppls") for level in LEVELS]
-    table = np.stack([np.asarray(column) for column in (total, *levels, *earned)], axis=1)
-    table = np.concatenate([table, swapped, np.reshape(moved, (-1, 2))], axis=1)
+        improvements = _measured(reward_fn, columns, strangers)["improvements"]
+        scores.append((SWAPPED, np.mean([np.asarray(improvements[level]) for level in LEVELS], axis=0)))
+    written = [one.written for group in sampled for one in group]
+    moved = kl_by_text(scorers, tokenizer, columns["prompt"], written, **chat)
+
+    names, values = zip(*scores, strict=True)
+    table = np.concatenate([np.stack(values, axis=1), np.reshape(moved, (-1, 2))], axis=1)
     table = table.reshape(len(indices), num_generations, -1).tolist()
-    by_index = dict(zip(from_all(indices), from_all(table), strict=True))
-    groups, table = ([of_index[index] for index in range(len(rows))] for of_index in (groups, by_index))
+    *values, moved, tokens = np.moveaxis(np.array(_of_all_rows(indices, table, len(rows))), -1, 0)
+    means = [(name, float(torch.from_numpy(one.ravel()).nanmean())) for name, one in zip(names, values, strict=True)]
     completions = [[text for text, _ in group] for group in groups]
     texts = [text for group in completions for text in group]
-    *columns, moved, tokens = np.moveaxis(np.array(table), -1, 0)
-    means = [float(torch.from_numpy(values.ravel()).nanmean()) for values in columns]
-    names = ["reward", *(f"{level} improvement %" for level in LEVELS), *(f"{level} PPL" for level in LEVELS)]
-    scores = {
-        **dict(zip(names, means, strict=False)),
-        "KL": kl_a_token(moved, tokens),
-        **described(texts),
-    }
-    more = [row_name(function) for function, _ in others] + [SWAPPED] * swapped.shape[1]
-    scores |= dict(zip(more, means[len(names) :], strict=True))
+    more = 1 + 2 * len(LEVELS)  # what others give stands at the end
+    shown = dict(means[:more]) | {"KL": kl_a_token(moved, tokens), **described(texts)} | dict(means[more:])
     completion_ids = [[ids for _, ids in group] for group in groups]
-    return HeldOut(list(rows["prompt"]), completions, columns[0].tolist(), scores, completion_ids)
+    return HeldOut(list(rows["prompt"]), completions, values[0].tolist(), shown, completion_ids)
+
+
+def _of_all_rows(indices: Sequence[int], values: Sequence, rows: int) -> list:
+    """From what each process has for the rows `indices`: what there is for each of the rows, in their order."""
+    by_index = dict(zip(from_all(indices), from_all(values), strict=True))
+    return [by_index[index] for index in range(rows)]
+
+
+def _others(rewards: Sequence[Reward]) -> Sequence[Reward]:
+    """The functions beside the perplexities; of those a level each, since each is a score of its own."""
+    return rewards[1:] if rewards[0][0] is perplexity_reward(rewards) else rewards
+
+
+def _scores(rewards: Sequence[Reward], columns: Mapping[str, list], written: Sequence[tuple], state) -> list[tuple]:
+    """(name, float [completions]) of the perplexities' reward, improvements and perplexities, and of what each other
+    function gives.
+
+    columns: of the data set, a value a completion. written: text and ids of each completion.
+    """
+    reward_fn, others = perplexity_reward(rewards), _others(rewards)
+    # Without baselines, completions make their prompt's at the first visit, and are measured at the second: before
+    # training against the same ones as after it.
+    if reward_fn.target == "completion" and reward_fn.baselines is None:
+        _measured(reward_fn, columns, written)
+    details = _measured(reward_fn, columns, written)
+    texts, ids = (list(part) for part in zip(*written, strict=True))
+    called = call_as_trl([function for function, _ in others], columns["prompt"], texts, ids, columns, state)
+    earned = [weight * one for (_, weight), one in zip(others, called, strict=True)]
+    per_level = len(others) == len(rewards)
+    total = sum(earned[: len(LEVELS)]) if per_level else rewards[0][1] * np.asarray(details["rewards"])
+    measured = {"improvement %": details["improvements"], "PPL": details["ppls"]}
+    return [
+        ("reward", np.asarray(total)),
+        *((f"{level} {what}", np.asarray(of[level])) for what, of in measured.items() for level in LEVELS),
+        *((row_name(function), np.asarray(one)) for (function, _), one in zip(others, earned, strict=True)),
+    ]
+
+
+def _measured(reward_fn, columns: Mapping[str, list], written: Sequence[tuple]) -> dict:
+    """The details of `compute_rewards`."""
+    texts, ids = (list(part) for part in zip(*written, strict=True))
+    return reward_fn.compute_rewards(
+        texts,
+        prompts=columns["prompt"],
+        references=columns.get("reference"),
+        ids=columns.get("id"),
+        baselines=row_baselines(columns),
+        completion_ids=ids,
+        return_details=True,
+    )[1]
 
 
 def gained_by_any(before: Mapping[str, float], after: Mapping[str, float]) -> str | None:
