@@ -96,6 +96,20 @@ def test_a_run_in_two_processes_leaves_what_a_run_in_one_leaves(tmp_path):
     assert (out / "checkpoint-2" / "reward_state.json").exists()
 
 
+def test_one_held_out_prompt_is_enough_for_two_processes(tmp_path):
+    out = tmp_path / "out"
+    finished(
+        launch(
+            "train_grpo_multilevel_unsloth.py", *SHORT, "--no_unsloth", "--no-load_in_4bit", "--heldout_samples", "1",
+            "--max_steps", "1", "--output_dir", out,
+        )
+    )  # fmt: skip
+    for side in ("before", "after"):
+        held_out = json.loads((out / "heldout.json").read_text())[side]
+        assert [len(group) for group in held_out["completions"]] == [4]
+        assert held_out["scores"]["reward"] == pytest.approx(sum(held_out["rewards"][0]) / 4)
+
+
 def test_a_signal_stops_both_processes_at_the_same_step(tmp_path):
     out = tmp_path / "out"
     process = launch(

@@ -263,6 +263,11 @@ def test_nothing_written_earns_nothing(model, tokenizer, ids):
     assert math.isnan(reward_fn._last.details["ppls"]["word"][0])  # what follows an end token was not sampled
 
 
+def test_no_completion_has_no_reward(model, tokenizer):
+    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)
+    assert reward_fn([], []) == reward_fn([], [], completion_ids=[]) == []
+
+
 def test_an_empty_completion_is_none_of_its_neighbours(model, tokenizer):
     reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)
     ids = [tokenizer(text)["input_ids"] for text in (" said", "", " ran home", "")]

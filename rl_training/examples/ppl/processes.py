@@ -37,9 +37,10 @@ def of_this(items: Iterable) -> tuple[list, slice]:
 
 
 def share(rows: int, padded: bool) -> list[int]:
-    """Which of so many rows are this process's. padded: all get equally many, some of them twice."""
+    """Which of so many rows are this process's: one at least. padded: all get equally many, some of them twice."""
     if not several():
         return list(range(rows))
+    padded |= rows < PartialState().num_processes
     with PartialState().split_between_processes(list(range(rows)), apply_padding=padded) as mine:
         return mine
 

@@ -58,6 +58,8 @@ def those_of(
     The others were written by a policy with another tokenizer, or were edited on their way here. ends: end tokens.
     """
     completion_ids = [list(map(int, ids)) for ids in completion_ids]
+    if not completion_ids:  # of which transformers would decode one text
+        return {}
     every = [
         Sampled(tuple(map(int, given)), tuple(up_to_end(ids, ends)))
         for given, ids in zip(given_ids, completion_ids, strict=True)

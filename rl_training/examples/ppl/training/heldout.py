@@ -137,7 +137,7 @@ def evaluate(
 
     names, values = zip(*scores, strict=True)
     table = np.concatenate([np.stack(values, axis=1), np.reshape(moved, (-1, 2))], axis=1)
-    table = table.reshape(len(indices), num_generations, -1).tolist()
+    table = table.reshape(len(indices), num_generations, table.shape[1]).tolist()
     *values, moved, tokens = np.moveaxis(np.array(_of_all_rows(indices, table, len(rows))), -1, 0)
     means = [(name, float(torch.from_numpy(one.ravel()).nanmean())) for name, one in zip(names, values, strict=True)]
     completions = [[text for text, _ in group] for group in groups]
@@ -171,7 +171,7 @@ def _scores(rewards: Sequence[Reward], columns: Mapping[str, list], written: Seq
     if reward_fn.target == "completion" and reward_fn.baselines is None:
         _measured(reward_fn, columns, written)
     details = _measured(reward_fn, columns, written)
-    texts, ids = (list(part) for part in zip(*written, strict=True))
+    texts, ids = [text for text, _ in written], [ids for _, ids in written]
     called = call_as_trl([function for function, _ in others], columns["prompt"], texts, ids, columns, state)
     earned = [weight * one for (_, weight), one in zip(others, called, strict=True)]
     per_level = len(others) == len(rewards)
@@ -186,14 +186,13 @@ def _scores(rewards: Sequence[Reward], columns: Mapping[str, list], written: Seq
 
 def _measured(reward_fn, columns: Mapping[str, list], written: Sequence[tuple]) -> dict:
     """The details of `compute_rewards`."""
-    texts, ids = (list(part) for part in zip(*written, strict=True))
     return reward_fn.compute_rewards(
-        texts,
+        [text for text, _ in written],
         prompts=columns["prompt"],
         references=columns.get("reference"),
         ids=columns.get("id"),
         baselines=row_baselines(columns),
-        completion_ids=ids,
+        completion_ids=[ids for _, ids in written],
         return_details=True,
     )[1]
 
