@@ -407,7 +407,8 @@ def test_held_out_numbers_and_own_baselines_are_those_of_the_sampling(story, tmp
     assert held_out.scores["KL"] == 0
     # Nothing was trained, so nothing is gained, zero-shot baselines or not.
     assert evaluate(model, tokenizer, [(reward_fn, 1.0)], rows, **run) == held_out
-    assert held_out.scores["reward"] > 0.1 and held_out.scores["word improvement %"] != 0
+    # A prompt's baseline is the mean of its completions: one of two is better by as much as the other is worse.
+    assert held_out.scores["reward"] > 0.1 and abs(held_out.scores["word improvement %"]) < 1e-9
     for level, values in zip(LEVELS, levels.T, strict=True):
         assert held_out.scores[f"{level} PPL"] == pytest.approx(np.nanmean(values))
 
