@@ -14,7 +14,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from common import print_table, run_folder, write_figure, write_json
+from common import log_scale, print_table, run_folder, write_figure, write_json
 from training import in_rows, measuring, parse_args, study
 
 from ppl import cli
@@ -75,7 +75,6 @@ def figure(kinds: dict[str, list[dict]], perplexities: list[str]):
     """Variety over perplexity, a panel for the scorer and each judge, a dot a seed: a line joins the temperatures."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     made = Figure(figsize=(3.2 * len(perplexities) + 1, 3.6), layout="constrained")
     FigureCanvasAgg(made)
@@ -102,11 +101,8 @@ def figure(kinds: dict[str, list[dict]], perplexities: list[str]):
         for number, name in enumerate(arms):
             spots = [(run[key], run["distinct-2"]) for run in kinds[name]]
             panel.scatter(*zip(*spots, strict=True), color=f"C{number}", s=30, label=name, zorder=2)
-        panel.set_xscale("log")
+        log_scale(panel)
         panel.margins(0.15)
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_xlabel("perplexity, scorer" if key == "word" else f"perplexity, {key.partition(': ')[0]}")
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from common import EXAMPLES, add_run_flags, print_table, quiet_axes, run_folder, write_figure, write_json
+from common import EXAMPLES, add_run_flags, log_scale, print_table, quiet_axes, run_folder, write_figure, write_json
 from measures import common_share, commonest_words, copied, judged, plain
 
 from ppl import cli
@@ -320,7 +320,6 @@ def figure(numbers: dict):
     """A panel for each question, a row for each arm, a dot for each seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     from ppl.definitions import COLORS
 
@@ -345,10 +344,7 @@ def figure(numbers: dict):
     reward.set_xlim(-0.02, 1.02)
     reward.set_xlabel("its own reward: ○ before, ● after")
     ppl.set_xlabel("perplexity after / before")
-    ppl.set_xscale("log")
-    ppl.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ppl.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    ppl.xaxis.set_minor_formatter("")
+    log_scale(ppl)
     ppl.axvline(1, color="0.6", linewidth=0.8)
     for level in LEVELS:
         ppl.scatter([], [], color=COLORS[level], s=16, label=level)

@@ -154,18 +154,15 @@ def _of_all_rows(indices: Sequence[int], values: Sequence, rows: int) -> list:
     return [by_index[index] for index in range(rows)]
 
 
-def _others(rewards: Sequence[Reward]) -> Sequence[Reward]:
-    """The functions beside the perplexities; of those a level each, since each is a score of its own."""
-    return rewards[1:] if rewards[0][0] is perplexity_reward(rewards) else rewards
-
-
 def _scores(rewards: Sequence[Reward], columns: Mapping[str, list], written: Sequence[tuple], state) -> list[tuple]:
     """(name, float [completions]) of the perplexities' reward, improvements and perplexities, and of what each other
     function gives.
 
     columns: of the data set, a value a completion. written: text and ids of each completion.
     """
-    reward_fn, others = perplexity_reward(rewards), _others(rewards)
+    reward_fn = perplexity_reward(rewards)
+    per_level = rewards[0][0] is not reward_fn
+    others = rewards if per_level else rewards[1:]
     # Without baselines, completions make their prompt's at the first visit, and are measured at the second: before
     # training against the same ones as after it.
     if reward_fn.target == "completion" and reward_fn.baselines is None:
@@ -174,7 +171,6 @@ def _scores(rewards: Sequence[Reward], columns: Mapping[str, list], written: Seq
     texts, ids = [text for text, _ in written], [ids for _, ids in written]
     called = call_as_trl([function for function, _ in others], columns["prompt"], texts, ids, columns, state)
     earned = [weight * one for (_, weight), one in zip(others, called, strict=True)]
-    per_level = len(others) == len(rewards)
     total = sum(earned[: len(LEVELS)]) if per_level else rewards[0][1] * np.asarray(details["rewards"])
     measured = {"improvement %": details["improvements"], "PPL": details["ppls"]}
     return [
