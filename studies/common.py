@@ -46,9 +46,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def write_json(path: Path, content: dict) -> None:
-    from ppl.files import write_text
+    """nan, which a policy that collapsed to a word or two has for a score, becomes null."""
+    from ppl.files import without_nan, write_text
 
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(without_nan(content), indent=1, ensure_ascii=False, allow_nan=False)
     write_text(path, text)
 
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from common import log_scale, print_table, run_folder, write_figure, write_json
-from training import in_rows, measuring, parse_args, study
+from training import cells_of, in_rows, mean_and_sd, parse_args, trained_and_measured
 
 from ppl import cli
 from ppl.variety import described
@@ -46,11 +46,9 @@ def main(argv=None) -> int:
 
 
 def whole_study(args: argparse.Namespace) -> int:
-    study(args)
-    output = Path(args.output_dir).resolve()
-    arms = json.loads((output / "completion.json").read_text("utf-8"))["arms"]
+    numbers, measured = trained_and_measured(args)
+    output, arms = Path(args.output_dir).resolve(), numbers["arms"]
     first = args.arms[0]  # the same untrained model in all arms
-    measured = measuring(args)
     kinds: dict[str, list[dict]] = {UNTRAINED: [arms[first]["seeds"][str(seed)]["before"] for seed in args.seeds]}
     for temperature in TEMPERATURES:
         sides = [colder(args, output, seed, run_folder(output, first, seed), temperature) for seed in args.seeds]
@@ -58,17 +56,22 @@ def whole_study(args: argparse.Namespace) -> int:
         kinds[f"{UNTRAINED}, temperature {temperature}"] = [measured(*pair) | described(pair[1]) for pair in rows]
     kinds |= {arm: [arms[arm]["seeds"][str(seed)]["after"] for seed in args.seeds] for arm in args.arms}
     write_json(output / "temperatures.json", kinds)
-    judges = dict.fromkeys(name.partition(": ")[0] for name in kinds[UNTRAINED][0] if name.startswith("judge "))
-    columns = {"PPL, words": "word", "distinct-2": "distinct-2", "repetition": "repetition", "words": "words"}
-    columns |= {f"{judge}: {level}": f"{judge}: {level}" for judge in judges for level in ("PPL", "sentence")}
-    rows = [
-        [name, *(f"{statistics.mean(run[key] for run in runs):.3f}" for key in columns.values())]
-        for name, runs in kinds.items()
-    ]
-    print_table("Training, or a lower temperature; means over the seeds", ["completions", *columns], rows)
+    judges = list(dict.fromkeys(name.partition(": ")[0] for name in kinds[UNTRAINED][0] if name.startswith("judge ")))
+    show(kinds, judges)
     write_figure(output / "temperatures.png", figure(kinds, ["word", *(f"{judge}: PPL" for judge in judges)]))
     print(f"Picture: {output / 'temperatures.png'}")
     return 0
+
+
+def show(kinds: dict[str, list[dict]], judges: list[str]) -> None:
+    columns = {"word": "{:.3f}", "distinct-2": "{:.3f}", "repetition": "{:.3f}", "words": "{:.0f}"}
+    columns |= {f"{judge}: {level}": "{:.3f}" for judge in judges for level in ("PPL", "sentence")}
+    rows = [
+        [name, *cells_of({key: mean_and_sd([run[key] for run in runs]) for key in columns}, columns)]
+        for name, runs in kinds.items()
+    ]
+    names = ["PPL, words", *list(columns)[1:]]
+    print_table("Training, or a lower temperature; mean ± sd over the seeds", ["completions", *names], rows)
 
 
 def figure(kinds: dict[str, list[dict]], perplexities: list[str]):

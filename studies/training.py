@@ -9,12 +9,14 @@ with the same command. With --judge_model models that are not the scorer say wha
 
 import argparse
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -83,6 +85,12 @@ def main(argv=None) -> int:
 
 
 def study(args: argparse.Namespace) -> int:
+    trained_and_measured(args)
+    return 0
+
+
+def trained_and_measured(args: argparse.Namespace) -> tuple[dict, Callable[[list, list[str]], dict]]:
+    """Run what is to be run, and measure; (the numbers, which also are in a file, and `measuring`'s function)."""
     output = Path(args.output_dir).resolve()
     output.mkdir(parents=True, exist_ok=True)
     common = ["--model_name", resolved(args.model_name), "--dataset_name", resolved(args.dataset_name)]
@@ -101,7 +109,8 @@ def study(args: argparse.Namespace) -> int:
             runs[arm, seed] = (run_folder(output, arm, seed), [*flags, "--seed", str(seed)])
     run_all(runs, args.jobs)
     heldout = {run: json.loads((folder / "heldout.json").read_text("utf-8")) for run, (folder, _) in runs.items()}
-    scores = common_scores(args, heldout)
+    measured = measuring(args)
+    scores = common_scores(measured, heldout)
     settings = ("model_name", "dataset_name", "chat", "judge_model", "seeds", "max_steps", "flags")
     numbers = {
         "settings": {name: getattr(args, name) for name in settings},
@@ -117,7 +126,7 @@ def study(args: argparse.Namespace) -> int:
     write_figure(picture, figure(numbers))
     show(numbers)
     print(f"Numbers: {numbers_file}\nPicture: {picture}")
-    return 0
+    return numbers, measured
 
 
 def resolved(name: str) -> str:
@@ -201,13 +210,17 @@ def call(script: str, flags: list[str], log: Path) -> None:
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def common_scores(args: argparse.Namespace, heldout: dict) -> dict:
-    """Per run {"before", "after"}: what the run says of its held-out completions, and `measuring`'s view of them."""
-    measured = measuring(args)
+def common_scores(measured: Callable[[list, list[str]], dict], heldout: dict) -> dict:
+    """Per run {"before", "after"}: what the run says of its held-out completions, and `measuring`'s view of them; nan
+    for what a run says nothing of."""
     return {
-        run: {side: sides[side]["scores"] | measured(*in_rows(sides[side])) for side in ("before", "after")}
+        run: {side: _with_nan(sides[side]["scores"]) | measured(*in_rows(sides[side])) for side in ("before", "after")}
         for run, sides in heldout.items()
     }
+
+
+def _with_nan(scores: dict[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if score is None else score for name, score in scores.items()}
 
 
 def in_rows(side: dict) -> tuple[list, list[str]]:
@@ -247,9 +260,7 @@ def measuring(args: argparse.Namespace) -> Callable[[list, list[str]], dict]:
 
 
 def summary(runs: list[dict]) -> dict:
-    """{name: {"mean", "sd"}} over the seeds' runs, of what the table shows; sd is None for one seed."""
-    import statistics
-
+    """{name: `mean_and_sd` over the seeds' runs}, of what the table shows."""
     values = {
         "reward before": [run["before"]["reward"] for run in runs],
         "reward after": [run["after"]["reward"] for run in runs],
@@ -269,14 +280,19 @@ def summary(runs: list[dict]) -> dict:
     values |= {
         f"{new} kept": [run["after"][name] / run["before"][name] for run in runs] for new, name in levels.items()
     }
-    # A policy that collapsed to a word or two has no three-word run to repeat.
-    known = {name: [value for value in of_runs if value is not None] for name, of_runs in values.items()}
+    return {name: mean_and_sd(of_runs) for name, of_runs in values.items()}
+
+
+def mean_and_sd(values: Sequence[float]) -> dict[str, float | None]:
+    """Of those that are not nan: a policy that collapsed to a word or two has no three-word run to repeat.
+
+    >>> mean_and_sd([0.25, 0.75, float("nan")]), mean_and_sd([0.25])
+    ({'mean': 0.5, 'sd': 0.3535533905932738}, {'mean': 0.25, 'sd': None})
+    """
+    known = [value for value in values if not math.isnan(value)]
     return {
-        name: {
-            "mean": statistics.mean(of_runs) if of_runs else None,
-            "sd": statistics.stdev(of_runs) if len(of_runs) > 1 else None,
-        }
-        for name, of_runs in known.items()
+        "mean": statistics.mean(known) if known else None,
+        "sd": statistics.stdev(known) if len(known) > 1 else None,
     }
 
 

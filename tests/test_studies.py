@@ -33,6 +33,12 @@ def run(script: str, *flags: str) -> str:
     return done.stdout
 
 
+def row_of(name: str, printed: str) -> list[str]:
+    """The cells of a table's first row of this name."""
+    [cells, *_] = (line.split("|")[1:-1] for line in printed.splitlines() if line.startswith(f"| {name} "))
+    return [cell.strip() for cell in cells[1:]]
+
+
 def documented(script: str) -> list[str]:
     """The flags with which the guide runs a study, without the folder at their end."""
     guide = (ROOT / "MULTILEVEL_PPL_GUIDE.md").read_text(encoding="utf-8")
@@ -192,15 +198,39 @@ def test_does_training_work_and_a_finished_run_is_not_run_again(tmp_path):
     assert json.loads((tmp_path / "training.json").read_text()) == numbers
 
 
-def test_a_score_that_a_collapsed_policy_lacks_is_left_out_of_the_mean(damage):
-    from training import summary
+def test_a_score_that_a_collapsed_policy_lacks_is_left_out_of_the_mean(damage, tmp_path, capsys):
+    """null in heldout.json, nan in means and pictures, null in the study's file."""
+    import completion
+    from common import write_json
+    from training import common_scores, figure, show, summary
 
-    names = ("reward", *LEVELS, *(f"{level} PPL" for level in LEVELS), "distinct-2", "repetition", "KL", "words")
-    scores = dict.fromkeys((*names, "copied", "commonest words"), 0.5)
-    runs = [{"before": scores, "after": scores | {"repetition": value}} for value in (None, 0.25)]
-    assert summary(runs)["repetition"] == {"mean": 0.25, "sd": None}
+    told = dict.fromkeys(("reward", *(f"{level} PPL" for level in LEVELS), "distinct-2", "repetition", "KL"), 0.5)
+    seen = dict.fromkeys((*LEVELS, "words", "copied", "commonest words", "judge one: PPL", "judge one: sentence"), 4.0)
+    side = {"prompts": ["The"], "completions": [[" fox"]]}
+    lacks = {"distinct-2": None, "repetition": None}
+    heldout = {
+        seed: {"before": {**side, "scores": told}, "after": {**side, "scores": told | lacking}}
+        for seed, lacking in enumerate([lacks, {"repetition": 0.25}])
+    }
+    runs = list(common_scores(lambda prompts, texts: seen, heldout).values())
+    found = summary(runs)
+    assert found["repetition"] == {"mean": 0.25, "sd": None}
+    assert found["distinct-2 kept"] == {"mean": 1, "sd": None}
+    assert found["reward change"] == {"mean": 0, "sd": 0}
     assert summary(runs[:1])["repetition"] == {"mean": None, "sd": None}
-    assert summary(runs)["reward change"] == {"mean": 0, "sd": 0}
+
+    numbers = {"settings": {"seeds": [0]}, "arms": {"bad": {"seeds": {"0": runs[0]}, "summary": summary(runs[:1])}}}
+    write_json(tmp_path / "numbers.json", numbers)
+    written = json.loads((tmp_path / "numbers.json").read_text())["arms"]["bad"]
+    assert written["seeds"]["0"]["after"]["distinct-2"] is None and written["summary"]["words"]["mean"] == 4
+    show(numbers)
+    assert row_of("bad", capsys.readouterr().out)[:3] == ["0.50", "0.50", "+0.00"]
+    figure(numbers).canvas.draw()
+    kinds = {f"untrained, temperature {temperature}": [runs[0]["before"]] for temperature in (1, 0.8, 0.6)}
+    kinds = {"untrained": kinds.pop("untrained, temperature 1"), **kinds, "bad": [runs[0]["after"]]}
+    completion.figure(kinds, ["word"]).canvas.draw()
+    completion.show(kinds, ["judge one"])
+    assert row_of("bad", capsys.readouterr().out) == ["4.000", "", "", "4", "4.000", "4.000"]
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The only place that writes a file: what stands under a name is whole. And whether a file can be written somewhere."""
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -31,6 +32,19 @@ def write_atomically(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
     """Write UTF-8. errors: what to do with a lone surrogate, as `str.encode` names it."""
     write_atomically(path, lambda file: file.write(text.encode("utf-8", errors)))
+
+
+def without_nan(value):
+    """What JSON can say: dicts and lists with null in place of each nan.
+
+    >>> without_nan({"reward": [0.5, float("nan")]})
+    {'reward': [0.5, None]}
+    """
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def writable_file(name: str, flag: str, suffixes: Sequence[str] = ()) -> Path:

@@ -14,7 +14,7 @@ from ..chat import render_prompt
 from ..data import Text
 from ..definitions import LEVELS
 from ..errors import InputError
-from ..files import write_text
+from ..files import without_nan, write_text
 from ..processes import from_all, is_first, is_sharded, share
 from ..reward.given import row_baselines
 from ..sampling import end_tokens, prompt_ids, sample, up_to_end
@@ -227,7 +227,7 @@ def write_heldout(path: Path, sampling: dict, before: HeldOut, after: HeldOut | 
     sampling: how `evaluate` sampled. What is nan becomes null.
     """
     content = {"sampling": sampling, "before": asdict(before), "after": after and asdict(after)}
-    text = json.dumps(_without_nan(content), ensure_ascii=False, indent=1, allow_nan=False)
+    text = json.dumps(without_nan(content), ensure_ascii=False, indent=1, allow_nan=False)
     # A list of ids on one line. Inside of a string there is no line break.
     text = re.sub(r"\[\n\s+(\d+(?:,\n\s+\d+)*)\n\s+\]", lambda ids: "[" + " ".join(ids[1].split()) + "]", text)
     write_text(path, text, "surrogatepass")
@@ -252,14 +252,6 @@ def read_before(path: Path, rows, sampling: dict) -> HeldOut | None:
         raise InputError(
             f"{path}: {error!r:.200}: this script did not write it so; delete it to measure anew"
         ) from error
-
-
-def _without_nan(value):
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def kl_scorers(model, start) -> tuple[SurprisalScorer, SurprisalScorer] | None:
