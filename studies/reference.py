@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import add_run_flags, print_table, run_folder, write_json
+from common import add_run_flags, print_table, quiet_axes, run_folder, write_figure, write_json
 from training import finished, resolved, train
 
 from ppl import cli
@@ -42,6 +42,7 @@ ARMS = {
     "steps": ["--reward_thresholds", "0.05:0.5", "1:0.9", "2:1"],  # as VR-CLI has them
 }
 TRAINED, UNTRAINED, SFT = "trained plan", "untrained plan", "SFT on the continuations, no plan"
+OTHERS, SHUFFLED = "another row's trained plan", "the prompt's words, shuffled, as many"
 PLANS_READ = 10
 
 
@@ -85,7 +86,9 @@ def study(args: argparse.Namespace) -> int:
         tuned[seed] = fine_tuning(args, output, run_folder(output, args.arms[0], seed), data, seed)
         write_json(output / "reference.json", numbers(args, scores, tuned))
     show(scores, tuned)
-    print(f"Numbers: {output / 'reference.json'}\nPlans: {output / '*' / 'seed_*' / 'plans.txt'}")
+    write_figure(output / "reference.png", figure(scores, tuned))
+    print(f"Numbers: {output / 'reference.json'}\nPicture: {output / 'reference.png'}")
+    print(f"Plans: {output / '*' / 'seed_*' / 'plans.txt'}")
     return 0
 
 
@@ -211,8 +214,8 @@ def plan_kinds(
         TRAINED: [plan for group in after for plan in group],
         UNTRAINED: [plan for group in before for plan in group],
         "untrained plan, cut to the trained one's length": untrained,
-        "another row's trained plan": [plan for group in others for plan in group],
-        "the prompt's words, shuffled, as many": words,
+        OTHERS: [plan for group in others for plan in group],
+        SHUFFLED: words,
     }
 
 
@@ -309,6 +312,39 @@ def cells(name: str, runs: Sequence[dict]) -> list[str]:
 
     each = " ".join(f"{run['mean']:+.1f}" for run in runs)
     return [name, each, *(f"{mean(level):+.1f}" for level in LEVELS), f"{mean('words'):.0f}"]
+
+
+def figure(scores: dict, tuned: dict):
+    """A row for each arm and seed, a mark for each kind of text; fine-tuning far to the right, as a line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(9, 1.8 + 0.32 * len(scores)), layout="constrained")
+    FigureCanvasAgg(made)
+    axes = made.subplots()
+    rows = range(len(scores))
+    marks = {
+        UNTRAINED: {"marker": "o", "facecolor": "white", "edgecolor": "0.3"},
+        SHUFFLED: {"marker": "|", "color": "C1", "linewidth": 2},
+        OTHERS: {"marker": "x", "color": "C3", "linewidth": 2},
+        TRAINED: {"marker": "o", "color": "0.15"},
+    }
+    for (_, seed), found, row in zip(scores, scores.values(), rows, strict=True):
+        ends = [found[OTHERS]["mean"], found[TRAINED]["mean"]]
+        axes.plot(ends, [row, row], color="0.75", linewidth=1, zorder=1)
+        sft = tuned[seed]["mean"]
+        axes.plot([sft, sft], [row - 0.4, row + 0.4], color="C0", linewidth=2, label="" if row else SFT)
+    for kind, mark in marks.items():
+        places = [found[kind]["mean"] for found in scores.values()]
+        axes.scatter(places, rows, s=40, zorder=2, label=kind, **mark)
+    axes.axvline(0, color="0.6", linewidth=0.8)
+    axes.set_yticks(rows, [f"{arm}, seed {seed}" for arm, seed in scores])
+    axes.invert_yaxis()
+    axes.set_xlabel("improvement of the true continuation over no plan, %")
+    quiet_axes([axes])
+    made.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    made.suptitle("What is the plan's own lies between × and ●", x=0.01, ha="left", fontsize=12)
+    return made
 
 
 if __name__ == "__main__":

@@ -263,12 +263,28 @@ def test_plans_are_compared_with_their_controls_and_a_stopped_study_goes_on(tmp_
     tuned = made["SFT on the continuations, no plan"]["0"]
     assert tuned["words"] == 0 and 0 < abs(tuned["mean"]) < 50
     assert tuned == json.loads((tmp_path / "out" / "sft_seed_0.json").read_text())["improvement"]
+    assert (tmp_path / "out" / "reference.png").read_bytes().startswith(b"\x89PNG")
     assert "| nats: another row's trained plan" in printed and (folder / "plans.txt").read_text().count("AFTER") == 10
 
     # Stopped behind its last checkpoint: it goes on from there, and ends where it had ended.
     (folder / "flags.json").unlink()
     run("reference.py", *flags, "--save_steps", 1, "--output_dir", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "reference.json").read_text()) == made
+
+
+def test_the_picture_of_plans_has_each_mark_where_its_number_is(damage):
+    from reference import OTHERS, SFT, SHUFFLED, TRAINED, UNTRAINED, figure
+
+    kinds = (UNTRAINED, SHUFFLED, OTHERS, TRAINED)
+    scores = {
+        ("nats", seed): {kind: {"mean": 10.0 * seed + place} for place, kind in enumerate(kinds)} for seed in (0, 1)
+    }
+    [axes] = figure(scores, {0: {"mean": 50.0}, 1: {"mean": 55.0}}).axes
+    marks = {marks.get_label(): marks.get_offsets().tolist() for marks in axes.collections}
+    assert marks == {kind: [[place, 0], [10 + place, 1]] for place, kind in enumerate(kinds)}
+    lines = [line for line in axes.lines if line.get_color() == "C0"]
+    assert [set(line.get_xdata()) for line in lines] == [{50}, {55}] and lines[0].get_label() == SFT
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["nats, seed 0", "nats, seed 1"]
 
 
 def test_a_pretrained_model_continues_stories_in_every_arm(damage):
