@@ -59,6 +59,16 @@ def write_figure(path: Path, figure) -> None:
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
+def new_figure(width: float, height: float):
+    """A matplotlib figure of this size in inches, drawn without a screen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(made)
+    return made
+
+
 def quiet_axes(panels) -> None:
     """Panels whose rows have names: no frame but the scale's, no tick beside a name."""
     for axes in panels:

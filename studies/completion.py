@@ -14,7 +14,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from common import log_scale, print_table, run_folder, write_figure, write_json
+from common import log_scale, new_figure, print_table, run_folder, write_figure, write_json
 from training import cells_of, in_rows, mean_and_sd, parse_args, trained_and_measured
 
 from ppl import cli
@@ -76,11 +76,7 @@ def show(kinds: dict[str, list[dict]], judges: list[str]) -> None:
 
 def figure(kinds: dict[str, list[dict]], perplexities: list[str]):
     """Variety over perplexity, a panel for the scorer and each judge, a dot a seed: a line joins the temperatures."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    made = Figure(figsize=(3.2 * len(perplexities) + 1, 3.6), layout="constrained")
-    FigureCanvasAgg(made)
+    made = new_figure(3.2 * len(perplexities) + 1, 3.6)
     panels = made.subplots(1, len(perplexities), sharey=True, squeeze=False)[0]
     arms = [name for name in kinds if not name.startswith(UNTRAINED)]
     cold = [name for name in kinds if name.startswith(UNTRAINED)]

@@ -13,7 +13,7 @@ import sys
 from itertools import combinations
 from pathlib import Path
 
-from common import print_table, quiet_axes, write_figure, write_json
+from common import new_figure, print_table, quiet_axes, write_figure, write_json
 from damage import DAMAGES, Damages
 
 from ppl import cli
@@ -267,15 +267,11 @@ def show(numbers: dict) -> None:
 
 def figure(numbers: dict):
     """A panel for each damage, in it a group for each aggregation, in it a dot for each level; at last correlations."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     from ppl.definitions import COLORS
 
     aggregations = {name: numbers["aggregations"][name] for name in AGGREGATIONS}
     damages = list(aggregations["nested"]["damages"])
-    made = Figure(figsize=(2.1 * len(damages) + 2.5, 3.6), layout="constrained")
-    FigureCanvasAgg(made)
+    made = new_figure(2.1 * len(damages) + 2.5, 3.6)
     *panels, last = made.subplots(1, len(damages) + 1, sharey=True, width_ratios=[1] * len(damages) + [1.25])
     for panel, name in zip(panels, damages, strict=True):
         for group, results in enumerate(aggregations.values()):

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import add_run_flags, print_table, quiet_axes, run_folder, write_figure, write_json
+from common import add_run_flags, new_figure, print_table, quiet_axes, run_folder, write_figure, write_json
 from training import finished, resolved, train
 
 from ppl import cli
@@ -316,11 +316,7 @@ def cells(name: str, runs: Sequence[dict]) -> list[str]:
 
 def figure(scores: dict, tuned: dict):
     """A row for each arm and seed, a mark for each kind of text; fine-tuning far to the right, as a line."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    made = Figure(figsize=(9, 1.8 + 0.32 * len(scores)), layout="constrained")
-    FigureCanvasAgg(made)
+    made = new_figure(9, 1.8 + 0.32 * len(scores))
     axes = made.subplots()
     rows = range(len(scores))
     marks = {

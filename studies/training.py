@@ -20,7 +20,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from common import EXAMPLES, add_run_flags, log_scale, print_table, quiet_axes, run_folder, write_figure, write_json
+from common import (
+    EXAMPLES,
+    add_run_flags,
+    log_scale,
+    new_figure,
+    print_table,
+    quiet_axes,
+    run_folder,
+    write_figure,
+    write_json,
+)
 from measures import common_share, commonest_words, copied, judged, plain
 
 from ppl import cli
@@ -334,14 +344,10 @@ def cells_of(summary: dict, columns: dict[str, str]) -> list[str]:
 
 def figure(numbers: dict):
     """A panel for each question, a row for each arm, a dot for each seed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     from ppl.definitions import COLORS
 
     arms = list(numbers["arms"])
-    made = Figure(figsize=(11, 1.4 + 0.42 * len(arms)), layout="constrained")
-    FigureCanvasAgg(made)
+    made = new_figure(11, 1.4 + 0.42 * len(arms))
     reward, ppl, distinct, kl = made.subplots(1, 4, sharey=True, width_ratios=[3, 3, 2, 2])
     for row, of_arm in enumerate(numbers["arms"].values()):
         runs = list(of_arm["seeds"].values())
