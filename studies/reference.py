@@ -42,7 +42,9 @@ ARMS = {
     "steps": ["--reward_thresholds", "0.05:0.5", "1:0.9", "2:1"],  # as VR-CLI has them
 }
 TRAINED, UNTRAINED, SFT = "trained plan", "untrained plan", "SFT on the continuations, no plan"
-OTHERS, SHUFFLED = "another row's trained plan", "the prompt's words, shuffled, as many"
+CUT, SHUFFLED = "untrained plan, cut to the trained one's length", "the prompt's words, shuffled, as many"
+OTHERS, OTHERS_BEFORE = "another row's trained plan", "another row's untrained plan"
+KINDS = (TRAINED, UNTRAINED, CUT, OTHERS, OTHERS_BEFORE, SHUFFLED)
 PLANS_READ = 10
 
 
@@ -179,13 +181,15 @@ def controlled(args: argparse.Namespace, folder: Path, data: Path, seed: int) ->
     from ppl.data import message_text
 
     path = folder / "controls.json"
-    if path.exists():
-        return json.loads(path.read_text("utf-8"))
+    found = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    missing = [kind for kind in KINDS if kind not in found]
+    if not missing:
+        return found
     heldout = Heldout(args, folder, data)
     prompts = [message_text(prompt) for prompt in heldout.prompts]
     before, after = (heldout.run[side]["completions"] for side in ("before", "after"))
     kinds = plan_kinds(before, after, prompts, heldout.tokenizer, random.Random(seed))
-    found = {name: heldout.improvement(plans) for name, plans in kinds.items()}
+    found |= {kind: heldout.improvement(kinds[kind]) for kind in missing}
     write_plans(folder / "plans.txt", prompts, heldout.references, before, after)
     write_json(path, found)
     return found
@@ -202,7 +206,6 @@ def plan_kinds(
 
     before, after: the untrained and the trained model's plans of each prompt.
     """
-    others = [*after[1:], after[0]]
     words, untrained = [], []
     for prompt, first, last in zip(prompts, before, after, strict=True):
         bag = prompt.split()
@@ -213,8 +216,9 @@ def plan_kinds(
     return {
         TRAINED: [plan for group in after for plan in group],
         UNTRAINED: [plan for group in before for plan in group],
-        "untrained plan, cut to the trained one's length": untrained,
-        OTHERS: [plan for group in others for plan in group],
+        CUT: untrained,
+        OTHERS: [plan for group in [*after[1:], after[0]] for plan in group],
+        OTHERS_BEFORE: [plan for group in [*before[1:], before[0]] for plan in group],
         SHUFFLED: words,
     }
 
@@ -300,10 +304,18 @@ def show(scores: dict, tuned: dict) -> None:
     rows = []
     for arm in dict.fromkeys(arm for arm, _ in scores):
         runs = [found for (name, _), found in scores.items() if name == arm]
-        rows += [cells(f"{arm}: {kind}", [run[kind] for run in runs]) for kind in runs[0]]
+        rows += [cells(f"{arm}: {kind}", [run[kind] for run in runs]) for kind in KINDS]
+        for when, plan, another in (("before", UNTRAINED, OTHERS_BEFORE), ("after", TRAINED, OTHERS)):
+            rows.append(cells(f"{arm}: the plan's own, {when}", [own(run, plan, another) for run in runs]))
     rows.append(cells(SFT, list(tuned.values())))
     columns = ["behind", "improvement, % (each seed)", *LEVELS, "words"]
     print_table("True continuations of held-out prompts, against an empty plan", columns, rows)
+
+
+def own(run: dict, plan: str, another: str) -> dict:
+    """Points by which a continuation's own plan does more than another row's: what is said, not how."""
+    points = {level: run[plan][level] - run[another][level] for level in (*LEVELS, "mean")}
+    return points | {"words": run[plan]["words"]}
 
 
 def cells(name: str, runs: Sequence[dict]) -> list[str]:
@@ -320,14 +332,16 @@ def figure(scores: dict, tuned: dict):
     axes = made.subplots()
     rows = range(len(scores))
     marks = {
-        UNTRAINED: {"marker": "o", "facecolor": "white", "edgecolor": "0.3"},
+        UNTRAINED: {"marker": "o", "color": "0.7"},
+        OTHERS_BEFORE: {"marker": "x", "color": "0.7", "linewidth": 2},
         SHUFFLED: {"marker": "|", "color": "C1", "linewidth": 2},
         OTHERS: {"marker": "x", "color": "C3", "linewidth": 2},
         TRAINED: {"marker": "o", "color": "0.15"},
     }
     for (_, seed), found, row in zip(scores, scores.values(), rows, strict=True):
-        ends = [found[OTHERS]["mean"], found[TRAINED]["mean"]]
-        axes.plot(ends, [row, row], color="0.75", linewidth=1, zorder=1)
+        for plan, another in ((UNTRAINED, OTHERS_BEFORE), (TRAINED, OTHERS)):
+            ends = [found[another]["mean"], found[plan]["mean"]]
+            axes.plot(ends, [row, row], color="0.75", linewidth=1, zorder=1)
         sft = tuned[seed]["mean"]
         axes.plot([sft, sft], [row - 0.4, row + 0.4], color="C0", linewidth=2, label="" if row else SFT)
     for kind, mark in marks.items():
@@ -339,7 +353,8 @@ def figure(scores: dict, tuned: dict):
     axes.set_xlabel("improvement of the true continuation over no plan, %")
     quiet_axes([axes])
     made.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    made.suptitle("What is the plan's own lies between × and ●", x=0.01, ha="left", fontsize=12)
+    title = "What is the plan's own lies between × and ●, before training in grey"
+    made.suptitle(title, x=0.01, ha="left", fontsize=12)
     return made
 
 

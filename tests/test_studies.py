@@ -256,9 +256,9 @@ def test_plans_are_compared_with_their_controls_and_a_stopped_study_goes_on(tmp_
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
     assert [row["reference"] for row in rows[:2]] == ["It ate 0 plums.", "It ate 1 plums."]
     controls = json.loads((folder / "controls.json").read_text())
-    assert len(controls) == 5 and all(set(one) == {*LEVELS, "mean", "words"} for one in controls.values())
+    assert len(controls) == 6 and all(set(one) == {*LEVELS, "mean", "words"} for one in controls.values())
     cut = controls["untrained plan, cut to the trained one's length"]
-    assert cut["words"] <= controls["untrained plan"]["words"]
+    assert cut["words"] <= controls["untrained plan"]["words"] == controls["another row's untrained plan"]["words"]
     made = json.loads((tmp_path / "out" / "reference.json").read_text())
     tuned = made["SFT on the continuations, no plan"]["0"]
     assert tuned["words"] == 0 and 0 < abs(tuned["mean"]) < 50
@@ -271,11 +271,17 @@ def test_plans_are_compared_with_their_controls_and_a_stopped_study_goes_on(tmp_
     run("reference.py", *flags, "--save_steps", 1, "--output_dir", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "reference.json").read_text()) == made
 
+    # Measured before there was a control: that one is added.
+    del controls["another row's untrained plan"]
+    (folder / "controls.json").write_text(json.dumps(controls))
+    run("reference.py", *flags, "--save_steps", 1, "--output_dir", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "reference.json").read_text()) == made
+
 
 def test_the_picture_of_plans_has_each_mark_where_its_number_is(damage):
-    from reference import OTHERS, SFT, SHUFFLED, TRAINED, UNTRAINED, figure
+    from reference import OTHERS, OTHERS_BEFORE, SFT, SHUFFLED, TRAINED, UNTRAINED, figure
 
-    kinds = (UNTRAINED, SHUFFLED, OTHERS, TRAINED)
+    kinds = (UNTRAINED, OTHERS_BEFORE, SHUFFLED, OTHERS, TRAINED)
     scores = {
         ("nats", seed): {kind: {"mean": 10.0 * seed + place} for place, kind in enumerate(kinds)} for seed in (0, 1)
     }
@@ -285,6 +291,17 @@ def test_the_picture_of_plans_has_each_mark_where_its_number_is(damage):
     lines = [line for line in axes.lines if line.get_color() == "C0"]
     assert [set(line.get_xdata()) for line in lines] == [{50}, {55}] and lines[0].get_label() == SFT
     assert [label.get_text() for label in axes.get_yticklabels()] == ["nats, seed 0", "nats, seed 1"]
+
+
+def test_what_is_the_plans_own_is_what_another_rows_plan_does_not_do(damage):
+    from reference import OTHERS, TRAINED, own
+
+    run = {
+        TRAINED: {"word": 9.0, "phrase": 6.0, "sentence": 3.0, "mean": 6.0, "words": 20.0},
+        OTHERS: {"word": 8.0, "phrase": 6.5, "sentence": 0.0, "mean": 4.9, "words": 20.0},
+    }
+    expected = {"word": 1.0, "phrase": -0.5, "sentence": 3.0, "mean": 1.1, "words": 20.0}
+    assert own(run, TRAINED, OTHERS) == pytest.approx(expected)
 
 
 def test_a_pretrained_model_continues_stories_in_every_arm(damage):
