@@ -45,6 +45,7 @@ TRAINED, UNTRAINED, SFT = "trained plan", "untrained plan", "SFT on the continua
 CUT, SHUFFLED = "untrained plan, cut to the trained one's length", "the prompt's words, shuffled, as many"
 OTHERS, OTHERS_BEFORE = "another row's trained plan", "another row's untrained plan"
 KINDS = (TRAINED, UNTRAINED, CUT, OTHERS, OTHERS_BEFORE, SHUFFLED)
+OWN = {"before": (UNTRAINED, OTHERS_BEFORE), "after": (TRAINED, OTHERS)}  # what is the plan's own lies between them
 PLANS_READ = 10
 
 
@@ -214,13 +215,17 @@ def plan_kinds(
             length = len(tokenizer(trained, add_special_tokens=False)["input_ids"])
             untrained.append(tokenizer.decode(tokenizer(plan, add_special_tokens=False)["input_ids"][:length]))
     return {
-        TRAINED: [plan for group in after for plan in group],
-        UNTRAINED: [plan for group in before for plan in group],
+        TRAINED: flat(after),
+        UNTRAINED: flat(before),
         CUT: untrained,
-        OTHERS: [plan for group in [*after[1:], after[0]] for plan in group],
-        OTHERS_BEFORE: [plan for group in [*before[1:], before[0]] for plan in group],
+        OTHERS: flat([*after[1:], after[0]]),
+        OTHERS_BEFORE: flat([*before[1:], before[0]]),
         SHUFFLED: words,
     }
+
+
+def flat(groups: Sequence[Sequence[str]]) -> list[str]:
+    return [one for group in groups for one in group]
 
 
 def chunks(items: Sequence, size: int) -> list[Sequence]:
@@ -305,7 +310,7 @@ def show(scores: dict, tuned: dict) -> None:
     for arm in dict.fromkeys(arm for arm, _ in scores):
         runs = [found for (name, _), found in scores.items() if name == arm]
         rows += [cells(f"{arm}: {kind}", [run[kind] for run in runs]) for kind in KINDS]
-        for when, plan, another in (("before", UNTRAINED, OTHERS_BEFORE), ("after", TRAINED, OTHERS)):
+        for when, (plan, another) in OWN.items():
             rows.append(cells(f"{arm}: the plan's own, {when}", [own(run, plan, another) for run in runs]))
     rows.append(cells(SFT, list(tuned.values())))
     columns = ["behind", "improvement, % (each seed)", *LEVELS, "words"]
@@ -339,7 +344,7 @@ def figure(scores: dict, tuned: dict):
         TRAINED: {"marker": "o", "color": "0.15"},
     }
     for (_, seed), found, row in zip(scores, scores.values(), rows, strict=True):
-        for plan, another in ((UNTRAINED, OTHERS_BEFORE), (TRAINED, OTHERS)):
+        for plan, another in OWN.values():
             ends = [found[another]["mean"], found[plan]["mean"]]
             axes.plot(ends, [row, row], color="0.75", linewidth=1, zorder=1)
         sft = tuned[seed]["mean"]

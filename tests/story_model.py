@@ -18,6 +18,11 @@ def rows():
     return json.loads(STORIES.read_text(encoding="utf-8"))
 
 
+def prompts():
+    """Beginnings of stories, of seven words each."""
+    return [" ".join(row["prompt"].split()[:7]) for row in rows()[:24]]
+
+
 def train(steps=100, length=64, rows_a_step=8):
     """(model in eval mode, tokenizer)"""
     texts = [row["prompt"] + row["completion"] for row in rows()]

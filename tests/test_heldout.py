@@ -1,17 +1,24 @@
-"""What is said of held-out completions: numbers by hand, and the KL beside a forward pass a token."""
+"""What is said of held-out completions: numbers by hand, and the KL and what another row's do by brute force."""
 
 import math
 from types import SimpleNamespace
 
 import brute_force
+import numpy as np
 import peft
 import pytest
+import story_model
 import toys
+from datasets import Dataset
 
+from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
 from ppl.errors import InputError
 from ppl.training.heldout import (
+    SWAPPED,
     HeldOut,
     HeldOutPrompts,
+    evaluate,
+    gained_by_any,
     kl_a_token,
     kl_by_text,
     kl_scorers,
@@ -92,3 +99,41 @@ def test_what_is_written_is_read_and_ids_stand_on_one_line(tmp_path):
     path.write_bytes(path.read_bytes()[:90])
     with pytest.raises(InputError, match=r"heldout.json: .*delete it to measure anew"):
         read_before(path, {"prompt": ["a"]}, {"seed": 1})
+
+
+def test_what_completions_of_the_next_row_do_for_a_rows_reference(story):
+    """Brute force: each reference behind its prompt and the next row's completion, against its prompt alone."""
+    model, tokenizer = story
+    prompts = story_model.prompts()
+    references = [f" They saw {number} foxes and went home." for number in range(len(prompts))]
+    columns = zip(prompts, references, strict=True)
+    rows = Dataset.from_list([{"prompt": prompt, "reference": one, "id": one} for prompt, one in columns])
+    options = {"num_generations": 2, "max_new_tokens": 8, "seed": 3}
+    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, target="reference", form="nats")
+    held_out = evaluate(model, tokenizer, [(reward_fn, 1.0)], rows, scorers=None, state=None, **options)
+    calculator = MultiLevelPPLCalculator(tokenizer)
+    gained: dict = {0: [], 1: []}
+    for index, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
+        alone = calculator.score_pairs(model, [(prompt, reference)])[0]
+        for shift, values in gained.items():
+            for text in held_out.completions[(index + shift) % len(prompts)]:
+                levels = calculator.score_pairs(model, [(prompt + text, reference)])[0]
+                values.append(100 * (1 - levels / alone).mean())
+    own = np.mean([held_out.scores[f"{level} improvement %"] for level in LEVELS])
+    assert own == pytest.approx(np.mean(gained[0]), abs=1e-3)
+    assert held_out.scores[SWAPPED] == pytest.approx(np.mean(gained[1]), abs=1e-3)
+    assert abs(own - held_out.scores[SWAPPED]) > 0.01
+    of_one = evaluate(model, tokenizer, [(reward_fn, 1.0)], rows.select([0]), scorers=None, state=None, **options)
+    assert SWAPPED not in of_one.scores  # there is no other row
+
+
+def test_a_gain_that_any_row_gives_is_named():
+    levels = [f"{level} improvement %" for level in LEVELS]
+    before = dict.fromkeys([*levels, SWAPPED], -3.0)
+    for own, swapped, named in ((16, 14, True), (16, 7, True), (16, 6, False), (-2, -2, False), (2, -3, False)):
+        after = dict.fromkeys(levels, float(own)) | {SWAPPED: float(swapped)}
+        warning = gained_by_any(before, after)
+        assert (warning is not None) == named, (own, swapped)
+        if warning:
+            assert f"gained {own + 3:.1f} points" in warning and f"and {swapped + 3:.1f} with those" in warning
+    assert gained_by_any({}, dict.fromkeys([*levels, SWAPPED], 9.0)) is None  # of a run begun before there was a score

@@ -19,7 +19,7 @@ from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRe
 from ppl.baselines.file import Baselines
 from ppl.sampling import end_tokens, prompt_ids, sample
 from ppl.scoring.tokens import Sampled, TextEncoder
-from ppl.training.heldout import SWAPPED, evaluate, gained_by_any, kl_scorers
+from ppl.training.heldout import evaluate, kl_scorers
 from ppl.training.rewards import other_beginning
 
 PROMPTS = ["Once upon a time", "The fox said: ", "They walked home together,"]
@@ -331,7 +331,7 @@ def test_a_tokenizer_without_a_pad_token_samples_as_well(model):
 # --- a model that has learned to write, with a SentencePiece tokenizer -----------------------------------------------
 
 
-STORY_PROMPTS = [" ".join(row["prompt"].split()[:7]) for row in story_model.rows()[:24]]
+STORY_PROMPTS = story_model.prompts()
 
 
 def test_a_trained_models_completions_are_not_glued_to_their_prompts(story):
@@ -352,43 +352,6 @@ def test_a_trained_models_completions_are_not_glued_to_their_prompts(story):
     glued = list(zip(STORY_PROMPTS, call["completions"], strict=True))
     of_restored, of_glued = (sum(total(reward_fn, pairs[row]) for row in lost) for pairs in (of_text, glued))
     assert of_glued - of_restored > 0.5 * len(lost)  # nats
-
-
-def test_what_completions_of_the_next_row_do_for_a_rows_reference(story):
-    """Brute force: each reference behind its prompt and the next row's completion, against its prompt alone."""
-    model, tokenizer = story
-    references = [f" They saw {number} foxes and went home." for number in range(len(STORY_PROMPTS))]
-    columns = zip(STORY_PROMPTS, references, strict=True)
-    rows = Dataset.from_list([{"prompt": prompt, "reference": one, "id": one} for prompt, one in columns])
-    options = {"num_generations": 2, "max_new_tokens": 8, "seed": 3}
-    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, target="reference", form="nats")
-    held_out = evaluate(model, tokenizer, [(reward_fn, 1.0)], rows, scorers=None, state=None, **options)
-    calculator = MultiLevelPPLCalculator(tokenizer)
-    gained: dict = {0: [], 1: []}
-    for index, (prompt, reference) in enumerate(zip(STORY_PROMPTS, references, strict=True)):
-        alone = calculator.score_pairs(model, [(prompt, reference)])[0]
-        for shift, values in gained.items():
-            for text in held_out.completions[(index + shift) % len(STORY_PROMPTS)]:
-                levels = calculator.score_pairs(model, [(prompt + text, reference)])[0]
-                values.append(100 * (1 - levels / alone).mean())
-    own = np.mean([held_out.scores[f"{level} improvement %"] for level in LEVELS])
-    assert own == pytest.approx(np.mean(gained[0]), abs=1e-3)
-    assert held_out.scores[SWAPPED] == pytest.approx(np.mean(gained[1]), abs=1e-3)
-    assert abs(own - held_out.scores[SWAPPED]) > 0.01
-    of_one = evaluate(model, tokenizer, [(reward_fn, 1.0)], rows.select([0]), scorers=None, state=None, **options)
-    assert SWAPPED not in of_one.scores  # there is no other row
-
-
-def test_a_gain_that_any_row_gives_is_named():
-    levels = [f"{level} improvement %" for level in LEVELS]
-    before = dict.fromkeys([*levels, SWAPPED], -3.0)
-    for own, swapped, named in ((16, 14, True), (16, 7, True), (16, 6, False), (-2, -2, False), (2, -3, False)):
-        after = dict.fromkeys(levels, float(own)) | {SWAPPED: float(swapped)}
-        warning = gained_by_any(before, after)
-        assert (warning is not None) == named, (own, swapped)
-        if warning:
-            assert f"gained {own + 3:.1f} points" in warning and f"and {swapped + 3:.1f} with those" in warning
-    assert gained_by_any({}, dict.fromkeys([*levels, SWAPPED], 9.0)) is None  # of a run begun before there was a score
 
 
 def test_held_out_numbers_and_own_baselines_are_those_of_the_sampling(story, tmp_path):

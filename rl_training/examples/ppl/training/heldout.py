@@ -212,7 +212,7 @@ def gained_by_any(before: Mapping[str, float], after: Mapping[str, float]) -> st
     return (
         f"ANY ROW: references gained {own:.1f} points with their own completions and {swapped:.1f} with those of other "
         "rows: most of what was learned is a manner of writing, whatever it says. Read the completions. --beta 0.1 "
-        "keeps them readable, but nothing that was tried has made them say more: see the guide's evidence."
+        "keeps them near their start; nothing that was tried has made them say more: see the guide's evidence."
     )
 
 
