@@ -60,13 +60,18 @@ def common_share(texts: Sequence[str], commonest: Collection[str]) -> float:
 
 def plain(prompt: Text, completion: str, form: str) -> tuple[str, str]:
     """What a model without chats is given: of a chat the text that was put into `form`, as for `--prompt_template`, and
-    the completion with the space that a turn of its own does without. Strings are what they are.
+    the completion with the space that a turn of its own does without. An assistant's message that the completion goes
+    on with, and strings, are what they are.
 
     >>> plain([{"role": "user", "content": "Go on: The fox ran."}], "It fell.", "Go on: {prompt}")
     ('The fox ran.', ' It fell.')
+    >>> plain([{"role": "user", "content": "Go on."}, {"role": "assistant", "content": "The fox"}], " ran.", "{prompt}")
+    ('The fox', ' ran.')
     """
     if isinstance(prompt, str):
         return prompt, completion
+    if prompt[-1]["role"] == "assistant":
+        return message_text(prompt[-1:]), completion
     before, _, after = form.partition("{prompt}")
     return message_text(prompt).removeprefix(before).removesuffix(after), " " + completion.lstrip()
 

@@ -28,8 +28,10 @@ from common import (
     print_table,
     quiet_axes,
     run_folder,
+    text_rows,
     write_figure,
     write_json,
+    write_rows,
 )
 from measures import common_share, commonest_words, copied, judged, plain
 
@@ -60,6 +62,7 @@ ARMS = {
     "nested, nats, per level": "--aggregation nested --reward_form nats --per_level",
 }
 CHAT = "Here is the beginning of a story.\n\n{prompt}\n\nGo on with the story."
+ASKED = "Tell me a story."
 QUICK = {"seeds": [0], "max_steps": 2}
 QUICK_FLAGS = "--max_samples 20 --heldout_samples 4 --max_new_tokens 12"
 QUICK_BASELINES = "--num_samples 20 --generate 2 --max_new_tokens 12"
@@ -77,8 +80,16 @@ def parse_args(
     parser.add_argument("--model_name", default="tiny-stories", help="as for the training script")
     parser.add_argument("--dataset_name", default="tiny-stories", help="as for the training script")
     parser.add_argument("--judge_model", nargs="+", default=[], help="other models, which score what each arm wrote")
-    parser.add_argument(
+    chats = parser.add_mutually_exclusive_group()
+    chats.add_argument(
         "--chat", nargs="?", const=CHAT, metavar="FORM", help=f"prompts as a chat message of this form ({CHAT!r})"
+    )
+    chats.add_argument(
+        "--begun",
+        nargs="?",
+        const=ASKED,
+        metavar="TEXT",
+        help=f"prompts as what an assistant has said so far, whom a user asked this ({ASKED!r})",
     )
     parser.add_argument(
         "--flags", default="", metavar="'FLAGS'", help="for every run, after those of the demo: '--learning_rate 1e-3'"
@@ -103,7 +114,10 @@ def trained_and_measured(args: argparse.Namespace) -> tuple[dict, Callable[[list
     """Run what is to be run, and measure; (the numbers, which also are in a file, and `measuring`'s function)."""
     output = Path(args.output_dir).resolve()
     output.mkdir(parents=True, exist_ok=True)
-    common = ["--model_name", resolved(args.model_name), "--dataset_name", resolved(args.dataset_name)]
+    dataset = resolved(args.dataset_name)
+    if args.begun:
+        dataset = str(write_rows(output / "rows.jsonl", begun_chats(args)))
+    common = ["--model_name", resolved(args.model_name), "--dataset_name", dataset]
     if args.chat:
         common += ["--chat", "--prompt_template", args.chat]
     runs = {}
@@ -121,7 +135,7 @@ def trained_and_measured(args: argparse.Namespace) -> tuple[dict, Callable[[list
     heldout = {run: json.loads((folder / "heldout.json").read_text("utf-8")) for run, (folder, _) in runs.items()}
     measured = measuring(args)
     scores = common_scores(measured, heldout)
-    settings = ("model_name", "dataset_name", "chat", "judge_model", "seeds", "max_steps", "flags")
+    settings = ("model_name", "dataset_name", "chat", "begun", "judge_model", "seeds", "max_steps", "flags")
     numbers = {
         "settings": {name: getattr(args, name) for name in settings},
         "arms": {
@@ -137,6 +151,13 @@ def trained_and_measured(args: argparse.Namespace) -> tuple[dict, Callable[[list
     show(numbers)
     print(f"Numbers: {numbers_file}\nPicture: {picture}")
     return numbers, measured
+
+
+def begun_chats(args: argparse.Namespace) -> list[dict]:
+    """The rows of the data set, their prompts as chats whose last message is the assistant's and goes on."""
+    asked = {"role": "user", "content": args.begun}
+    rows = text_rows(args.dataset_name)
+    return [{**row, "prompt": [asked, {"role": "assistant", "content": row["prompt"]}]} for row in rows]
 
 
 def resolved(name: str) -> str:
