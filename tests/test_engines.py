@@ -219,6 +219,14 @@ def test_verl_finds_baselines_by_the_rows_id(configure, tmp_path):
     assert scores == [pytest.approx(1.0 if text else 0.0, abs=1e-6) for text in COMPLETIONS]
 
 
+def test_verl_does_not_go_on_with_a_begun_answer(configure):
+    """Its chat template opens another one behind it: https://github.com/verl-project/verl/issues/656."""
+    configure(target="reference")
+    begun = [{"role": "user", "content": "The fox?"}, {"role": "assistant", "content": "It"}]
+    with pytest.raises(InputError, match=r"ends with an assistant's message, 'It', and verl .*: end prompts with a u"):
+        by_path("custom_module", True).compute_score("verl", " is.", "It is.", {"prompt": begun})
+
+
 def test_verl_may_give_the_prompt_as_chat_messages_in_an_array(configure, tmp_path):
     configure(target="reference")
     module = by_path("custom_module", True)

@@ -5,6 +5,7 @@ import math
 
 import brute_force
 import pytest
+import torch
 import toys
 from datasets import Dataset
 
@@ -31,6 +32,7 @@ USER = {"role": "user", "content": "Tell me about the fox."}
 CALL = {"type": "function", "function": {"name": "look", "arguments": "{}"}}
 ASKED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 TOLD = {"role": "tool", "content": "It is red."}
+BEGUN = [USER, {"role": "assistant", "content": "It is"}]
 TEMPLATE = (
     "{% if tools %}<tools {{ tools | length }}>{% endif %}"
     "{% for m in messages %}<|{{ m.role }}|>{{ 'CALLS' if m.tool_calls is defined else m.content }}\n{% endfor %}"
@@ -257,9 +259,8 @@ def test_only_what_the_assistant_said_is_scored_behind_all_that_stood_before(cha
 
 
 def test_a_prompt_that_begins_the_answer_is_gone_on_with(chat):
-    begun = [USER, {"role": "assistant", "content": "It is"}]
     said = [{"role": "assistant", "content": " so:"}, TOLD, {"role": "assistant", "content": "Red."}]
-    first, second = completion_turns(begun, said, chat)
+    first, second = completion_turns(BEGUN, said, chat)
     assert first == ("<|user|>Tell me about the fox.\n<|assistant|>It is", " so:")
     assert second[0].startswith("<|user|>Tell me about the fox.\n<|assistant|>It is so:\n<|tool|>")
 
@@ -297,37 +298,85 @@ def test_the_reward_scores_the_turns_and_says_the_text(model, chat):
 
     class Lengths(MultiLevelPPLRewardFunction):
         def compute_rewards(self, texts, **kwargs):
-            import torch
-
             return torch.tensor([float(len(text)) for text in texts])
 
     assert Lengths(model, chat)([[USER]], [SAID]) == [len("Let me look, wait.\nIt is red.\nThe fox ran home.")]
 
 
-def test_the_policy_reads_what_the_scorer_reads(model, chat, tmp_path):
-    """GRPOTrainer opens a new turn behind a prompt that began the answer, and passes on the keys that a table added."""
+def grpo(kind, tmp_path, prompts, reward_fn, **options):
     from trl import GRPOConfig
 
+    config = GRPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=2, num_generations=2,
+        report_to="none", max_steps=1, max_completion_length=4,
+    )  # fmt: skip
+    tokenizer = toys.byte_level()
+    tokenizer.chat_template = TEMPLATE
+    rows = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+    return kind(
+        model=toys.llama(), args=config, reward_funcs=[reward_fn], train_dataset=rows, processing_class=tokenizer,
+        **options,
+    )  # fmt: skip
+
+
+def test_the_policy_reads_what_the_scorer_reads(model, chat, tmp_path):
+    """GRPOTrainer opens a new turn behind a prompt that began the answer, and passes on the keys that a table added."""
     from ppl.training.trainer import ResumableGRPOTrainer
 
     options = {"chat_template_kwargs": {"enable_thinking": False}, "tools": [CALL]}
     reward_fn = MultiLevelPPLRewardFunction(model, chat, **options)
-    prompts = [[USER], [USER, ASKED, TOLD], [USER, {"role": "assistant", "content": "It is"}]]
-    rows = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
-    config = GRPOConfig(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=2, num_generations=2,
-        report_to="none",
-    )  # fmt: skip
-    tokenizer = toys.byte_level()
-    tokenizer.chat_template = TEMPLATE
-    trainer = ResumableGRPOTrainer(
-        model=toys.llama(), args=config, reward_funcs=[reward_fn], train_dataset=rows, processing_class=tokenizer,
-        chat=options,
-    )  # fmt: skip
+    trainer = grpo(ResumableGRPOTrainer, tmp_path, [[USER], [USER, ASKED, TOLD], BEGUN], reward_fn, chat=options)
+    rows = trainer.train_dataset
     ids, _, _ = trainer._tokenize_prompts(list(rows["prompt"]))
     read = [reward_fn.calculator.render(prompt) for prompt in rows["prompt"]]
     assert [chat.decode(one) for one in ids] == read
     assert read[0].endswith("<think></think>") and read[2].endswith("It is")
+
+
+def test_a_begun_answer_is_refused_where_the_policy_does_not_go_on_with_it(model, chat, tmp_path):
+    from trl import GRPOTrainer
+
+    trainer = grpo(GRPOTrainer, tmp_path, [BEGUN], MultiLevelPPLRewardFunction(model, chat))
+    [[ids], _, _] = trainer._tokenize_prompts([BEGUN])
+    assert chat.decode(ids).endswith("It is\n<|assistant|>")  # once it no longer does, nothing is to be refused
+    with pytest.raises(InputError, match=r"prompt 0 ends with an assistant's message, 'It is'.*ResumableGRPOTr"):
+        trainer.train()
+
+
+def rolled_out(prompts, trainer):
+    """Other ids of the prompts than the trainer makes, as a rollout of one's own may give the policy."""
+    tokenizer = trainer.processing_class
+    given = [tokenizer(f"Number {index}: ")["input_ids"] for index in range(len(prompts))]
+    written = [tokenizer(text)["input_ids"] for text in (" so", " red")]
+    return {"prompt_ids": given, "completion_ids": written, "logprobs": [[-1.0] * len(ids) for ids in written]}
+
+
+@pytest.mark.parametrize("rollout", [None, rolled_out])
+def test_what_is_scored_stands_behind_the_ids_that_the_policy_was_given(chat, tmp_path, rollout):
+    from ppl.training.trainer import ResumableGRPOTrainer
+
+    class Kept(MultiLevelPPLRewardFunction):
+        def __call__(self, prompts, completions, **columns):
+            rewards = super().__call__(prompts, completions, **columns)
+            # The product of nested levels is the perplexity of the whole text.
+            whole = math.prod(self._last.details["ppls"][level] for level in LEVELS)
+            scored.append((columns, whole.tolist()))
+            return rewards
+
+    scored, model = [], toys.llama()
+    reward_fn = Kept(model, chat, aggregation="nested")
+    trainer = grpo(ResumableGRPOTrainer, tmp_path, [BEGUN], reward_fn, rollout_func=rollout)
+    trainer.train()
+    [(columns, perplexities)] = scored
+    given = [chat.decode(ids) for ids in columns["prompt_ids"]]
+    opened = "<|user|>Tell me about the fox.\n<|assistant|>"
+    assert given == (["Number 0: ", "Number 1: "] if rollout else [f"{opened}It is"] * 2)
+    for before, ids, perplexity in zip(columns["prompt_ids"], columns["completion_ids"], perplexities, strict=True):
+        ids = [one for one in ids if one != chat.eos_token_id]
+        logs = torch.log_softmax(model(torch.tensor([before + ids])).logits[0].double(), -1)
+        places = range(len(before) - 1, len(before) + len(ids) - 1)
+        by_hand = -sum(logs[place, one].item() for place, one in zip(places, ids, strict=True)) / len(ids)
+        assert math.log(perplexity) == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_sampling_renders_as_the_scorer_does(model, chat, monkeypatch):

@@ -19,6 +19,7 @@ import torch
 # Loaded by its path, this file belongs to no package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from ppl.chat import refuse_begun
 from ppl.data import Text, message_text, stable_id
 from ppl.definitions import LEVELS
 from ppl.errors import InputError
@@ -86,6 +87,7 @@ def compute_score(data_source, solution_str: str, ground_truth, extra_info=None,
             "extra_info has no 'prompt', which a perplexity needs: put the row's prompt there in the data set"
         )
     prompt = info["prompt"] if isinstance(info["prompt"], str) else list(info["prompt"])
+    refuse_begun([prompt], "verl")
     return _score([_Row(solution_str, prompt, ground_truth, info.get("id"))])[0]
 
 

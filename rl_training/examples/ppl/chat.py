@@ -39,6 +39,18 @@ def render_prompt(
     return _through_template(prompt, tokenizer, continued, chat_template_kwargs, tools)
 
 
+def refuse_begun(prompts: Sequence[Text | None], trainer: str, remedy: str = "") -> None:
+    """Raises `InputError` for a prompt that ends with an assistant's message, for a trainer that begins another one
+    behind it: here it is gone on with (`render_prompt`), and a completion would be scored behind another text than it
+    was written behind. remedy: before the one that there always is."""
+    for index, prompt in enumerate(prompts):
+        if prompt is not None and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+            raise InputError(
+                f"prompt {index} ends with an assistant's message, {message_text(prompt[-1:])!r:.40}, and {trainer} "
+                f"has the policy begin another one behind it: {remedy}end prompts with a user's message"
+            )
+
+
 def completion_turns(
     prompt: Text | None,
     completion: Text,

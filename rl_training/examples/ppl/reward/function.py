@@ -14,7 +14,7 @@ from accelerate.utils import extract_model_from_parallel
 
 from ..baselines.file import Baselines
 from ..baselines.mismatch import check_meta
-from ..chat import Turn, Turns, chat_identity
+from ..chat import Turn, Turns, chat_identity, refuse_begun
 from ..data import Text, message_text
 from ..definitions import (
     DEFAULT_REFERENCE_TOKENS,
@@ -182,7 +182,9 @@ class MultiLevelPPLRewardFunction:
         """One reward a completion, None for a skipped row: TRL's calling convention.
 
         columns: the data set's own, as lists (`id`, `reference`, `baseline_word`, ...), and TRL's `completion_ids` and
-        `log_metric`. Where prompts were cut before the policy got them, `prompt_ids` are what it got.
+        `log_metric`. Where the policy got other ids than those that `prompts` make here, `prompt_ids` are what it got.
+        Raises `InputError` for a prompt that ends with an assistant's message if GRPOTrainer itself calls, which does
+        not have the policy go on with it, as `ppl.training.trainer.ResumableGRPOTrainer` does.
         """
         rewards, seconds = self._timed(prompts, completions, columns)
         skipped = self._last.skipped.tolist() if self._last else [False] * len(completions)
@@ -228,6 +230,8 @@ class MultiLevelPPLRewardFunction:
 
     def _timed(self, prompts, completions, columns: Mapping) -> tuple[list[float], float]:
         """(what `compute_rewards` gives for TRL's columns, seconds it took)"""
+        if "trainer_state" in columns and "prompt_ids" not in columns:
+            refuse_begun(prompts, "GRPOTrainer", "train with ppl.training.trainer.ResumableGRPOTrainer, or ")
         texts = [message_text(completion) for completion in completions]
         arguments = {
             "prompts": prompts,

@@ -10,8 +10,9 @@ from ..sampling import prompt_ids
 
 
 class ResumableGRPOTrainer(GRPOTrainer):
-    """Five differences: prompts are read as the scorer reads them, adapters keep their precision, an epoch's order
-    follows from its number, all is loaded again, the model card says what the run was.
+    """Six differences: prompts are read as the scorer reads them, reward functions get the `prompt_ids` that the policy
+    was given, adapters keep their precision, an epoch's order follows from its number, all is loaded again, the model
+    card says what the run was.
 
     chat: what the chat template is given, keywords of `ppl.chat.render_prompt`. card: called with the trainer's state
     when TRL has written README.md into the output folder.
@@ -36,6 +37,15 @@ class ResumableGRPOTrainer(GRPOTrainer):
         if isinstance(prompts[0], str) or self.environment_factories is not None:
             return super()._tokenize_prompts(prompts)
         return prompt_ids(prompts, self.processing_class, **self.chat), None, {}
+
+    def _generate(self, prompts: list):
+        generated = super()._generate(prompts)
+        self._given_ids = generated[0]  # also where a `rollout_func` makes other ones of the prompts
+        return generated
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        inputs = [{**row, "prompt_ids": list(ids)} for row, ids in zip(inputs, self._given_ids, strict=True)]
+        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     def create_model_card(self, *args, **kwargs) -> None:
         super().create_model_card(*args, **kwargs)
