@@ -183,8 +183,7 @@ class MultiLevelPPLRewardFunction:
 
         columns: the data set's own, as lists (`id`, `reference`, `baseline_word`, ...), and TRL's `completion_ids` and
         `log_metric`. Where the policy got other ids than those that `prompts` make here, `prompt_ids` are what it got.
-        Raises `InputError` for a prompt that ends with an assistant's message if GRPOTrainer itself calls, which does
-        not have the policy go on with it, as `ppl.training.trainer.ResumableGRPOTrainer` does.
+        Raises `InputError` for a prompt that has begun the answer if GRPOTrainer itself calls: see `refuse_begun`.
         """
         rewards, seconds = self._timed(prompts, completions, columns)
         skipped = self._last.skipped.tolist() if self._last else [False] * len(completions)
