@@ -333,15 +333,17 @@ def test_what_training_does_stands_beside_a_lower_temperature(tmp_path):
 
 
 @pytest.mark.slow
-def test_stories_through_a_chat_are_scored_in_it_and_judged_without_it(tmp_path, with_chats, damage):
+@pytest.mark.parametrize("flag", ["--chat", "--begun"])
+def test_stories_through_a_chat_are_scored_in_it_and_judged_without_it(tmp_path, with_chats, damage, flag):
+    """The beginning of a story stands in the user's message, or is what the assistant has said so far."""
     from measures import judged
 
     from ppl.models import load_model
     from ppl.scoring.calculator import MultiLevelPPLCalculator
 
-    form = "Go on, please: {prompt}"
+    said = {"--chat": "Go on, please: {prompt}", "--begun": "A story, please."}[flag]
     judge = ["--judge_model", "tiny-stories"]
-    run("completion.py", "--quick", *with_chats, *judge, "--chat", form, "--output_dir", tmp_path / "out")
+    run("completion.py", "--quick", *with_chats, *judge, flag, said, "--output_dir", tmp_path / "out")
     made = json.loads((tmp_path / "out" / "completion.json").read_text())
     before = made["arms"]["geometric"]["seeds"]["0"]["before"]
     heldout = json.loads((tmp_path / "out" / "geometric" / "seed_0" / "heldout.json").read_text())["before"]
@@ -350,19 +352,24 @@ def test_stories_through_a_chat_are_scored_in_it_and_judged_without_it(tmp_path,
         for prompt, group in zip(heldout["prompts"], heldout["completions"], strict=True)
         for text in group
     ]
-    assert all(prompt[0]["content"].startswith("Go on, please: A") for prompt, _ in pairs)
-    stories = [prompt[0]["content"].removeprefix("Go on, please: ") for prompt, _ in pairs]
-    expected = judged(*load_model("tiny-stories")[:2], stories, [f" {text.lstrip()}" for _, text in pairs])
+    if flag == "--chat":
+        assert all(prompt[0]["content"].startswith("Go on, please: A") for prompt, _ in pairs)
+        stories = [prompt[0]["content"].removeprefix("Go on, please: ") for prompt, _ in pairs]
+        texts = [f" {text.lstrip()}" for _, text in pairs]
+    else:
+        assert all(prompt[0] == {"role": "user", "content": said} for prompt, _ in pairs)
+        stories, texts = [prompt[1]["content"] for prompt, _ in pairs], [text for _, text in pairs]
+        assert all(re.fullmatch(r"An? \w+ sat on the mill\.", story) for story in stories)
+    expected = judged(*load_model("tiny-stories")[:2], stories, texts)
     assert {level: before[f"judge tiny-stories: {level}"] for level in expected} == pytest.approx(expected)
 
     model, tokenizer, _ = load_model(str(tmp_path / "model"))
-    rendered = [
-        tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt, _ in pairs
-    ]
+    ends = {"add_generation_prompt": True} if flag == "--chat" else {"continue_final_message": True}
+    rendered = [tokenizer.apply_chat_template(prompt, tokenize=False, **ends) for prompt, _ in pairs]
     words = MultiLevelPPLCalculator(tokenizer).compute_all_levels(model, [text for _, text in pairs], rendered)["word"]
     assert before["word"] == pytest.approx(math.exp(words.log().nanmean()), rel=1e-4)
-    meta = json.loads((tmp_path / "out" / "baselines-geometric.json.meta.json").read_text())
-    assert form in json.dumps(meta)
+    if flag == "--chat":
+        assert said in json.dumps(json.loads((tmp_path / "out" / "baselines-geometric.json.meta.json").read_text()))
 
 
 def test_the_picture_has_each_seed_where_its_numbers_are(damage):
