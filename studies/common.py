@@ -28,23 +28,6 @@ def run_folder(output: Path, arm: str, seed: int) -> Path:
     return output / re.sub(r"\W+", "_", arm) / f"seed_{seed}"
 
 
-def text_rows(dataset_name: str) -> list[dict[str, str]]:
-    """`{"id", "prompt", "reference"}` of a data set as the scripts read it; "" where there is no reference."""
-    from ppl.data import PromptForm, find_columns, load_split, message_text, prepare_rows
-
-    dataset = load_split(dataset_name)
-    rows = prepare_rows(dataset, find_columns(dataset.column_names, None, None, None, False), PromptForm())
-    return [{"id": row["id"], **{key: message_text(row[key]) for key in ("prompt", "reference")}} for row in rows]
-
-
-def write_rows(path: Path, rows: Iterable[dict]) -> Path:
-    """The rows as a data set that the scripts read."""
-    from ppl.files import write_text
-
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return path
-
-
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """The first column to the left, the others to the right; in a file or a pipe the table is Markdown."""
     from rich import box

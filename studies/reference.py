@@ -17,17 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import (
-    add_run_flags,
-    new_figure,
-    print_table,
-    quiet_axes,
-    run_folder,
-    text_rows,
-    write_figure,
-    write_json,
-    write_rows,
-)
+from common import add_run_flags, new_figure, print_table, quiet_axes, run_folder, write_figure, write_json
 from training import finished, resolved, train
 
 from ppl import cli
@@ -84,7 +74,7 @@ def main(argv=None) -> int:
 def study(args: argparse.Namespace) -> int:
     output = Path(args.output_dir).resolve()
     output.mkdir(parents=True, exist_ok=True)
-    data = write_rows(output / "rows.jsonl", continuations(args))
+    data = write_rows(args, output)
     scores, tuned = {}, {}
     for seed in args.seeds:
         for arm in args.arms:
@@ -105,15 +95,24 @@ def study(args: argparse.Namespace) -> int:
     return 0
 
 
-def continuations(args: argparse.Namespace) -> list[dict]:
-    """The rows of the data set, of whose continuations the first few sentences are left."""
+def write_rows(args: argparse.Namespace, output: Path) -> Path:
+    """The data set with continuations of the first few sentences, as a file that the scripts read."""
+    from ppl.data import PromptForm, find_columns, load_split, message_text, prepare_rows
+    from ppl.files import write_text
     from ppl.sentences import split_sentences
 
-    rows = text_rows(args.dataset_name)
-    if not any(row["reference"] for row in rows):
+    dataset = load_split(args.dataset_name)
+    columns = find_columns(dataset.column_names, None, None, None, False)
+    if columns.reference is None:
         raise InputError(f"data set {args.dataset_name!r} has no references: the study scores continuations")
-    rows = [{**row, "reference": split_sentences(row["reference"], args.sentences, "en")[0].strip()} for row in rows]
-    return [row for row in rows if row["reference"]]
+    path = output / "rows.jsonl"
+    rows = []
+    for row in prepare_rows(dataset, columns, PromptForm()):
+        reference = split_sentences(message_text(row["reference"]), args.sentences, "en")[0].strip()
+        if reference:
+            rows.append({"id": row["id"], "prompt": message_text(row["prompt"]), "reference": reference})
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

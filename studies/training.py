@@ -28,10 +28,8 @@ from common import (
     print_table,
     quiet_axes,
     run_folder,
-    text_rows,
     write_figure,
     write_json,
-    write_rows,
 )
 from measures import common_share, commonest_words, copied, judged, plain
 
@@ -62,7 +60,7 @@ ARMS = {
     "nested, nats, per level": "--aggregation nested --reward_form nats --per_level",
 }
 CHAT = "Here is the beginning of a story.\n\n{prompt}\n\nGo on with the story."
-ASKED = "Tell me a story."
+USER = "Tell me a story."
 QUICK = {"seeds": [0], "max_steps": 2}
 QUICK_FLAGS = "--max_samples 20 --heldout_samples 4 --max_new_tokens 12"
 QUICK_BASELINES = "--num_samples 20 --generate 2 --max_new_tokens 12"
@@ -87,9 +85,9 @@ def parse_args(
     chats.add_argument(
         "--begun",
         nargs="?",
-        const=ASKED,
+        const=USER,
         metavar="TEXT",
-        help=f"prompts as what an assistant has said so far, whom a user asked this ({ASKED!r})",
+        help=f"prompts as what an assistant has said so far, whom a user asked this ({USER!r})",
     )
     parser.add_argument(
         "--flags", default="", metavar="'FLAGS'", help="for every run, after those of the demo: '--learning_rate 1e-3'"
@@ -114,12 +112,11 @@ def trained_and_measured(args: argparse.Namespace) -> tuple[dict, Callable[[list
     """Run what is to be run, and measure; (the numbers, which also are in a file, and `measuring`'s function)."""
     output = Path(args.output_dir).resolve()
     output.mkdir(parents=True, exist_ok=True)
-    dataset = resolved(args.dataset_name)
-    if args.begun:
-        dataset = str(write_rows(output / "rows.jsonl", begun_chats(args)))
-    common = ["--model_name", resolved(args.model_name), "--dataset_name", dataset]
+    common = ["--model_name", resolved(args.model_name), "--dataset_name", resolved(args.dataset_name)]
     if args.chat:
         common += ["--chat", "--prompt_template", args.chat]
+    if args.begun:
+        common += ["--chat", "--user_prompt", args.begun]
     runs = {}
     for arm in args.arms:
         words = f"{args.demo} {args.arm_flags[arm]} {args.flags}".split()
@@ -151,13 +148,6 @@ def trained_and_measured(args: argparse.Namespace) -> tuple[dict, Callable[[list
     show(numbers)
     print(f"Numbers: {numbers_file}\nPicture: {picture}")
     return numbers, measured
-
-
-def begun_chats(args: argparse.Namespace) -> list[dict]:
-    """The rows of the data set, their prompts as chats whose last message is the assistant's and goes on."""
-    asked = {"role": "user", "content": args.begun}
-    rows = text_rows(args.dataset_name)
-    return [{**row, "prompt": [asked, {"role": "assistant", "content": row["prompt"]}]} for row in rows]
 
 
 def resolved(name: str) -> str:

@@ -463,6 +463,7 @@ def test_the_same_is_accepted():
         ("prompt.prompt_template", "Go on: {prompt}", {"prompt_template": "Go on: {prompt}"}),
         ("prompt.chat", True, {"chat": True}),
         ("prompt.prompt_sentences", 2, {"prompt_sentences": 2}),
+        ("prompt.user_prompt", "A story?", {"user_prompt": "A story?"}),
         (
             "prompt.chat_template_kwargs",
             {"enable_thinking": False},

@@ -185,6 +185,16 @@ def test_prompts_are_made_as_in_training(toy):
     assert found[rows["id"][0]] == pytest.approx(list(expected.values()), rel=1e-4)
     assert {**form.identity, "chat_template_kwargs": {}}.items() <= found.meta["prompt"].items()
 
+    # Or the prompt has begun the answer.
+    flags = ["--prompt_sentences", 1, "--chat", "--user_prompt", "A story?"]
+    assert run("--model_name", toy, "--dataset_name", "rows.jsonl", *flags, "--output_path", "begun.pkl") == 0
+    messages = [{"role": "user", "content": "A story?"}, {"role": "assistant", "content": "The fox was small."}]
+    context = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    expected = brute_force.all_levels(model, tokenizer, " It ran home. The end.", context, window=200)
+    form = PromptForm(chat=True, prompt_sentences=1, user_prompt="A story?")
+    rows = prepare_rows(load_split("rows.jsonl"), Columns("text", None, None), form)
+    assert Baselines.load("begun.pkl")[rows["id"][0]] == pytest.approx(list(expected.values()), rel=1e-4)
+
     # The prompts of strings go through no template.
     assert run("--model_name", toy, "--dataset_name", "rows.jsonl", "--output_path", "text.pkl") == 0
     assert Baselines.load("text.pkl").meta["prompt"] == PromptForm().identity

@@ -65,6 +65,15 @@ TEXT = "A fox ran. It fell!\nIt slept. The end."
             [{"role": "system", "content": "You tell stories."}, {"role": "user", "content": "Go on: The fox"}],
             " ran.",
         ),
+        (
+            PromptForm("Sure: {prompt}", chat=True, system_prompt="You tell stories.", user_prompt="Tell one."),
+            [
+                {"role": "system", "content": "You tell stories."},
+                {"role": "user", "content": "Tell one."},
+                {"role": "assistant", "content": "Sure: The fox"},
+            ],
+            " ran.",
+        ),
     ],
 )
 def test_what_is_made_of_a_prompt(form, prompt, reference):
@@ -90,7 +99,8 @@ def test_the_first_sentences_are_the_prompt_and_the_rest_the_reference(count, pr
         (PromptForm("{prompt} {prompt}"), "once"),
         (PromptForm("{text}"), "expected {prompt}"),
         (PromptForm("{prompt"), "a brace that is text is written twice"),
-        (PromptForm(system_prompt="Tell."), "it needs --chat"),
+        (PromptForm(system_prompt="Tell."), "--system_prompt is a message of a chat: it needs --chat"),
+        (PromptForm(user_prompt="Tell."), "--user_prompt is a message of a chat: it needs --chat"),
     ],
 )
 def test_a_form_that_makes_no_sense_is_refused(form, words):

@@ -368,8 +368,7 @@ def test_stories_through_a_chat_are_scored_in_it_and_judged_without_it(tmp_path,
     rendered = [tokenizer.apply_chat_template(prompt, tokenize=False, **ends) for prompt, _ in pairs]
     words = MultiLevelPPLCalculator(tokenizer).compute_all_levels(model, [text for _, text in pairs], rendered)["word"]
     assert before["word"] == pytest.approx(math.exp(words.log().nanmean()), rel=1e-4)
-    if flag == "--chat":
-        assert said in json.dumps(json.loads((tmp_path / "out" / "baselines-geometric.json.meta.json").read_text()))
+    assert said in json.dumps(json.loads((tmp_path / "out" / "baselines-geometric.json.meta.json").read_text()))
 
 
 def test_the_picture_has_each_seed_where_its_numbers_are(damage):

@@ -106,6 +106,10 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
         "--chat", action="store_true", help="send the prompt as a user's message through the chat template"
     )
     group.add_argument("--system_prompt", metavar="TEXT", help="with --chat, the system's message before it")
+    group.add_argument(
+        "--user_prompt", metavar="TEXT",
+        help="with --chat, the user's message; the prompt then begins the assistant's, which is gone on with",
+    )  # fmt: skip
     group.add_argument("--chat_template_path", metavar="FILE", help="chat template in Jinja (default: the tokenizer's)")
     group.add_argument(
         "--chat_template_kwargs", type=_json_object, metavar="JSON",

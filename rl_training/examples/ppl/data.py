@@ -88,10 +88,13 @@ class PromptForm(NamedTuple):
     """What is made of the texts of a data set: see the flags of `ppl.cli.add_prompt_flags`.
 
     prompt_template: holds `{prompt}` once. chat: the prompt becomes a user's message, after system_prompt if there is
-    one. prompt_sentences: the prompt is the first so many sentences of its column, the reference is the rest.
+    one; or, after user_prompt, what the assistant has said so far. prompt_sentences: the prompt is the first so many
+    sentences of its column, the reference is the rest.
 
     >>> PromptForm("Continue: {prompt}", chat=True).prompt_and_reference("The fox", " ran.")
     ([{'role': 'user', 'content': 'Continue: The fox'}], ' ran.')
+    >>> PromptForm(chat=True, user_prompt="A story?").prompt_and_reference("The fox", " ran.")
+    ([{'role': 'user', 'content': 'A story?'}, {'role': 'assistant', 'content': 'The fox'}], ' ran.')
     >>> PromptForm(prompt_sentences=1).prompt_and_reference("A fox ran. It fell. It slept.", "")
     ('A fox ran.', ' It fell. It slept.')
     """
@@ -101,6 +104,7 @@ class PromptForm(NamedTuple):
     system_prompt: str | None = None
     prompt_sentences: int | None = None
     language: str = DEFAULT_LANGUAGE  # that sentences are split by
+    user_prompt: str | None = None
 
     @property
     def identity(self) -> dict:
@@ -118,8 +122,9 @@ class PromptForm(NamedTuple):
         fields = [name + (conversion or "") + (form or "") for _, name, form, conversion in parts if name is not None]
         if fields != ["prompt"]:
             raise InputError(f"--prompt_template is {self.prompt_template!r}, expected {{prompt}} in it, once")
-        if self.system_prompt is not None and not self.chat:
-            raise InputError("--system_prompt stands before a user's message: it needs --chat")
+        for name in ("system_prompt", "user_prompt"):
+            if getattr(self, name) is not None and not self.chat:
+                raise InputError(f"--{name} is a message of a chat: it needs --chat")
 
     def prompt_and_reference(self, prompt: Text, reference: Text) -> tuple[Text, Text]:
         """Raises `InputError` for chat messages where a string is needed. A blank prompt stays blank."""
@@ -133,8 +138,9 @@ class PromptForm(NamedTuple):
             prompt, reference = split_sentences(prompt, self.prompt_sentences, self.language)
         prompt = self.prompt_template.format(prompt=prompt)
         if self.chat:
-            system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
-            prompt = [*system, {"role": "user", "content": prompt}]
+            said = [("system", self.system_prompt), ("user", self.user_prompt)]
+            before = [{"role": role, "content": text} for role, text in said if text is not None]
+            prompt = [*before, {"role": "user" if self.user_prompt is None else "assistant", "content": prompt}]
         return prompt, reference
 
 

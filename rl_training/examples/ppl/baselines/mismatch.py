@@ -55,7 +55,7 @@ def _command(baselines: Baselines, expected: Mapping, differing: Iterable[str]) 
     if "window" in differing and expected["window"]:
         flags["max_seq_length"] = expected["window"]
     prompt = {**baselines.meta.get("prompt", {}), **expected.get("prompt", {})}
-    flags |= {name: prompt[name] for name in ("prompt_sentences", "system_prompt") if prompt.get(name)}
+    flags |= {name: prompt[name] for name in ("prompt_sentences", "system_prompt", "user_prompt") if prompt.get(name)}
     if prompt.get("chat"):
         flags["chat"] = None
     if prompt.get("chat_template_kwargs"):
