@@ -494,6 +494,21 @@ def test_what_differs_is_refused_with_both_values_and_a_command(path, value, fla
     assert {name: getattr(args, name) for name in wanted} == wanted and args.overwrite
 
 
+@pytest.mark.parametrize("target", ["completion", "reference"])
+def test_baselines_of_the_models_own_writing_are_made_again_as_such(target):
+    """The references' would be others; and for references nothing is generated."""
+    generated = {"generate": 4, "max_new_tokens": 64, "temperature": 0.9, "seed": 7}
+    baselines = Baselines({}, {**META, "generated": generated}, "b.pkl")
+    with pytest.raises(BaselineError) as caught:
+        check_meta(baselines, {**_changed("definitions.aggregation", "nested"), "target": target})
+    command = shlex.split(str(caught.value).partition("`")[2].partition("`")[0])
+    args = compute_baselines_trl.parse_args(command[2:])
+    assert args.aggregation == "nested" and args.target == target
+    assert args.generate == (4 if target == "completion" else None)
+    if target == "completion":
+        assert {name: getattr(args, name) for name in generated} == generated
+
+
 def test_another_window_matters_only_if_a_text_was_longer():
     for window, longest, refused in [(400, 300, False), (400, 450, True), (None, 450, False), (None, 600, True)]:
         baselines = Baselines({}, {**META, "longest": longest}, "b.pkl")

@@ -64,6 +64,8 @@ def _command(baselines: Baselines, expected: Mapping, differing: Iterable[str]) 
     flags |= {f"{key}_column": name for key, name in dict(made_from.get("columns") or {}).items() if name}
     if made_from.get("num_samples"):
         flags["num_samples"] = made_from["num_samples"]
+    if expected.get("target") != "reference":  # of the model's own writing, again
+        flags |= dict(baselines.meta.get("generated") or {})
     usual = {
         "target": DEFAULT_TARGET,
         "max_phrase_words": DEFAULT_PHRASE_WORDS,
