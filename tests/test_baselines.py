@@ -562,3 +562,11 @@ def test_a_meta_file_of_another_shape_is_refused_when_it_is_read(tmp_path, wrong
     meta_path(tmp_path / "b.json").write_text(json.dumps({**META, **wrong}))
     with pytest.raises(BaselineError, match=r"b\.json\.meta\.json: \w+ is .*: delete it or recompute the baselines"):
         Baselines.load(tmp_path / "b.json")
+
+
+def test_an_id_that_reads_like_another_rows_prompt_is_not_that_prompts():
+    record = {"word": 2.0, "phrase": 2.0, "sentence": 2.0}
+    baselines = Baselines({"7": {**record, "prompt_id": stable_id("Once upon")}, "The fox": record})
+    assert baselines.find(None, "7") is None and baselines.find("other", "7") is None
+    assert baselines.find(None, "Once upon").tolist() == [2, 2, 2]
+    assert baselines.find(None, "The fox").tolist() == [2, 2, 2]  # a mapping by prompts, which names no hash

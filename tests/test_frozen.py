@@ -200,3 +200,45 @@ def test_prompt_tuning_is_off_for_the_reference_and_refused_where_it_is_to_count
     assert off.tolist() == pytest.approx(base.tolist(), rel=1e-5)
     with pytest.raises(InputError, match=f"the adapter is {type(config).__name__.removesuffix('Config')}"):
         SurprisalScorer(model, adapters=True)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_that_took_a_part_out_of_the_weights_is_refused(start):
+    model = toys.llama()
+    before = model(IDS).logits
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=start, task_type="CAUSAL_LM")
+    )
+    with adapted.disable_adapter():  # PEFT's own way has not the model as it was, either
+        assert not torch.allclose(adapted(IDS).logits, before, atol=1e-3)
+    with pytest.raises(InputError, match=f"init_lora_weights='{start}'.*another model as scorer"), frozen(adapted):
+        pass
+    with frozen(adapted, adapters=True):  # the model as it stands is asked for
+        assert torch.allclose(adapted(IDS).logits, before, atol=1e-3)
+
+
+@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal"])
+def test_an_adapter_that_begins_at_nothing_is_turned_off(start):
+    model = toys.llama()
+    before = model(IDS).logits
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=start, task_type="CAUSAL_LM")
+    )
+    with frozen(adapted):
+        assert torch.allclose(adapted(IDS).logits, before, atol=1e-6)
+
+
+def test_an_adapter_of_no_layer_is_refused():
+    settings = peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(toys.llama(), settings)
+    with pytest.raises(InputError, match="the adapter is AdaptionPrompt, which cannot be turned off"), frozen(model):
+        pass
+
+
+@pytest.mark.parametrize("way", ["merge_and_unload", "unload"])
+def test_a_model_whose_adapter_is_gone_is_a_model(way):
+    model = toys.llama()
+    before = model(IDS).logits
+    bare = getattr(lora(), way)()
+    with frozen(bare):
+        assert torch.isfinite(bare(IDS).logits).all() and before.shape == bare(IDS).logits.shape

@@ -312,3 +312,30 @@ def test_baselines_made_by_the_calculator_give_an_improvement_of_0():
     thresholds = [(0, 0.3), (1e-6, 1)]
     function = MultiLevelPPLRewardFunction(MODEL, TOKENIZER, baselines={"x": ppl}, reward_thresholds=thresholds)
     assert function(["The fox"], [" said: I am hungry."], id=["x"]) == [pytest.approx(0.3)]
+
+
+@pytest.mark.parametrize("way", ["AdamW", "AdamW8bit", "data"])
+def test_a_scorer_that_is_trained_is_asked_anew_whoever_writes_its_weights(way):
+    """bitsandbytes writes behind autograd's back, as does whoever writes `.data`."""
+    model, tokenizer = toys.llama(), toys.byte_level()
+    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, {"Once": dict.fromkeys(LEVELS, 600.0)}, form="nats")
+
+    def word() -> float:
+        _, details = reward_fn.compute_rewards([" upon"], ["Once"], return_details=True)
+        return details["ppls"]["word"].item()
+
+    before = word()
+    if way == "data":
+        for parameter in model.parameters():
+            parameter.data.add_(0.05)
+    else:
+        import bitsandbytes
+
+        kinds = {"AdamW": torch.optim.AdamW, "AdamW8bit": bitsandbytes.optim.AdamW8bit}
+        ids = tokenizer("The fox ran home.", return_tensors="pt")["input_ids"]
+        model(input_ids=ids, labels=ids).loss.backward()
+        kinds[way](model.parameters(), lr=0.1).step()
+    expected = MultiLevelPPLCalculator(tokenizer).compute_all_levels(model, " upon", "Once")["word"]
+    with pytest.warns(UserWarning, match="weights change during training"):
+        assert word() == pytest.approx(expected, rel=1e-5)
+    assert expected != pytest.approx(before, rel=1e-2)

@@ -406,3 +406,21 @@ def test_baselines_behind_a_bos_token_that_the_policy_is_not_given_are_named(tok
     assert (notice is not None) == said
     if said:
         assert notice.startswith("b.pkl: these baselines are of texts behind <s>") and "--generate 4" in notice
+
+
+def test_the_end_token_of_a_policy_that_is_another_model_is_no_text():
+    """A chat model that ends with <|eot|>, and its base model as scorer, which ends with another token."""
+    tokenizer, model = toys.byte_level(), toys.llama()
+    tokenizer.add_tokens(["<|eot|>"], special_tokens=True)
+    end, other = tokenizer.convert_tokens_to_ids("<|eot|>"), tokenizer.eos_token_id
+    text = " a time the fox ran."
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    baseline = dict.fromkeys(("word", "phrase", "sentence"), 600.0)
+    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, {"Once upon": baseline}, form="nats")
+    given = tokenizer("Once upon")["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([given + ids])).logits[0].log_softmax(-1)
+    nats = [-logits[at - 1, token].item() for at, token in enumerate(given + ids) if at >= len(given)]
+    for written in (ids, [*ids, end], [*ids, other], [*ids, end, tokenizer.pad_token_id]):
+        _, details = reward_fn.compute_rewards([text], ["Once upon"], completion_ids=[written], return_details=True)
+        assert details["ppls"]["sentence"].item() == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-5)

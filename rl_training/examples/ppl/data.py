@@ -174,7 +174,7 @@ def make_row(example: Mapping, index: int, columns: Columns, form: PromptForm) -
 # What GRPOTrainer reads from a row, or calls a reward function with under a name of its own.
 TRL_COLUMNS = (
     *("prompts", "completion", "completions", "completion_ids", "image", "images", "environment", "environments"),
-    *("trainer_state", "log_extra", "log_metric"),
+    *("trainer_state", "log_extra", "log_metric", "prompt_ids"),  # the last of `ppl.training.trainer`
 )
 
 

@@ -12,6 +12,9 @@ from .errors import InputError
 # Unsloth reads these at every forward pass. GRPO sets the second for its own passes, and logits are then hidden states.
 _UNSLOTH = {"UNSLOTH_RETURN_LOGITS": "1", "UNSLOTH_RETURN_HIDDEN_STATES": "0"}
 
+# Ways in which PEFT lets LoRA begin (`init_lora_weights`) that subtract it from the weights it is added to.
+_CHANGE_THE_MODEL = ("pissa", "corda", "olora", "loftq", "lora_ga")
+
 
 @contextmanager
 def frozen(model: torch.nn.Module, adapters: bool = False) -> Iterator[None]:
@@ -44,18 +47,39 @@ def _check_adapters(model: torch.nn.Module, adapters: bool) -> None:
     # A PeftModel has the settings of its adapters; so has a model into which they were injected.
     wrapped = [model, *(getattr(one, "model", None) for one in (model, getattr(model, "base_model", None)))]
     settings = [one for module in wrapped for one in (getattr(module, "peft_config", None) or {}).values()]
-    for one in settings:
-        if not adapters and getattr(one, "bias", "none") != "none":
+    for one in [] if adapters else settings:
+        if getattr(one, "bias", "none") != "none":
             raise InputError(
                 f"the adapter has bias={one.bias!r}: it trains biases of the model itself, which cannot be turned off "
                 "to score with the model as it was: use bias='none', or another model as scorer"
             )
+        start = str(getattr(one, "init_lora_weights", "")).lower()
+        if start.startswith(_CHANGE_THE_MODEL) or getattr(one, "kasa_config", None) is not None:
+            what = (
+                f"init_lora_weights={one.init_lora_weights!r}"
+                if start.startswith(_CHANGE_THE_MODEL)
+                else "a KasaConfig"
+            )
+            raise InputError(
+                f"the adapter begins with {what}, which takes a part out of the model's own weights, so that with the "
+                "adapter off it is not the model as it was: use another beginning, or another model as scorer"
+            )
+    if settings and not adapters and not _tuner_layers(model) and not any(map(_stands_before_the_text, settings)):
+        raise InputError(
+            f"the adapter is {type(settings[0]).__name__.removesuffix('Config')}, which cannot be turned off layer by "
+            "layer to score with the model as it was: use LoRA or another adapter of layers, or another model as scorer"
+        )
+
+
+def _stands_before_the_text(settings) -> bool:
+    """Whether an adapter is of prompt or prefix tuning, without which the model beneath computes as ever."""
+    return bool(getattr(settings, "is_prompt_learning", False))
 
 
 def check_weights_only(model: torch.nn.Module) -> None:
     """Raises `InputError` for prompt and prefix tuning, which change a model's input and none of its weights."""
     for one in (getattr(model, "peft_config", None) or {}).values():
-        if getattr(one, "is_prompt_learning", False):
+        if _stands_before_the_text(one):
             raise InputError(
                 f"the adapter is {type(one).__name__.removesuffix('Config')}, which stands before the text and is no "
                 "part of the weights: how far it moves the model is not measured; use LoRA or another adapter of layers"

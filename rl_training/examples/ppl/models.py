@@ -232,15 +232,12 @@ def _device(device: str | None):
 
 
 def describe_model(model) -> dict:
-    """What tells one scorer from another: dtype, quantization, and a hash over its floating-point weights."""
+    """What tells one scorer from another: dtype, quantization, and a hash of all its weights but the adapters'."""
     from .frozen import base_parameters
 
     digest = hashlib.blake2b(digest_size=8)
     for parameter in base_parameters(model):
-        # Quantised weights are left out: bitsandbytes repacks them in place for the CPU.
-        if parameter.is_floating_point():
-            digest.update(str(tuple(parameter.shape)).encode())
-            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+        digest.update(f"{_shape(parameter)} {_checksum(parameter)} ".encode())
     quantization = getattr(model.config, "quantization_config", None)
     method = "none"
     if quantization is not None:
@@ -251,6 +248,32 @@ def describe_model(model) -> dict:
         "quantization": method,
         "weights": digest.hexdigest(),
     }
+
+
+def _shape(parameter) -> tuple:
+    """Of the weights themselves, also where they are kept as packed 4-bit codes."""
+    return tuple(getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape))
+
+
+def _checksum(parameter) -> int:
+    """A sum over all of a tensor, in whole numbers: the same on any device, in any order of adding and of the values.
+
+    Of 4-bit weights the codes are added, since bitsandbytes repacks them in place for the CPU; of others the bits of
+    each value as float32, in which a norm is the same that was cast to it for training.
+    """
+    import torch
+
+    values, total = parameter.detach(), 0
+    in_4bit = getattr(parameter, "quant_state", None) is not None
+    # In parts, so that no second copy of a large embedding is made.
+    for part in (values.view(torch.uint8) if in_4bit else values).flatten().split(2**24):
+        if in_4bit:
+            total += ((part & 15).sum(dtype=torch.int64) + (part >> 4).sum(dtype=torch.int64)).item()
+        elif part.is_floating_point():
+            total += part.float().view(torch.int32).sum(dtype=torch.int64).item()
+        else:
+            total += part.sum(dtype=torch.int64).item()
+    return total
 
 
 def tokenizer_fingerprint(tokenizer) -> str:

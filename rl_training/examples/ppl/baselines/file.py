@@ -72,8 +72,14 @@ class Baselines(Mapping[str, np.ndarray]):
                 {name: column[row] for name, column in self._texts.items()}, row_id, prompt, reference, index
             )
         elif reference is None:
-            if isinstance(prompt, str):
-                row = self._rows.get(prompt)
+            row = self._rows.get(prompt) if isinstance(prompt, str) else None
+            # A mapping by prompts; or another row's id that reads like this prompt.
+            if (
+                row is not None
+                and isinstance(known := self._texts["prompt_id"][row], str)
+                and known != stable_id(prompt)
+            ):
+                row = None
             if row is None and prompt is not None:
                 row = self._by_prompt.get(stable_id(prompt))
         return None if row is None else self._levels[row]

@@ -20,7 +20,7 @@ class PerplexityCache:
 
     def __init__(self) -> None:
         self._perplexities: OrderedDict[bytes, np.ndarray] = OrderedDict()
-        self._weights_version: int | None = None
+        self._weights_version: tuple | None = None
         self._warned_of_training = False
 
     def perplexities(self, pairs: Sequence[Pair], score: Callable[[list[Pair]], np.ndarray]) -> np.ndarray:
@@ -38,7 +38,9 @@ class PerplexityCache:
     def forget_if_trained(self, model) -> None:
         """Drop what was computed before the scorer's own weights changed, and say so once if they are being trained."""
         parameters = list(base_parameters(model))
-        version = sum(parameter._version for parameter in parameters)
+        # Optimizers of 8 bits write behind autograd's back, which counts no version then: of what may be trained, some
+        # values are looked at as well.
+        version = sum(parameter._version for parameter in parameters), tuple(map(_some, parameters))
         if self._weights_version is not None and version != self._weights_version:
             # When DDP starts it writes every parameter, with the same values: only one that is trained is worth a word.
             trained = any(parameter.requires_grad for parameter in parameters)
@@ -61,6 +63,14 @@ class PerplexityCache:
     def __getstate__(self) -> dict:
         # A copy's parameters count their changes anew.
         return {**self.__dict__, "_weights_version": None}
+
+
+def _some(parameter) -> tuple:
+    """A few values of a parameter that may be trained, of a frozen one none."""
+    if not parameter.requires_grad:
+        return ()
+    values = parameter.detach().flatten()
+    return tuple(values[:: max(1, len(values) // 8)].tolist())
 
 
 def _key(pair: Pair) -> bytes:

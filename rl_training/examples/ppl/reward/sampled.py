@@ -1,12 +1,13 @@
 """What the policy wrote, as it is scored: the ids that were sampled, where the text is that of the ids."""
 
+import itertools
 from collections.abc import Sequence
 
 from ..chat import Turn, Turns
 from ..data import Text, check_text, message_text
 from ..sampling import prompt_ids, up_to_end
 from ..scoring.calculator import MultiLevelPPLCalculator
-from ..scoring.tokens import Sampled
+from ..scoring.tokens import Sampled, special_ids
 
 
 def as_scored(
@@ -55,13 +56,18 @@ def those_of(
     """By index, the completions whose ids are those of their text, up to the first end token, which is left out; and
     what they add to their prompt's text.
 
-    The others were written by a policy with another tokenizer, or were edited on their way here. ends: end tokens.
+    The others were written by a policy with another tokenizer, or were edited on their way here. ends: end tokens of
+    the scorer; special tokens in the last places end a text, too: the policy may be another model.
     """
+    special = special_ids(calculator.tokenizer)
     completion_ids = [list(map(int, ids)) for ids in completion_ids]
     if not completion_ids:  # of which transformers would decode one text
         return {}
     every = [
-        Sampled(tuple(map(int, given)), tuple(up_to_end(ids, ends)))
+        Sampled(
+            tuple(map(int, given)),
+            tuple(up_to_end(ids, {*ends, *itertools.takewhile(special.__contains__, ids[::-1])})),
+        )
         for given, ids in zip(given_ids, completion_ids, strict=True)
     ]
     # As TRL decodes them; or as they stand behind their prompt, where a space or a mark of continuation is another.
