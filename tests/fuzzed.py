@@ -229,7 +229,7 @@ class Fuzz:
         from ppl.training.heldout import read_before
 
         content = damaged_bytes(self.rng, as_text(damaged(self.rng, HELDOUT)))
-        read_before(self.file("heldout.json", content), {"prompt": ["a"]}, {"seed": 1})
+        read_before(self.file("heldout.json", content), {"prompt": ["a"]}, {"seed": 1}, {})
 
     def data(self) -> None:
         from ppl.data import PromptForm, find_columns, load_split, prepare_rows

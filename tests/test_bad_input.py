@@ -24,6 +24,13 @@ CASES = [
     (COMPUTE, "--num_samples -3", "--num_samples: '-3', expected a whole number"),
     (COMPUTE, "--max_phrase_words 1.5", "--max_phrase_words: '1.5', expected a whole number"),
     (COMPUTE, "--max_seq_length 0", "--max_seq_length: '0'"),
+    (COMPUTE, "--max_seq_length 1", "--max_seq_length: '1', expected a whole number of at least 2"),
+    (COMPUTE, "--max_phrase_words 999999999999999999999", "at most 1,000,000,000"),
+    (COMPUTE, "--generate 1 --temperature 0", "--temperature: '0', expected a number above 0"),
+    (COMPUTE, "--generate 1 --temperature nan", "--temperature: 'nan', expected a number above 0"),
+    (COMPUTE, "--generate 1 --temperature inf", "--temperature: 'inf', expected a number above 0"),
+    (COMPUTE, "--generate 1 --seed -1", "--seed: '-1', expected a whole number of at least 0"),
+    (COMPUTE, "--generate 1 --seed 99999999999", "--seed: '99999999999'", "at most 4,294,967,295"),
     (COMPUTE, "--dtype float", "invalid choice: 'float'"),
     (COMPUTE, "--target prompt", "invalid choice: 'prompt'"),
     (COMPUTE, "--aggregation mean", "invalid choice: 'mean'"),
@@ -43,6 +50,7 @@ CASES = [
     (COMPUTE, "--dataset_name folder.pkl", "doesn't contain any data files"),
     (COMPUTE, "--dataset_name rows.txt", "expected a file ending in .json, .jsonl, .csv or .parquet"),
     (COMPUTE, "--dataset_name damaged.json", "cannot load split 'train' of data set 'damaged.json'"),
+    (COMPUTE, "--dataset_name scalar.json", "cannot load split 'train' of data set 'scalar.json'"),
     (COMPUTE, "--dataset_name damaged.parquet", "cannot load split 'train' of data set 'damaged.parquet'"),
     (COMPUTE, "--dataset_name damaged.json --streaming", "cannot read the data set: "),
     (COMPUTE, "--dataset_split dev", "tiny-stories has no split 'dev', it has train, test"),
@@ -76,7 +84,8 @@ CASES = [
     (COMPUTE, "--model_name damaged_weights", "cannot load model 'damaged_weights'"),
     (COMPUTE, "--model_name slow", "'slow' has a slow tokenizer, CTRLTokenizer"),
     (COMPUTE, "--model_name model --dataset_name messages.jsonl", "the tokenizer has no chat template"),
-    (COMPUTE, "--device cuda", "--device is 'cuda', but PyTorch sees no CUDA device here"),
+    (COMPUTE, "--device cuda", "--device is 'cuda', which PyTorch has not here: leave it out"),
+    (COMPUTE, "--device meta", "--device is 'meta', which PyTorch has not here"),
     (COMPUTE, "--device gpu", "--device is 'gpu', expected cpu, cuda or cuda:N"),
 ]
 
@@ -107,6 +116,7 @@ def files(tmp_path_factory):
     rows("chat.jsonl", {"prompt": [{"role": "user", "text": "Hello"}], "completion": "Hi"})
     rows("messages.jsonl", {"prompt": [{"role": "user", "content": "Hello"}], "completion": "Hi"})
     (folder / "damaged.json").write_text('[{"prompt": "Once", "completion": "upon')
+    (folder / "scalar.json").write_text("3")
     (folder / "damaged.parquet").write_bytes(b"PAR1" + bytes(100))
     (folder / "folder.pkl").mkdir()
     write(folder / "there.pkl", {"a": {"word": 1.0, "phrase": 1.0, "sentence": 1.0}}, {})

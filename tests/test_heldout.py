@@ -90,15 +90,16 @@ def test_what_is_written_is_read_and_ids_stand_on_one_line(tmp_path):
     texts = ["[\n 1,\n 2\n]", "\ud83d [ 1, 2 ]", ""]
     before = HeldOut(["a"], [texts], [[0.5, math.nan, 1.0]], {"KL": math.nan, "words": 3.0}, [[[1, 22, 3], [4], []]])
     path = tmp_path / "heldout.json"
-    write_heldout(path, {"seed": 1}, before)
+    write_heldout(path, {"seed": 1}, {"weights": [["brevity", 1.0]]}, before)
     lines = [line.strip().rstrip(",") for line in path.read_text(errors="surrogatepass").splitlines()]
     assert {"[1, 22, 3]", "[4]", "[]"} < set(lines)
-    kept = read_before(path, {"prompt": ["a"]}, {"seed": 1})
+    kept = read_before(path, {"prompt": ["a"]}, {"seed": 1}, {"weights": [["brevity", 1.0]]})
     assert repr(kept) == repr(before)
-    assert read_before(path, {"prompt": ["b"]}, {"seed": 1}) is None
+    assert read_before(path, {"prompt": ["b"]}, {"seed": 1}, {"weights": [["brevity", 1.0]]}) is None
+    assert read_before(path, {"prompt": ["a"]}, {"seed": 1}, {"weights": []}) is None  # measured anew
     path.write_bytes(path.read_bytes()[:90])
     with pytest.raises(InputError, match=r"heldout.json: .*delete it to measure anew"):
-        read_before(path, {"prompt": ["a"]}, {"seed": 1})
+        read_before(path, {"prompt": ["a"]}, {"seed": 1}, {})
 
 
 def test_what_completions_of_the_next_row_do_for_a_rows_reference(story):

@@ -353,6 +353,21 @@ def test_a_begun_answer_is_refused_where_the_policy_does_not_go_on_with_it(model
         trainer.train()
 
 
+def test_a_column_that_is_called_prompt_ids_is_not_what_the_policy_was_given(model, chat, tmp_path):
+    from trl import GRPOTrainer
+
+    from ppl.training.trainer import ResumableGRPOTrainer
+
+    def trained(kind):
+        trainer = grpo(kind, tmp_path, [[USER]], MultiLevelPPLRewardFunction(model, chat))
+        trainer.train_dataset = trainer.train_dataset.map(lambda row: {"prompt_ids": [3, 4, 5]})
+        trainer.train()
+
+    with pytest.raises(InputError, match=r"a column prompt_ids, .*another name"):
+        trained(GRPOTrainer)
+    trained(ResumableGRPOTrainer)  # which says itself what it gave
+
+
 def rolled_out(prompts, trainer):
     """Other ids of the prompts than the trainer makes, as a rollout of one's own may give the policy."""
     tokenizer = trainer.processing_class

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import warm
-from training_runs import EXAMPLES, log_history, refusal, train
+from training_runs import EXAMPLES, SHORT, log_history, refusal, train
 from waiting import PATIENCE
 
 from ppl.errors import InputError
@@ -174,6 +174,26 @@ def test_the_command_to_go_on(argv, monkeypatch):
     )
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert resume_command(argv, "c").startswith("accelerate launch --num_processes 2 train.py ")
+
+
+def test_a_checkpoint_whose_state_is_damaged_is_refused(tmp_path):
+    checkpoint = whole(tmp_path, 20, age=2)
+    (checkpoint / STATE_FILE).write_text("{")
+    for asked in (LATEST, str(checkpoint)):
+        with pytest.raises(InputError, match=f"{STATE_FILE} is damaged .*another checkpoint"):
+            find_checkpoint(asked, str(tmp_path))
+
+
+def test_a_run_that_goes_on_with_other_rewards_measures_its_start_with_them(tmp_path):
+    flags = [*SHORT, "--no_unsloth", "--no-load_in_4bit", "--output_dir", tmp_path / "out", "--save_steps", "1"]
+    train(*flags, "--max_steps", "1")
+    first = json.loads((tmp_path / "out" / "heldout.json").read_text())
+    train(*flags, "--max_steps", "2", "--resume_from_checkpoint", "--loop_penalty", "0", "--reward_form", "nats")
+    then = json.loads((tmp_path / "out" / "heldout.json").read_text())
+    assert "loop penalty" in first["before"]["scores"] and "loop penalty" not in then["before"]["scores"]
+    assert set(then["before"]["scores"]) == set(then["after"]["scores"])
+    assert then["before"]["completions"] == first["before"]["completions"]  # of the model before its first step
+    assert then["before"]["scores"]["KL"] == 0
 
 
 def test_resuming_from_nothing_is_refused(tmp_path):

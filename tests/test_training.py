@@ -218,6 +218,20 @@ def test_without_unsloth_it_says_why_and_trains_with_peft(tmp_path):
         (["--heldout_samples", "999"], ["999", "200 rows"]),
         (["--model_name", "./nowhere"], ["./nowhere", "does not exist"]),
         (["--config", "missing.yaml"], ["missing.yaml", "YAML"]),
+        (["--config=missing.yaml"], ["missing.yaml", "YAML"]),
+        (["--config", "a.yaml", "--config=b.yaml"], ["--config is given 2 times", "a.yaml and b.yaml"]),
+        (["--baselines_path", ""], ["expected a file ending in .pkl"]),
+        (["--temperature", "-1"], ["--temperature: '-1'", "above 0"]),
+        (["--seed", "-5"], ["--seed: '-5'", "at least 0"]),
+        (["--learning_rate", "-1"], ["--learning_rate is -1.0", "of at least 0"]),
+        (["--learning_rate", "inf"], ["--learning_rate is inf"]),
+        (["--beta", "nan"], ["--beta is nan", "of at least 0"]),
+        (["--num_iterations", "0"], ["--num_iterations is 0", "of at least 1"]),
+        (["--max_steps", "0"], ["--max_steps is 0", "at least 1, or -1"]),
+        (["--max_steps", "-3"], ["--max_steps is -3"]),
+        (["--top_p", "2"], ["--top_p is 2.0", "from 0 to 1"]),
+        (["--logging_steps", "nan"], ["--logging_steps is nan", "above 0"]),
+        (["--report_to", "none", "wandb"], ["--report_to is none wandb", "stands alone"]),
     ],
 )
 def test_bad_input_is_refused_in_one_line(tmp_path, flags, words):
@@ -264,3 +278,18 @@ def test_baselines_as_columns_need_no_key_and_are_compared_with_the_scorer(tmp_p
     assert entry["reward_word"] != 0  # zero-shot would give 0 at the first visit
     refused = train(*data, *short, "--max_phrase_words", "3", code=2).stderr.strip().splitlines()[-1]
     assert "max_phrase_words 4" in refused and "max_phrase_words 3" in refused
+
+
+@pytest.mark.parametrize("name", ["a_file", "a_file/below", "/proc/x", ""])
+def test_a_place_for_the_model_that_is_none_is_refused_before_loading(tmp_path, name):
+    (tmp_path / "a_file").write_text("kept")
+    place = tmp_path / name if name[:1] == "a" else name
+    line = refusal("--output_dir", place)
+    assert "--output_dir" in line and str(place) in line
+    assert (tmp_path / "a_file").read_text() == "kept"
+
+
+def test_a_file_of_flags_names_no_other(tmp_path):
+    (tmp_path / "run.yaml").write_text("config: other.yaml\nmax_steps: 1\n")
+    line = refusal(f"--config={tmp_path / 'run.yaml'}", "--output_dir", tmp_path / "out")
+    assert "config is 'other.yaml', but a file names no other" in line

@@ -45,8 +45,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--generate", type=cli.positive_int, metavar="N", help="sample N completions a prompt and take their mean"
     )
     own.add_argument("--max_new_tokens", type=cli.positive_int, default=DEFAULT_MAX_NEW_TOKENS, help="as in training")
-    own.add_argument("--temperature", type=float, default=DEFAULT_TEMPERATURE, help="as in training")
-    own.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the sampling")
+    own.add_argument("--temperature", type=cli.positive, default=DEFAULT_TEMPERATURE, help="as in training")
+    own.add_argument("--seed", type=cli.seed, default=DEFAULT_SEED, help="of the sampling")
     cli.add_server_flag(parser)
     parser.add_argument("--streaming", action="store_true", help="read the data set as it is scored, and keep no copy")
     cli.add_model_flags(parser)

@@ -108,13 +108,13 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     training.add_argument(
         "--max_new_tokens", type=cli.positive_int, default=DEFAULT_MAX_NEW_TOKENS, help="longest completion"
     )
-    training.add_argument("--temperature", type=float, default=DEFAULT_TEMPERATURE, help="of sampling")
+    training.add_argument("--temperature", type=cli.positive, default=DEFAULT_TEMPERATURE, help="of sampling")
     training.add_argument("--learning_rate", type=float, default=5e-5, help="peak")
     training.add_argument("--lora_r", type=cli.positive_int, default=16, help="rank of the adapter")
     training.add_argument("--lora_alpha", type=cli.positive_int, default=16, help="scale of the adapter")
     training.add_argument("--logging_steps", type=float, default=10, help="steps between log lines")
     training.add_argument("--save_steps", type=float, default=500, help="steps between checkpoints")
-    training.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of everything random")
+    training.add_argument("--seed", type=cli.seed, default=DEFAULT_SEED, help="of everything random")
     training.add_argument("--wandb_project", help="log to this project of Weights & Biases")
     training.add_argument(
         "--report_to", nargs="+", choices=REPORTERS,

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -62,7 +63,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="hub name, folder, GGUF file, the embedded tiny-stories, or smollm2",
     )
     group.add_argument(
-        "--load_in_4bit", action=argparse.BooleanOptionalAction, default=None, help="bitsandbytes NF4 weights"
+        "--load_in_4bit",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="bitsandbytes NF4 weights (default: as the checkpoint is; in training on, unless the baselines were made "
+        "without)",
     )
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, else the checkpoint's")
     group.add_argument("--device", help="cuda, cuda:1, cpu (default: the GPU if there is one)")
@@ -70,7 +75,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_unsloth_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Unsloth")
-    group.add_argument("--max_seq_length", type=positive_int, default=2048, help="window in tokens")
+    group.add_argument("--max_seq_length", type=window, default=2048, help="window in tokens")
     group.add_argument("--no_unsloth", action="store_true", help="load with transformers and PEFT instead of Unsloth")
 
 
@@ -136,7 +141,8 @@ def add_definition_flags(parser: argparse.ArgumentParser) -> None:
 def add_template_flag(parser) -> None:
     parser.add_argument(
         "--template", default=DEFAULT_TEMPLATE, metavar="TEXT",
-        help="how they are put together with --target reference; a baseline has an empty completion",
+        help="with --target reference, how prompt and completion are put together before it; a baseline has an empty "
+        "completion",
     )  # fmt: skip
 
 
@@ -190,8 +196,30 @@ def _language(text: str) -> str:
 
 
 def positive_int(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least 1")
+    return _whole(text, 1, 10**9)
+
+
+def window(text: str) -> int:
+    return _whole(text, 2, 10**9)  # one token, and the one it predicts
+
+
+def seed(text: str) -> int:
+    return _whole(text, 0, 2**32 - 1)  # what NumPy takes
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number above 0")
+    return value
+
+
+def _whole(text: str, least: int, most: int) -> int:
+    if not text.strip().isdecimal() or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least {least}, at most {most:,}")
     return int(text)
 
 
@@ -206,6 +234,10 @@ def run(args: argparse.Namespace, body: Callable[[argparse.Namespace], int]) -> 
     # What goes wrong is one line of ours, not also one for each time that the hub was asked.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+    # A terminal that lacks a sign is shown its number instead.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return body(args)
     except InputError as error:

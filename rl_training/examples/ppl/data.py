@@ -277,7 +277,7 @@ def load_split(name: str, config: str | None = None, split: str = "train", strea
     except InputError:
         raise
     # What datasets raises for a wrong name, split or configuration, a damaged file, or a hub that is out of reach.
-    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, TypeError, StopIteration, datasets.exceptions.DatasetsError) as error:
         damaged = isinstance(error, datasets.exceptions.DatasetGenerationError)
         reason, *more = str(error.__cause__ if damaged else error).splitlines() or ["it holds no row"]
         if reason.startswith("Config name is missing") and more:

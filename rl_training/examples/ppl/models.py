@@ -226,8 +226,11 @@ def _device(device: str | None):
         target = torch.device(device)
     except RuntimeError as error:
         raise InputError(f"--device is {device!r}, expected cpu, cuda or cuda:N") from error
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device is {device!r}, but PyTorch sees no CUDA device here: leave it out or use cpu")
+    try:
+        torch.zeros(1, device=target).item()
+    # PyTorch raises these for a device that is not here, or that its build knows nothing of; meta holds no numbers.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device is {device!r}, which PyTorch has not here: leave it out or use cpu") from error
     return target
 
 

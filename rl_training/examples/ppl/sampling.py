@@ -1,6 +1,6 @@
 """Completions sampled from a model as it stands, adapters and all: for held-out texts and for baselines."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from .chat import of_text, render_prompt
 from .data import Text
+from .errors import InputError
 from .frozen import frozen
 from .processes import is_first
 
@@ -40,6 +41,24 @@ def prompt_ids(prompts: Sequence[Text], tokenizer, **chat) -> list[list[int]]:
     # Nothing cannot be continued.
     nothing = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return [list(ids) or nothing for ids in prompt_ids]
+
+
+class GivenIds(list):
+    """What a trainer says that its policy was given, and no column of a data set that has this name."""
+
+
+def given_by_trainer(columns: Mapping) -> bool:
+    """Whether a reward function that a trainer calls is told what the policy was given: `prompt_ids`.
+
+    Raises `InputError` for a data set's own column of that name, which TRL hands over as it does all others.
+    """
+    told = columns.get("prompt_ids")
+    if told is not None and not all(isinstance(ids, GivenIds) for ids in told):
+        raise InputError(
+            "the data set has a column prompt_ids, by which reward functions are told what the policy was given: give "
+            "it another name"
+        )
+    return told is not None
 
 
 def end_tokens(model, tokenizer) -> list[int]:

@@ -30,6 +30,8 @@ def read_meta(path: str | Path) -> dict:
         meta = json.loads(meta_path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
+    except OSError as error:
+        raise BaselineError(f"{meta_path(path)}: {error.strerror}: move it away, or name another file") from error
     except ValueError as error:
         raise BaselineError(f"{meta_path(path)}: not JSON ({error}): delete it or recompute the baselines") from error
     if not isinstance(meta, dict):

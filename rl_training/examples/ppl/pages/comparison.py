@@ -36,16 +36,16 @@ def plot_training(log_history: list[dict], path: Path) -> None:
 
     log_history: TRL's, whose entries hold `step`, `reward`, `reward_std`, `reward_word`, ...
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     logs = [entry for entry in log_history if "reward" in entry]
     steps = [entry["step"] for entry in logs]
     reward = [entry["reward"] for entry in logs]
     spread = [entry.get("reward_std", 0.0) for entry in logs]
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6.5), sharex=True, layout="constrained")
+    figure = Figure(figsize=(8, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)  # and not pyplot's, which is the caller's own
+    top, bottom = figure.subplots(2, 1, sharex=True)
     low, high = zip(*((r - s, r + s) for r, s in zip(reward, spread, strict=True)), strict=True) if logs else ((), ())
     top.fill_between(steps, low, high, color="0.3", alpha=0.15, linewidth=0, label="± standard deviation")
     top.plot(steps, reward, color="0.2", marker="o", markersize=3, label="mean reward")
@@ -62,4 +62,3 @@ def plot_training(log_history: list[dict], path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130))
-    plt.close(figure)

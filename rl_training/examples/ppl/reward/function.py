@@ -33,7 +33,7 @@ from ..errors import BaselineError, InputError, one_of
 from ..identity import identity
 from ..processes import from_all, of_this
 from ..reference_context import ReferenceContext
-from ..sampling import end_tokens
+from ..sampling import end_tokens, given_by_trainer
 from ..scoring.calculator import MultiLevelPPLCalculator
 from ..scoring.scorer import Scorer, as_scorer, is_scorer
 from ..scoring.tokens import Sampled
@@ -229,7 +229,7 @@ class MultiLevelPPLRewardFunction:
 
     def _timed(self, prompts, completions, columns: Mapping) -> tuple[list[float], float]:
         """(what `compute_rewards` gives for TRL's columns, seconds it took)"""
-        if "trainer_state" in columns and "prompt_ids" not in columns:
+        if "trainer_state" in columns and not given_by_trainer(columns):
             refuse_begun(prompts, "GRPOTrainer", "train with ppl.training.trainer.ResumableGRPOTrainer, or ")
         texts = [message_text(completion) for completion in completions]
         arguments = {

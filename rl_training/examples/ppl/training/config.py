@@ -15,6 +15,15 @@ from ..reference_context import ReferenceContext
 from ..reward.loop_guard import check_weight
 from .flags import NAMESAKES
 
+# (field of GRPOConfig, least, most): beyond these TRL trains nothing, or fails once a model is loaded.
+_BOUNDS = (
+    *((name, 1, math.inf) for name in ("num_iterations", "steps_per_generation")),
+    *((name, 0, math.inf) for name in ("learning_rate", "beta", "epsilon", "epsilon_high", "delta", "max_grad_norm")),
+    *((name, 0, math.inf) for name in ("top_k", "weight_decay", "warmup_steps", "dataloader_num_workers")),
+    *((name, 0, 1) for name in ("top_p", "min_p")),
+)
+_ABOVE_0 = ("repetition_penalty", "num_train_epochs", "logging_steps", "save_steps", "eval_steps")
+
 REPORTERS = ("none", "wandb", "tensorboard", "trackio")
 
 
@@ -33,7 +42,7 @@ def reward_settings(args: argparse.Namespace) -> dict:
     ReferenceContext(args.extract, args.template, args.target)
     if args.reference_tokens != "all" and args.target != "reference":
         raise InputError(f"--reference_tokens {args.reference_tokens} chooses of a reference: add --target reference")
-    if args.reference_tokens == "group" and args.baselines_path:
+    if args.reference_tokens == "group" and args.baselines_path is not None:
         raise InputError(
             "--reference_tokens group chooses the tokens anew in each call, so no file holds their baselines: leave "
             "out --baselines_path (the reward computes them), or use --reference_tokens hard"
@@ -83,10 +92,27 @@ def loading(args: argparse.Namespace, meta: Mapping) -> tuple[dict, dict]:
 
 
 def check_reporters(args: argparse.Namespace) -> None:
-    """Raises `InputError` for a reporter whose package is not installed."""
+    """Raises `InputError` for a reporter whose package is not installed, and for one beside none."""
+    if args.report_to and "none" in args.report_to and len(args.report_to) > 1:
+        raise InputError(f"--report_to is {' '.join(args.report_to)}: none stands alone, or leave it out")
     for name in args.report_to or ():
         if name != "none" and importlib.util.find_spec(name) is None:
             raise InputError(f"--report_to {name} needs the package {name}: pip install {name}")
+
+
+def check_values(config) -> None:
+    """Raises `InputError` for a number of GRPOConfig that is none, or out of range."""
+    for name, least, most in _BOUNDS:
+        value = getattr(config, name, None)
+        if value is not None and not (least <= value <= most and math.isfinite(value)):
+            span = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise InputError(f"--{name} is {value}, expected a number {span}")
+    for name in _ABOVE_0:
+        value = getattr(config, name, None)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name} is {value}, expected a number above 0")
+    if config.max_steps < 1 and config.max_steps != -1:
+        raise InputError(f"--max_steps is {config.max_steps}, expected at least 1, or -1 for --num_train_epochs")
 
 
 def grpo_config(args: argparse.Namespace, rest: list[str], plan):
@@ -132,6 +158,7 @@ def grpo_config(args: argparse.Namespace, rest: list[str], plan):
     # What GRPOConfig finds when it is made: values that do not go together, a file of DeepSpeed that is not there.
     except (ValueError, TypeError, OSError) as error:
         raise InputError(str(error)) from error
+    check_values(config)
     if config.remove_unused_columns:
         raise InputError(
             "--remove_unused_columns true takes id and reference from the rows, which the reward needs: leave it out"

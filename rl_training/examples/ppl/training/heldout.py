@@ -54,6 +54,9 @@ class HeldOutPrompts:
             "temperature": job.config.temperature,
             "seed": job.config.seed,
         }
+        # As JSON has it, to be compared with what a file says.
+        weights = [[name_of(function), weight] for function, weight in rewards]
+        self.rewarded = json.loads(json.dumps({"weights": weights, **job.settings}))
         # The model before training: itself without its adapter, or a frozen copy, if that is what scores.
         copy = None if job.args.scorer_model or job.args.scorer_url else scorer.model
         self.scorers = kl_scorers(policy.model, copy if job.args.full_finetuning else policy.model)
@@ -63,16 +66,16 @@ class HeldOutPrompts:
         before = None
         if self.job.checkpoint:
             kept = Path(self.job.checkpoint).parent / self.path.name
-            before = read_before(kept, self.job.heldout_rows, self.sampling)
+            before = read_before(kept, self.job.heldout_rows, self.sampling, self.rewarded)
         self._before = before or self._evaluate("held-out, before")
         if is_first():
-            write_heldout(self.path, self.sampling, self._before)
+            write_heldout(self.path, self.sampling, self.rewarded, self._before)
         return self._before
 
     def after(self) -> HeldOut:
         after = self._evaluate("held-out, after")
         if is_first():
-            write_heldout(self.path, self.sampling, self._before, after)
+            write_heldout(self.path, self.sampling, self.rewarded, self._before, after)
         return after
 
     def kl(self, prompts: list, completions: list) -> float | None:
@@ -221,20 +224,22 @@ def row_name(function) -> str:
     return "loop penalty" if name_of(function) == "loop_penalty" else name_of(function)
 
 
-def write_heldout(path: Path, sampling: dict, before: HeldOut, after: HeldOut | None = None) -> None:
-    """JSON `{"sampling", "before": {"prompts", "completions", "rewards", "scores", ...}, "after": the same or null}`.
+def write_heldout(path: Path, sampling: dict, rewarded: dict, before: HeldOut, after: HeldOut | None = None) -> None:
+    """JSON `{"sampling", "rewarded", "before": {"prompts", "completions", "rewards", "scores", ...}, "after": the same
+    or null}`.
 
-    sampling: how `evaluate` sampled. What is nan becomes null.
+    sampling: how `evaluate` sampled. rewarded: by what. What is nan becomes null.
     """
-    content = {"sampling": sampling, "before": asdict(before), "after": after and asdict(after)}
+    content = {"sampling": sampling, "rewarded": rewarded, "before": asdict(before), "after": after and asdict(after)}
     text = json.dumps(without_nan(content), ensure_ascii=False, indent=1, allow_nan=False)
     # A list of ids on one line. Inside of a string there is no line break.
     text = re.sub(r"\[\n\s+(\d+(?:,\n\s+\d+)*)\n\s+\]", lambda ids: "[" + " ".join(ids[1].split()) + "]", text)
     write_text(path, text, "surrogatepass")
 
 
-def read_before(path: Path, rows, sampling: dict) -> HeldOut | None:
-    """What a run that is resumed has measured before its first step; None if it was with other prompts or sampling.
+def read_before(path: Path, rows, sampling: dict, rewarded: dict) -> HeldOut | None:
+    """What a run that is resumed has measured before its first step; None if it was with other prompts, sampling or
+    rewards.
 
     Raises `InputError` for a file that is damaged.
     """
@@ -243,7 +248,11 @@ def read_before(path: Path, rows, sampling: dict) -> HeldOut | None:
     try:
         kept = json.loads(path.read_text(encoding="utf-8", errors="surrogatepass"))
         before = kept["before"]
-        if kept["sampling"] != sampling or before["prompts"] != list(rows["prompt"]):
+        if (
+            kept["sampling"] != sampling
+            or kept.get("rewarded") != rewarded
+            or before["prompts"] != list(rows["prompt"])
+        ):
             return None
         rewards = [[math.nan if reward is None else float(reward) for reward in group] for group in before["rewards"]]
         scores = {name: math.nan if score is None else float(score) for name, score in before["scores"].items()}

@@ -15,6 +15,7 @@ from ..baselines.mismatch import check_meta
 from ..data import PromptForm, check_references, find_columns, load_split, prepare_rows, split_heldout
 from ..definitions import BASELINE_COLUMNS
 from ..errors import BaselineError, InputError
+from ..files import check_folder
 from ..identity import of_target
 from ..models import import_unsloth, model_path
 from .config import check_reporters, grpo_config, loading, reward_settings
@@ -88,6 +89,7 @@ def prepare(args: argparse.Namespace, rest: list[str], command: list[str], prepa
     for name in filter(None, (args.model_name, None if args.scorer_url else args.scorer_model)):
         model_path(name)
     form = cli.prompt_form(args)
+    check_output(args.output_dir)
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     settings = reward_settings(args)
     check_reporters(args)
@@ -97,7 +99,7 @@ def prepare(args: argparse.Namespace, rest: list[str], command: list[str], prepa
         args.num_generations,
         int(os.environ.get("WORLD_SIZE", "1")),
     )
-    baselines = Baselines.load(args.baselines_path) if args.baselines_path else None
+    baselines = Baselines.load(args.baselines_path) if args.baselines_path is not None else None
     # A data set that compute_baselines_trl.py wrote has them as columns, and says the same of how they were made.
     column_meta = Baselines({}, read_meta(Path(args.dataset_name, ".baselines")), args.dataset_name)
     made = baselines or column_meta
@@ -118,6 +120,14 @@ def prepare(args: argparse.Namespace, rest: list[str], command: list[str], prepa
         args, command, checkpoint, settings, baselines, column_meta, policy_load, scorer_load, train_rows, heldout_rows,
         eval_rows, without_unsloth, config, asked, defaults,
     )  # fmt: skip
+
+
+def check_output(folder: str) -> None:
+    """Raises `InputError` unless `folder` is a folder that can be written to, or can be made."""
+    there = next(one for one in (Path(folder), *Path(folder).absolute().parents) if one.exists())
+    if not folder or not there.is_dir():
+        raise InputError(f"--output_dir is {folder!r}, and {there} is no folder: name a folder")
+    check_folder(there, "--output_dir", folder)
 
 
 def check_batch(rows: int, config) -> None:

@@ -1,5 +1,6 @@
 """Where a stopped run goes on: its newest whole checkpoint, and the command for it."""
 
+import json
 import os
 import shlex
 import sys
@@ -28,13 +29,17 @@ def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
         newest = max(states, key=lambda path: path.stat().st_mtime, default=None)
         if newest is None:
             raise InputError(f"--resume_from_checkpoint: no whole checkpoint in --output_dir {output_dir}")
-        return str(newest.parent)
+        asked = str(newest.parent)
     for name in ("trainer_state.json", STATE_FILE):
         if not Path(asked, name).is_file():
             raise InputError(
                 f"--resume_from_checkpoint {asked} holds no {name}: expected a checkpoint-N folder of this script, "
                 "written to its end; without a value, the newest in --output_dir is taken"
             )
+        try:
+            json.loads(Path(asked, name).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{Path(asked, name)} is damaged ({error}): go on with another checkpoint") from error
     return asked
 
 

@@ -6,7 +6,7 @@ import torch
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from ..sampling import prompt_ids
+from ..sampling import GivenIds, prompt_ids
 
 
 class ResumableGRPOTrainer(GRPOTrainer):
@@ -44,7 +44,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         return generated
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        inputs = [{**row, "prompt_ids": list(ids)} for row, ids in zip(inputs, self._given_ids, strict=True)]
+        inputs = [{**row, "prompt_ids": GivenIds(ids)} for row, ids in zip(inputs, self._given_ids, strict=True)]
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     def create_model_card(self, *args, **kwargs) -> None:
