@@ -32,7 +32,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--target",
         choices=TARGETS,
         default=DEFAULT_TARGET,
-        help="what the reward will measure; kept in the meta file, the baseline is that of the reference either way",
+        help="what the reward will measure, kept in the meta file; without --generate the baseline is of the reference "
+        "either way",
     )
     cli.add_template_flag(parser)
     cli.add_reference_tokens_flag(parser)

@@ -29,7 +29,7 @@ __all__ = list(_EXPORTS)
 def _configured_reward():
     """`trl grpo --reward_funcs multi_level_ppl_trl.multi_level_ppl`: the reward that PPL_REWARD_CONFIG describes.
 
-    What is wrong with the file is said now, before the trainer loads a model.
+    A name that is wrong in the file is said now, before the trainer loads a model.
     """
     from ppl.reward.config import multi_level_ppl, read_settings
 

@@ -1,4 +1,4 @@
-"""Tables that many rooms need: what there is to choose from, and what is chosen where nobody says. Imports nothing."""
+"""Tables that many files need: what there is to choose from, and what is chosen where nobody says. Imports nothing."""
 
 LEVELS = ("word", "phrase", "sentence")
 BASELINE_COLUMNS = tuple(f"baseline_{level}" for level in LEVELS)  # of a data set that carries its baselines

@@ -11,8 +11,8 @@ from ..sampling import GivenIds, prompt_ids
 
 class ResumableGRPOTrainer(GRPOTrainer):
     """Six differences: prompts are read as the scorer reads them, reward functions get the `prompt_ids` that the policy
-    was given, adapters keep their precision, an epoch's order follows from its number, all is loaded again, the model
-    card says what the run was.
+    was given, adapters keep their precision, an epoch's order follows from its number, a resumed run with `beta` takes
+    up the trained adapter, too, the model card says what the run was.
 
     chat: what the chat template is given, keywords of `ppl.chat.render_prompt`. card: called with the trainer's state
     when TRL has written README.md into the output folder.
