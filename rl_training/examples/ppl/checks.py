@@ -7,7 +7,7 @@ import torch
 
 from .definitions import DEFAULT_THRESHOLDS, LEVELS
 from .frozen import frozen
-from .models import describe_model
+from .models import precision
 from .reward.function import MultiLevelPPLRewardFunction
 from .scoring.calculator import MultiLevelPPLCalculator
 
@@ -37,7 +37,7 @@ class CheckFailed(AssertionError):
 
 
 def tolerance(model) -> float:
-    made = describe_model(model)
+    made = precision(model)
     allowed = TOLERANCES.get(made["dtype"], TOLERANCES["float32"])
     return allowed if made["quantization"] == "none" else max(allowed, TOLERANCES["bfloat16"])
 

@@ -234,23 +234,27 @@ def _device(device: str | None):
     return target
 
 
+_PART = 2**22  # values at a time, so that no second copy of a large embedding is made
+
+
 def describe_model(model) -> dict:
-    """What tells one scorer from another: dtype, quantization, and a hash of all its weights but the adapters'."""
+    """What tells one scorer from another: its precision, and a hash of all its weights but the adapters'."""
     from .frozen import base_parameters
 
     digest = hashlib.blake2b(digest_size=8)
     for parameter in base_parameters(model):
         digest.update(f"{_shape(parameter)} {_checksum(parameter)} ".encode())
+    return {**precision(model), "weights": digest.hexdigest()}
+
+
+def precision(model) -> dict:
+    """`dtype`, and `quantization`: none, 4bit, or what transformers calls the method."""
     quantization = getattr(model.config, "quantization_config", None)
     method = "none"
     if quantization is not None:
         settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
         method = "4bit" if settings.get("load_in_4bit") else str(settings.get("quant_method", "unknown"))
-    return {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "quantization": method,
-        "weights": digest.hexdigest(),
-    }
+    return {"dtype": str(model.dtype).removeprefix("torch."), "quantization": method}
 
 
 def _shape(parameter) -> tuple:
@@ -258,25 +262,27 @@ def _shape(parameter) -> tuple:
     return tuple(getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape))
 
 
-def _checksum(parameter) -> int:
-    """A sum over all of a tensor, in whole numbers: the same on any device, in any order of adding and of the values.
+def _checksum(parameter) -> tuple[int, ...]:
+    """Whole numbers that depend on every value of a tensor, and on no order of the values, of adding, or device.
 
-    Of 4-bit weights the codes are added, since bitsandbytes repacks them in place for the CPU; of others the bits of
-    each value as float32, in which a norm is the same that was cast to it for training.
+    Of 4-bit weights they say how often each of the sixteen codes stands there, since bitsandbytes repacks them in place
+    for the CPU; of others they are a sum over the scrambled bits of each value as float32, in which a norm is the same
+    that was cast to it for training.
     """
     import torch
 
-    values, total = parameter.detach(), 0
-    in_4bit = getattr(parameter, "quant_state", None) is not None
-    # In parts, so that no second copy of a large embedding is made.
-    for part in (values.view(torch.uint8) if in_4bit else values).flatten().split(2**24):
-        if in_4bit:
-            total += ((part & 15).sum(dtype=torch.int64) + (part >> 4).sum(dtype=torch.int64)).item()
-        elif part.is_floating_point():
-            total += part.float().view(torch.int32).sum(dtype=torch.int64).item()
-        else:
-            total += part.sum(dtype=torch.int64).item()
-    return total
+    values = parameter.detach()
+    if getattr(parameter, "quant_state", None) is not None:
+        pairs = sum(torch.bincount(part, minlength=256) for part in values.view(torch.uint8).flatten().split(_PART))
+        pairs = pairs.view(16, 16)  # of the codes in the upper and in the lower half of a byte
+        return tuple((pairs.sum(0) + pairs.sum(1)).tolist())
+    total = 0
+    for part in values.flatten().split(_PART):
+        bits = part.float().view(torch.int32) if part.is_floating_point() else part
+        scrambled = bits.long() * 0x5BD1E995  # below 2**63. Unscrambled, a value that rises hides one that falls
+        scrambled = (scrambled ^ (scrambled >> 29)) & (2**38 - 1)
+        total += scrambled.sum().item()
+    return (total,)
 
 
 def tokenizer_fingerprint(tokenizer) -> str:

@@ -1,4 +1,4 @@
-"""What a person looks at. Imports scoring, baselines, reward and training; of the others only scoring/explained.py imports it.
+"""What a person looks at. Imports scoring, baselines, reward and training; scoring/explained.py alone imports it.
 
 frame.py       what the HTML pages share, with frame.html.j2
 heatmap.py     a text coloured by surprisal, with heatmap.html.j2
