@@ -26,7 +26,8 @@ def frozen(model: torch.nn.Module, adapters: bool = False) -> Iterator[None]:
     environment. Raises `InputError` for an adapter that cannot be turned off: one that is merged into the weights, or
     that trains the model's own biases.
     """
-    _check_adapters(model, adapters)
+    if not adapters:
+        _check_adapters(model)
     with ExitStack() as stack:
         stack.enter_context(patch_environment(**_UNSLOTH))
         training = [module for module in model.modules() if module.training]
@@ -43,30 +44,29 @@ def frozen(model: torch.nn.Module, adapters: bool = False) -> Iterator[None]:
         yield
 
 
-def _check_adapters(model: torch.nn.Module, adapters: bool) -> None:
+def _check_adapters(model: torch.nn.Module) -> None:
     # A PeftModel has the settings of its adapters; so has a model into which they were injected.
     wrapped = [model, *(getattr(one, "model", None) for one in (model, getattr(model, "base_model", None)))]
     settings = [one for module in wrapped for one in (getattr(module, "peft_config", None) or {}).values()]
-    for one in [] if adapters else settings:
+    for one in settings:
         if getattr(one, "bias", "none") != "none":
             raise InputError(
                 f"the adapter has bias={one.bias!r}: it trains biases of the model itself, which cannot be turned off "
                 "to score with the model as it was: use bias='none', or another model as scorer"
             )
-        start = str(getattr(one, "init_lora_weights", "")).lower()
-        if start.startswith(_CHANGE_THE_MODEL) or getattr(one, "kasa_config", None) is not None:
-            what = (
-                f"init_lora_weights={one.init_lora_weights!r}"
-                if start.startswith(_CHANGE_THE_MODEL)
-                else "a KasaConfig"
-            )
+        start = getattr(one, "init_lora_weights", None)
+        changes = ["a KasaConfig"] if getattr(one, "kasa_config", None) is not None else []
+        if str(start).lower().startswith(_CHANGE_THE_MODEL):
+            changes.append(f"init_lora_weights={start!r}")
+        if changes:
             raise InputError(
-                f"the adapter begins with {what}, which takes a part out of the model's own weights, so that with the "
-                "adapter off it is not the model as it was: use another beginning, or another model as scorer"
+                f"the adapter begins with {changes[-1]}, which takes a part out of the model's own weights, so that "
+                "with the adapter off it is not the model as it was: use another beginning, or another model as scorer"
             )
-    if settings and not adapters and not _tuner_layers(model) and not any(map(_stands_before_the_text, settings)):
+    others = [one for one in settings if not _stands_before_the_text(one)]
+    if others and not _tuner_layers(model):
         raise InputError(
-            f"the adapter is {type(settings[0]).__name__.removesuffix('Config')}, which cannot be turned off layer by "
+            f"the adapter is {type(others[0]).__name__.removesuffix('Config')}, which cannot be turned off layer by "
             "layer to score with the model as it was: use LoRA or another adapter of layers, or another model as scorer"
         )
 

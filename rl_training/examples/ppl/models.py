@@ -229,7 +229,7 @@ def _device(device: str | None):
     try:
         torch.zeros(1, device=target).item()
     # PyTorch raises these for a device that is not here, or that its build knows nothing of; meta holds no numbers.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device is {device!r}, which PyTorch has not here: leave it out or use cpu") from error
     return target
 

@@ -74,11 +74,7 @@ class Baselines(Mapping[str, np.ndarray]):
         elif reference is None:
             row = self._rows.get(prompt) if isinstance(prompt, str) else None
             # A mapping by prompts; or another row's id that reads like this prompt.
-            if (
-                row is not None
-                and isinstance(known := self._texts["prompt_id"][row], str)
-                and known != stable_id(prompt)
-            ):
+            if row is not None and _is_of_another(self._texts["prompt_id"][row], prompt):
                 row = None
             if row is None and prompt is not None:
                 row = self._by_prompt.get(stable_id(prompt))
@@ -90,13 +86,13 @@ class Baselines(Mapping[str, np.ndarray]):
             "ids that start anew in each split, or texts that were edited, need baselines of their own: make them with "
             "compute_baselines_trl.py from these rows, or give every row an id that no other text has"
         )
-        if prompt is not None and isinstance(texts["prompt_id"], str) and texts["prompt_id"] != stable_id(prompt):
+        if prompt is not None and _is_of_another(texts["prompt_id"], prompt):
             theirs = f" that begins {texts['prompt_start']!r}" if isinstance(texts["prompt_start"], str) else ""
             raise BaselineError(
                 f"{where} has a prompt that begins {beginning(prompt)!r}, and {self.source} has the baseline of "
                 f"another prompt{theirs} under this id: {remedy}"
             )
-        if reference and isinstance(texts["reference_id"], str) and texts["reference_id"] != stable_id(reference):
+        if reference and _is_of_another(texts["reference_id"], reference):
             raise BaselineError(
                 f"{where} has a reference that begins {beginning(reference)!r}, and {self.source} has the baseline of "
                 f"another reference under this id: {remedy}"
@@ -127,6 +123,11 @@ class Baselines(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+
+def _is_of_another(known: object, text: Text) -> bool:
+    """Whether `known`, a hash where a file keeps one, is another text's."""
+    return isinstance(known, str) and known != stable_id(text)
 
 
 def beginning(text: Text) -> str:

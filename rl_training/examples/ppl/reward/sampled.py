@@ -7,7 +7,7 @@ from ..chat import Turn, Turns
 from ..data import Text, check_text, message_text
 from ..sampling import prompt_ids, up_to_end
 from ..scoring.calculator import MultiLevelPPLCalculator
-from ..scoring.tokens import Sampled, special_ids
+from ..scoring.tokens import Sampled
 
 
 def as_scored(
@@ -59,14 +59,13 @@ def those_of(
     The others were written by a policy with another tokenizer, or were edited on their way here. ends: end tokens of
     the scorer; special tokens in the last places end a text, too: the policy may be another model.
     """
-    special = special_ids(calculator.tokenizer)
     completion_ids = [list(map(int, ids)) for ids in completion_ids]
     if not completion_ids:  # of which transformers would decode one text
         return {}
     every = [
         Sampled(
             tuple(map(int, given)),
-            tuple(up_to_end(ids, {*ends, *itertools.takewhile(special.__contains__, ids[::-1])})),
+            tuple(up_to_end(ids, {*ends, *itertools.takewhile(calculator.special_ids.__contains__, ids[::-1])})),
         )
         for given, ids in zip(given_ids, completion_ids, strict=True)
     ]

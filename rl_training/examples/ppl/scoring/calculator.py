@@ -233,6 +233,11 @@ class MultiLevelPPLCalculator:
             ]
         return explained
 
+    @property
+    def special_ids(self) -> set[int]:
+        """The tokens that are no text."""
+        return self._encoder.special_ids
+
     def written(self, sampled: Sequence[Sampled]) -> list[str]:
         """The text of each completion behind its prompt."""
         return [text for _, text in self._encoder.encode_sampled(sampled)]

@@ -44,12 +44,6 @@ class Encoded:
     chars: np.ndarray
 
 
-def special_ids(tokenizer) -> set[int]:
-    """The tokens that are no text, those included that were added as special and have no role of their own."""
-    added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
-    return {*added, *tokenizer.all_special_ids}
-
-
 class TextEncoder:
     """Tokenizes context and target as one string and aligns the target's tokens to its characters.
 
@@ -76,9 +70,11 @@ class TextEncoder:
         self.decoding = Decoding(self._backend)
         self._bos = tokenizer.bos_token_id
         self.start = tokenizer.eos_token_id if self._bos is None and eos_for_bos else self._bos
-        special = special_ids(tokenizer)
-        self._special = np.zeros(max([len(tokenizer), *special]) + 1, dtype=bool)
-        self._special[list(special)] = True
+        # Those included that were added as special and have no role of their own.
+        added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self.special_ids = {*added, *tokenizer.all_special_ids}
+        self._special = np.zeros(max([len(tokenizer), *self.special_ids]) + 1, dtype=bool)
+        self._special[list(self.special_ids)] = True
 
     def encode_pairs(self, pairs: Sequence[Pair]) -> tuple[list[Encoded], list[str]]:
         """(each pair as the model reads it, the targets as text)"""

@@ -29,8 +29,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
     argv = list(sys.argv[1:] if argv is None else argv)
     actions = {flag: action for action in parser._actions for flag in action.option_strings}
     try:
-        if files := _config_files(argv):
-            argv = config_words(files[0], actions) + argv
+        if file := _config_file(argv):
+            argv = config_words(file, actions) + argv
         # argparse would take the threshold -50:0 for a flag; with a space in front it does not.
         args, rest = parser.parse_known_args(
             [f" {word}" if re.match(r"-(\d|\.|inf|nan)[^\s:]*:", word) else word for word in argv]
@@ -43,17 +43,15 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
     return args, rest
 
 
-def _config_files(argv: Sequence[str]) -> list[str]:
-    """What `--config` names, [] without it. Raises `InputError` for several."""
-    following = [*argv[1:], ""]
-    files = [
-        word.partition("=")[2] or following[index]
-        for index, word in enumerate(argv)
-        if word.partition("=")[0] == "--config"
-    ]
+def _config_file(argv: Sequence[str]) -> str | None:
+    """What `--config` names; None without it, and without a name, of which argparse tells. Raises `InputError` for
+    several."""
+    only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only.add_argument("--config", nargs="?", action="append", default=[])
+    files = only.parse_known_args(argv)[0].config
     if len(files) > 1:
-        raise InputError(f"--config is given {len(files)} times, {' and '.join(files)}: expected one file")
-    return [file for file in files if file]  # argparse says what is wrong without one
+        raise InputError(f"--config is given {len(files)} times, {' and '.join(map(str, files))}: expected one file")
+    return files[0] if files else None
 
 
 def config_words(path: str, actions: Mapping[str, argparse.Action]) -> list[str]:
@@ -66,10 +64,10 @@ def config_words(path: str, actions: Mapping[str, argparse.Action]) -> list[str]
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"--config {path}: {' '.join(str(error).split())}: expected a YAML file of flags") from error
-    if isinstance(settings, dict) and "config" in settings:
-        raise InputError(f"--config {path}: config is {settings['config']!r}, but a file names no other: leave it out")
     if not isinstance(settings, dict):
         raise InputError(f"--config {path}: expected 'name: value' lines, found {settings!r:.80}")
+    if "config" in settings:
+        raise InputError(f"--config {path}: config is {settings['config']!r}, but a file names no other: leave it out")
     check_names([f"--{name}" for name in settings], actions, f"--config {path}: ")
     words = []
     for name, value in settings.items():

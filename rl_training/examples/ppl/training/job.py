@@ -126,7 +126,7 @@ def check_output(folder: str) -> None:
     """Raises `InputError` unless `folder` is a folder that can be written to, or can be made."""
     there = next(one for one in (Path(folder), *Path(folder).absolute().parents) if one.exists())
     if not folder or not there.is_dir():
-        raise InputError(f"--output_dir is {folder!r}, and {there} is no folder: name a folder")
+        raise InputError(f"--output_dir is {folder!r}, expected a folder, or the name of one to make")
     check_folder(there, "--output_dir", folder)
 
 
