@@ -1,11 +1,14 @@
 """The hash that tells one scorer from another: of every weight, however it is kept, and of nothing else."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 import toys
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
+from training_runs import EXAMPLES
 
 from ppl.models import describe_model, load_model
 
@@ -62,6 +65,16 @@ def test_4bit_weights_repacked_for_a_cpu_are_the_same_weights(in_4bit):
     with torch.no_grad():  # where the CPU has the instructions, the first pass packs them
         in_4bit(input_ids=torch.tensor([[1, 2, 3]]))
     assert weights(in_4bit) == before
+
+
+@pytest.mark.slow
+def test_unsloth_and_transformers_make_the_same_4bit_weights(in_4bit):
+    asked = (
+        "from ppl.models import *; model = load_model('tiny-stories', load_in_4bit=True, unsloth=True)[0]; "
+        "print(describe_model(model)['weights'])"
+    )
+    done = subprocess.run([sys.executable, "-c", asked], cwd=EXAMPLES, capture_output=True, text=True)
+    assert done.stdout.split()[-1:] == [weights(in_4bit)], done.stderr
 
 
 def test_norms_cast_for_training_are_the_same_norms():
