@@ -3,7 +3,7 @@
     python levels.py --output_dir study_levels
 
 Effect size: the mean over pairs of ln PPL(damaged) - ln PPL(original), over its standard deviation; its interval holds
-95 % of 1,000 bootstrap samples of the texts. All aggregations are computed from the same surprisals. Preferred: the
+95 % of 1,000 bootstrap samples of the texts. Both aggregations are computed from the same surprisals. Preferred: the
 share of pairs in which the whole reward, in nats and with the loop guard, is higher for the damaged text.
 With --openings nested levels also stand behind other tokens than BOS when a unit is alone.
 """
@@ -131,11 +131,10 @@ def log_perplexities(args: argparse.Namespace, model, tokenizer, pairs: list[tup
     units = segment(texts, args.language)
     scorer = SurprisalScorer(model)
     scopes = score_scopes(scorer, encoded, units, [encoder.start])
-    chars = [one.chars for one in encoded]
-    perplexities = {"nested": nested_perplexities(scopes)}
-    for name in AGGREGATIONS:
-        if name != "nested":
-            perplexities[name] = level_perplexities(units, chars, scopes.c, name)
+    perplexities = {
+        "geometric": level_perplexities(units, [one.chars for one in encoded], scopes.c),
+        "nested": nested_perplexities(scopes),
+    }
     if args.openings:
         for name, ids in openings(tokenizer, encoder.start).items():
             perplexities[f"nested behind {name}"] = nested_perplexities(score_scopes(scorer, encoded, units, ids))

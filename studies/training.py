@@ -46,8 +46,6 @@ ARMS = {
     "word only": "--ppl_weights 1 0 0",
     "phrase only": "--ppl_weights 0 1 0",
     "sentence only": "--ppl_weights 0 0 1",
-    "selective": "--aggregation selective",
-    "selective, sentence only": "--aggregation selective --ppl_weights 0 0 1",
     "reference": "--target reference",
     "nats": "--reward_form nats",
     "nested": "--aggregation nested",

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import statistics
 
 import regex
 import sentencex
@@ -118,28 +117,10 @@ def all_levels(
         return dict(zip(("word", "phrase", "sentence"), values, strict=True))
     scored = [one for one in token_surprisals(model, tokenizer, text, context, window) if kept(one[0])]
     spans = units(text, **options)
-    found = {level: [(start, _rate(scored, start, end)) for start, end in spans[level]] for level in spans}
     result = {}
-    for level, of_units in found.items():
-        rates = [rate for _, rate in of_units if rate is not None]
-        if not rates:
-            result[level] = math.nan
-        elif aggregation == "selective":
-            if level == "word":
-                rates = sorted(rates)[-math.ceil(len(rates) / 5) :]
-            elif level == "phrase":
-                rates = [statistics.median(rates)]
-            else:
-                firsts = []
-                for start, end in spans["sentence"]:
-                    inside = [rate for at, rate in found["word"] if start <= at < end and rate is not None]
-                    firsts += inside[:1]
-                rates = firsts
-            result[level] = math.exp(math.fsum(rates) / len(rates))
-        elif aggregation == "geometric":
-            result[level] = math.exp(math.fsum(rates) / len(rates))
-        else:
-            result[level] = math.fsum(math.exp(rate) for rate in rates) / len(rates)
+    for level, of_level in spans.items():
+        rates = [rate for rate in (_rate(scored, start, end) for start, end in of_level) if rate is not None]
+        result[level] = math.exp(math.fsum(rates) / len(rates)) if rates else math.nan
     return result
 
 

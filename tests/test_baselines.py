@@ -454,7 +454,7 @@ def test_the_same_is_accepted():
         ("target", "reference", {"target": "reference"}),
         ("definitions.max_phrase_words", 6, {"max_phrase_words": 6}),
         ("definitions.language", "de", {"language": "de"}),
-        ("definitions.aggregation", "arithmetic", {"aggregation": "arithmetic"}),
+        ("definitions.aggregation", "nested", {"aggregation": "nested"}),
         ("tokenizer", "4567", {}),
         ("model.weights", "beef", {}),
         ("model.dtype", "bfloat16", {"dtype": "bfloat16"}),

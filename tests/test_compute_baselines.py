@@ -423,7 +423,7 @@ def test_other_settings_refuse_the_parts(small_windows, monkeypatch, capsys):
         (["--model_name", "gpt2"], 'model_name "tiny-stories", now it is "gpt2"'),
         (["--target", "reference"], 'target "completion", now it is "reference"'),
         (["--num_samples", "50"], "num_samples null, now it is 50"),
-        (["--aggregation", "arithmetic"], "aggregation"),
+        (["--aggregation", "nested"], "aggregation"),
         (["--dtype", "float16", "--overwrite"], "dtype"),
         (["--id_column", "prompt"], "columns"),
     ]:

@@ -93,7 +93,7 @@ def test_the_example_by_hand_is_what_the_code_computes():
     bits = np.array([2, 3, 1, 4, 1, 3, 2, 1, 2, 4, 1])
     starts = np.cumsum([0, *map(len, tokens)])[:-1]
     chars = np.array([start + token.startswith(" ") for start, token in zip(starts, tokens, strict=True)])
-    word, phrase, sentence = level_perplexities(segment([text]), [chars], [bits * math.log(2)], "geometric")[0]
+    word, phrase, sentence = level_perplexities(segment([text]), [chars], [bits * math.log(2)])[0]
     assert (round(word, 2), round(phrase, 2), round(sentence, 2)) == (4.64, 4.62, 4.69)
     guide = (ROOT / "MULTILEVEL_PPL_GUIDE.md").read_text(encoding="utf-8")
     for number in ("**4.64**", "**4.62**", "**4.69**", "4.54"):

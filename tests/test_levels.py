@@ -19,20 +19,18 @@ from ppl.scoring.units import segment
 
 TEXT = 'Once upon a time, there was a small fox. It said: "I am hungry!"\nThe end.'
 
-OF_UNITS = [name for name in AGGREGATIONS if name != "nested"]  # nested levels have tests of their own
-
 
 @pytest.fixture(scope="module")
 def calculator(tokenizer):
     return MultiLevelPPLCalculator(tokenizer)
 
 
-def by_hand(text, chars, surprisals, aggregation="geometric"):
-    values = level_perplexities(segment([text]), [np.array(chars)], [np.array(surprisals)], aggregation)
+def by_hand(text, chars, surprisals):
+    values = level_perplexities(segment([text]), [np.array(chars)], [np.array(surprisals)])
     return dict(zip(LEVELS, values[0], strict=True))
 
 
-# --- arithmetic ------------------------------------------------------------------------------------------------------
+# --- sums ------------------------------------------------------------------------------------------------------
 
 
 def test_a_unit_sums_the_tokens_that_start_in_it():
@@ -53,38 +51,17 @@ def test_every_unit_has_one_vote():
     assert found["phrase"] == found["sentence"] == pytest.approx(math.exp((1 + 2 + 3 + 8) / 4))
 
 
-def test_the_arithmetic_mean_takes_the_perplexities_of_the_units():
-    found = by_hand("Go now.", [0, 0, 1, 3], [1.0, 2.0, 3.0, 8.0], "arithmetic")
-    assert found["word"] == pytest.approx((math.exp(2) + math.exp(8)) / 2)
-    assert found["sentence"] == pytest.approx(math.exp(14 / 4))
-
-
-def test_selective_takes_of_each_level_what_its_own_faults_show_in():
-    text = "A fox, a crow. Yes, we can."
-    # words:     A 9 | fox, 2 | a 1 | crow. 3 | Yes, 5 | we 8 | can. 4     the highest 2 of 7, a fifth rounded up: 9, 8
-    # phrases:   A fox, 5.5 | a crow. 2 | Yes, 5 | we can. 6                the median: (5 + 5.5) / 2
-    # sentences: A 9 | Yes, 5                                               the mean of their first words: 7
-    found = by_hand(text, [0, 2, 7, 9, 15, 20, 23], [9.0, 2, 1, 3, 5, 8, 4], "selective")
-    assert found == pytest.approx({"word": math.exp(8.5), "phrase": math.exp(5.25), "sentence": math.exp(7)})
-
-
-def test_selective_takes_the_first_word_of_a_sentence_that_a_token_starts_in():
-    # no token starts in "Yes, ": its sentence begins with "we "
-    assert by_hand("Go. Yes, we can.", [0, 9, 12], [1.0, 3, 9], "selective")["sentence"] == pytest.approx(math.exp(2))
-
-
-@pytest.mark.parametrize("aggregation", OF_UNITS)
 @given(
     surprisals=st.lists(st.floats(0, 20), min_size=12, max_size=12),
     more=st.floats(0, 20),
     index=st.integers(0, 11),
 )
-def test_no_level_falls_when_a_token_becomes_more_surprising(aggregation, surprisals, more, index):
+def test_no_level_falls_when_a_token_becomes_more_surprising(surprisals, more, index):
     text = "A fox, a crow and I. Yes, we can go home."
     chars = [0, 2, 5, 7, 9, 14, 18, 21, 26, 29, 33, 36]
-    before = by_hand(text, chars, surprisals, aggregation)
+    before = by_hand(text, chars, surprisals)
     surprisals[index] += more
-    after = by_hand(text, chars, surprisals, aggregation)
+    after = by_hand(text, chars, surprisals)
     assert all(after[level] >= before[level] * (1 - 1e-12) for level in LEVELS)
 
 
@@ -95,7 +72,7 @@ def test_a_unit_without_a_token_has_no_vote():
 
 def test_a_text_without_a_scored_token_is_nan_and_leaves_its_neighbours_alone():
     texts, chars = ["Go", "", "Go"], [np.array([0]), np.array([], dtype=int), np.array([1])]
-    values = level_perplexities(segment(texts), chars, [np.array([1.0]), np.array([]), np.array([2.0])], "geometric")
+    values = level_perplexities(segment(texts), chars, [np.array([1.0]), np.array([]), np.array([2.0])])
     assert np.isnan(values[1]).all()
     np.testing.assert_allclose(values[[0, 2]], np.exp([[1] * 3, [2] * 3]))
 
@@ -156,9 +133,9 @@ def test_one_token_a_word_gives_the_ordinary_token_perplexity_of_words(surprisal
 
 
 @settings(max_examples=20)
-@given(text=toys.texts, context=toys.texts, aggregation=st.sampled_from(OF_UNITS))
-def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(any_tokenizer, text, context, aggregation):
-    calculator = MultiLevelPPLCalculator(any_tokenizer, aggregation=aggregation)
+@given(text=toys.texts, context=toys.texts)
+def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(any_tokenizer, text, context):
+    calculator = MultiLevelPPLCalculator(any_tokenizer)
     [one] = calculator._encoder.encode([context], [text])
     expected = toys.VOCABULARY if len(one.positions) else math.nan
     found = calculator.compute_all_levels(UNIFORM, text, context)
@@ -219,15 +196,6 @@ def test_levels_equal_the_slow_twin(model, any_tokenizer):
 def test_levels_of_any_text_equal_the_slow_twin(model, calculator, text, context):
     twin = brute_force.all_levels(model, calculator.tokenizer, text, context)
     assert calculator.compute_all_levels(model, text, context) == pytest.approx(twin, rel=1e-4, nan_ok=True)
-
-
-@settings(max_examples=30)
-@given(texts=st.lists(toys.texts, min_size=2, max_size=4))
-def test_selective_levels_of_any_texts_equal_the_slow_twin(model, tokenizer, texts):
-    found = MultiLevelPPLCalculator(tokenizer, aggregation="selective").compute_all_levels(model, texts)
-    twins = [brute_force.all_levels(model, tokenizer, text, aggregation="selective") for text in texts]
-    for level in LEVELS:
-        np.testing.assert_allclose(found[level], [twin[level] for twin in twins], rtol=1e-4)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

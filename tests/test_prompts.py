@@ -275,7 +275,7 @@ def test_a_prompt_that_begins_the_answer_is_gone_on_with(chat):
     assert second[0].startswith("<|user|>Tell me about the fox.\n<|assistant|>It is so:\n<|tool|>")
 
 
-@pytest.mark.parametrize("aggregation", ["geometric", "arithmetic", "nested"])
+@pytest.mark.parametrize("aggregation", ["geometric", "nested"])
 def test_several_turns_are_one_text_whose_units_end_with_each(model, chat, aggregation):
     calculator = MultiLevelPPLCalculator(chat, aggregation=aggregation)
     batch = calculator.compute_all_levels(model, [SAID, "Once."], [[USER], [USER]])
@@ -286,15 +286,13 @@ def test_several_turns_are_one_text_whose_units_end_with_each(model, chat, aggre
         tokens = sum(unit["n_tokens"] for one in each for unit in one["word"])
         assert math.prod(found.values()) == pytest.approx(math.exp(surprisal / tokens), rel=1e-5)
         return
-    mean = {"geometric": lambda x: math.exp(sum(map(math.log, x)) / len(x)), "arithmetic": lambda x: sum(x) / len(x)}
     for level in LEVELS:
-        units = [unit["perplexity"] for one in each for unit in one[level]]
-        assert found[level] == pytest.approx(mean[aggregation](units), rel=1e-5)
+        units = [math.log(unit["perplexity"]) for one in each for unit in one[level]]
+        assert found[level] == pytest.approx(math.exp(sum(units) / len(units)), rel=1e-5)
     counts = [len(segment([text]).starts["word"]) for _, text in TURNS]
     twins = [brute_force.all_levels(model, chat, text, context)["word"] for context, text in TURNS]
-    if aggregation == "geometric":
-        by_hand = sum(n * math.log(twin) for n, twin in zip(counts, twins, strict=True)) / sum(counts)
-        assert math.log(found["word"]) == pytest.approx(by_hand, rel=1e-4)
+    by_hand = sum(n * math.log(twin) for n, twin in zip(counts, twins, strict=True)) / sum(counts)
+    assert math.log(found["word"]) == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_the_reward_scores_the_turns_and_says_the_text(model, chat):

@@ -90,8 +90,7 @@ def test_with_nothing_but_a_text_the_embedded_model_scores_it(tmp_path):
     "flags, options",
     [
         ([], {}),
-        (["--aggregation", "arithmetic"], {"aggregation": "arithmetic"}),
-        (["--aggregation", "selective"], {"aggregation": "selective"}),
+        (["--aggregation", "nested"], {"aggregation": "nested"}),
         (["--max_phrase_words", "2", "--language", "de"], {"max_phrase_words": 2, "language": "de"}),
         (["--context", "Tell me a story. "], {"context": "Tell me a story. "}),
     ],

@@ -152,7 +152,7 @@ def test_the_examples_in_docstrings_are_right(damage):
 def test_which_level_sees_what(tmp_path):
     printed = run("levels.py", *documented("levels.py"), "--openings", "--output_dir", tmp_path)
     numbers = json.loads((tmp_path / "levels.json").read_text())
-    plain = {"geometric", "arithmetic", "selective", "nested"}
+    plain = {"geometric", "nested"}
     openings = {f"nested behind {name}" for name in ("a line break", "a sentence", "EOS")}
     assert set(numbers["aggregations"]) == plain | openings and numbers["texts"] == 12
     for name, found in numbers["aggregations"].items():
@@ -164,9 +164,9 @@ def test_which_level_sees_what(tmp_path):
             assert all(one["low"] <= one["effect"] <= one["high"] for one in (of_damage[level] for level in LEVELS))
         replaced = found["damages"]["words replaced"]["word"]
         assert replaced["effect"] > 0.5 and replaced["ranked"] > 0.9, name
-    selective = numbers["aggregations"]["selective"]["damages"]
-    for kind, best in (("words replaced", "word"), ("words shuffled in phrases", "phrase")):
-        effects = {level: selective[kind][level]["effect"] for level in LEVELS}
+    nested = numbers["aggregations"]["nested"]["damages"]
+    for kind, best in (("words replaced", "word"), ("phrases shuffled", "phrase")):
+        effects = {level: nested[kind][level]["effect"] for level in LEVELS}
         assert max(effects, key=effects.get) == best
     assert "| geometric: words replaced" in printed  # Markdown, in a pipe
     assert (tmp_path / "levels.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -11,6 +11,7 @@ pages shows what training has measured. What several wings share stands in this 
 
 definitions.py        tables of choices and defaults; imports nothing
 languages.py          codes of languages, and what is none
+retired.py            what is gone, and what to use instead
 errors.py             the exception that is the user's to mend
 files.py              the only place that writes a file
 cli.py                the flags that scripts share, and how a script ends

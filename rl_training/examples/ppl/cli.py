@@ -24,6 +24,7 @@ from .definitions import (
 from .errors import InputError
 from .languages import checked_language
 from .notebooks import CellError, in_kernel, script_name
+from .retired import retired
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -132,9 +133,8 @@ def add_definition_flags(parser: argparse.ArgumentParser) -> None:
         "--language", type=_language, default=DEFAULT_LANGUAGE, help="ISO 639 code for splitting sentences"
     )
     group.add_argument(
-        "--aggregation", choices=AGGREGATIONS, default=DEFAULT_AGGREGATION,
-        help="mean over a level's units; selective: of the most surprising fifth of the words, the median phrase, and "
-        "the first words of sentences",
+        "--aggregation", type=_aggregation, choices=AGGREGATIONS, default=DEFAULT_AGGREGATION,
+        help="geometric: the mean over a level's units; nested: each level is given something else",
     )  # fmt: skip
 
 
@@ -186,6 +186,12 @@ def _json_object(text: str) -> dict:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'{text!r}, expected a JSON object such as {{"enable_thinking": false}}')
     return value
+
+
+def _aggregation(text: str) -> str:
+    if gone := retired("aggregation", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: {gone}")
+    return text
 
 
 def _language(text: str) -> str:

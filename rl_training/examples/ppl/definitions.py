@@ -4,7 +4,7 @@ LEVELS = ("word", "phrase", "sentence")
 BASELINE_COLUMNS = tuple(f"baseline_{level}" for level in LEVELS)  # of a data set that carries its baselines
 
 # Choices
-AGGREGATIONS = ("geometric", "arithmetic", "selective", "nested")
+AGGREGATIONS = ("geometric", "nested")
 TARGETS = ("completion", "reference")
 REFERENCE_TOKENS = ("all", "hard", "group")  # which tokens of a reference count
 FORMS = ("thresholds", "nats")  # of the reward

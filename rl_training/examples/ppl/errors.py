@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from .retired import retired
+
 
 class InputError(ValueError):
     """Says which value is wrong, what was expected, and the remedy, in one line. Scripts exit with code 2 on it."""
@@ -14,5 +16,6 @@ class BaselineError(InputError):
 def one_of(name: str, value: str, choices: Sequence[str]) -> str:
     """`value`, or `InputError` if it is none of `choices`."""
     if value not in choices:
-        raise InputError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+        gone = retired(name, value)
+        raise InputError(f"{name} is {value!r}" + (f": {gone}" if gone else f", expected one of {', '.join(choices)}"))
     return value

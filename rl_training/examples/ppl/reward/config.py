@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from ..chat import read_template
-from ..definitions import DTYPES
+from ..definitions import AGGREGATIONS, DEFAULT_AGGREGATION, DTYPES
 from ..errors import InputError, one_of
 from ..models import load_model, model_path
 from ..scoring.calculator import MultiLevelPPLCalculator
@@ -92,6 +92,7 @@ def read_settings(path: str | Path | None = None) -> dict:
     if str(settings["model_name"]).startswith("."):
         settings["model_name"] = str(path.parent / settings["model_name"])
     try:
+        one_of("aggregation", settings.get("aggregation", DEFAULT_AGGREGATION), AGGREGATIONS)
         if not served:
             model_path(settings["model_name"])
         if "weights" in settings:

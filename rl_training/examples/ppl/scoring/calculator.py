@@ -44,11 +44,9 @@ class MultiLevelPPLCalculator:
     Where a method takes a `model`, it takes a `ppl.scoring.scorer.Scorer` as well, such as one behind an address.
 
     A unit's perplexity is exp(S_u / n_u), its surprisal in nats over its number of tokens. A level's is the geometric
-    mean of its units' perplexities, exp(mean_u S_u / n_u), or with `aggregation="arithmetic"` their mean. With
-    `aggregation="selective"` each level takes the geometric mean of what its own faults show in: the most surprising
-    fifth of the words, the median phrase, the first words of sentences. With `aggregation="nested"` each level is given
-    something else (`ppl.scoring.nested`): their product is the text's ordinary perplexity; phrase and sentence are
-    ratios, mostly below 1.
+    mean of its units' perplexities, exp(mean_u S_u / n_u). With `aggregation="nested"` each level is given something
+    else (`ppl.scoring.nested`): their product is the text's ordinary perplexity; phrase and sentence are ratios, mostly
+    below 1.
 
     tokenizer: any fast tokenizer. max_phrase_words: most words of a phrase. language: the ISO 639 code that sentencex
     splits sentences by. batch_size, max_batch_tokens: limits of one forward pass (None: chosen for the device).
@@ -92,7 +90,7 @@ class MultiLevelPPLCalculator:
         if nested and self._encoder.start is None:
             raise InputError(
                 "aggregation='nested' scores units alone, behind a BOS or EOS token, and the tokenizer has neither: "
-                f"expected another tokenizer or one of {', '.join(name for name in AGGREGATIONS if name != 'nested')}"
+                "expected another tokenizer, or aggregation='geometric'"
             )
         self._scorer: SurprisalScorer | None = None  # of a model in this process
 
@@ -265,7 +263,7 @@ class MultiLevelPPLCalculator:
         """float64 [B, 3] from the views of `_score` and the characters that the tokens stand for."""
         if self.aggregation == "nested":
             return nested_perplexities(Scopes(*views))
-        return level_perplexities(units, chars, *views, self.aggregation)
+        return level_perplexities(units, chars, *views)
 
     def _scorer_of(self, model) -> Scorer:
         if is_scorer(model):
