@@ -300,6 +300,8 @@ def nested_levels(model, tokenizer, texts, rounds, seed):
     import numpy as np
 
     from ppl.scoring.calculator import MultiLevelPPLCalculator
+    from ppl.scoring.surprisal import SurprisalScorer
+    from ppl.scoring.tokens import TextEncoder
 
     prompt, *completions = stories(tokenizer, [PROMPT] + [COMPLETION] * GROUP, seed + 1)
     of_a_group = f"{GROUP} completions of {COMPLETION} tokens behind a prompt of {PROMPT}"
@@ -320,7 +322,8 @@ def nested_levels(model, tokenizer, texts, rounds, seed):
         table.append([f"{name}: nested", "", *judged(times, most, least=False), "geometric's time"])
         # Whatever the way: the product of the nested levels is the perplexity over all tokens.
         product = np.log(calculators["nested"].score_pairs(model, pairs)).sum(axis=1)
-        plain = [one.views[-1].mean() for one in calculators["geometric"].view(model, pairs)]
+        encoded, _ = TextEncoder(tokenizer).encode_pairs(pairs)
+        plain = [surprisal.mean() for surprisal in SurprisalScorer(model).score(encoded)]
         check_equal("the product of nested levels", product, plain, tolerance=1e-4)
     return table
 

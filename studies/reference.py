@@ -37,8 +37,6 @@ FLAGS = [
 ARMS = {
     "nats": ["--reward_form", "nats"],
     "nats, beta 0.1": ["--reward_form", "nats", "--beta", "0.1"],
-    "nats, hard tokens": ["--reward_form", "nats", "--reference_tokens", "hard"],
-    "nats, tokens that vary": ["--reward_form", "nats", "--reference_tokens", "group"],
     "steps": ["--reward_thresholds", "0.05:0.5", "1:0.9", "2:1"],  # as VR-CLI has them
 }
 TRAINED, UNTRAINED, SFT = "trained plan", "untrained plan", "SFT on the continuations, no plan"

@@ -108,14 +108,11 @@ def _surprisal(model, ids: list[int], index: int, window: int | None) -> float:
     return -torch.log_softmax(logits.float(), dim=-1)[ids[index]].item()
 
 
-def all_levels(
-    model, tokenizer, text, context="", window=None, aggregation="geometric", kept=lambda char: True, **options
-) -> dict[str, float]:
-    """kept: of which characters the tokens count."""
+def all_levels(model, tokenizer, text, context="", window=None, aggregation="geometric", **options) -> dict[str, float]:
     if aggregation == "nested":
-        values = nested_levels(model, tokenizer, text, context, window, kept, **options)
+        values = nested_levels(model, tokenizer, text, context, window, **options)
         return dict(zip(("word", "phrase", "sentence"), values, strict=True))
-    scored = [one for one in token_surprisals(model, tokenizer, text, context, window) if kept(one[0])]
+    scored = token_surprisals(model, tokenizer, text, context, window)
     spans = units(text, **options)
     result = {}
     for level, of_level in spans.items():
@@ -129,9 +126,7 @@ def _rate(scored, start: int, end: int) -> float | None:
     return math.fsum(inside) / len(inside) if inside else None
 
 
-def nested_levels(
-    model, tokenizer, text: str, context="", window: int | None = None, kept=lambda char: True, **options
-) -> list[float]:
+def nested_levels(model, tokenizer, text: str, context="", window: int | None = None, **options) -> list[float]:
     """[word, phrase, sentence]: every phrase and every sentence run alone, behind one token, one token at a time."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     ids, tokens = scored_tokens(tokenizer, text, context, eos_for_bos=True)
@@ -139,13 +134,12 @@ def nested_levels(
         return [math.nan] * 3
     spans = units(text, **options)
     totals = {"phrase": [], "sentence": []}
-    counted = [one for one in tokens if kept(one[1])]
-    for index, char in counted:
+    for index, char in tokens:
         for level, values in totals.items():
             [(first, last)] = [span for span in spans[level] if span[0] <= char < span[1]]
             begin = min(at for at, other in tokens if first <= other < last)
             alone = [start, *ids[begin : index + 1]]
             values.append(_surprisal(model, alone, len(alone) - 1, window))
     a, b = (math.fsum(values) / len(values) for values in totals.values())
-    c = math.fsum(_surprisal(model, ids, index, window) for index, _ in counted) / len(counted)
+    c = math.fsum(_surprisal(model, ids, index, window) for index, _ in tokens) / len(tokens)
     return [math.exp(a), math.exp(b - a), math.exp(c - b)]

@@ -97,6 +97,9 @@ def test_what_is_written_is_read_and_ids_stand_on_one_line(tmp_path):
     assert repr(kept) == repr(before)
     assert read_before(path, {"prompt": ["b"]}, {"seed": 1}, {"weights": [["brevity", 1.0]]}) is None
     assert read_before(path, {"prompt": ["a"]}, {"seed": 1}, {"weights": []}) is None  # measured anew
+    # A run of before had a setting more, and goes on.
+    write_heldout(path, {"seed": 1}, {"weights": [["brevity", 1.0]], "reference_tokens": "all"}, before)
+    assert repr(read_before(path, {"prompt": ["a"]}, {"seed": 1}, {"weights": [["brevity", 1.0]]})) == repr(before)
     path.write_bytes(path.read_bytes()[:90])
     with pytest.raises(InputError, match=r"heldout.json: .*delete it to measure anew"):
         read_before(path, {"prompt": ["a"]}, {"seed": 1}, {})

@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from written_down import MODEL, TOKENIZER
+from written_down import MODEL, TOKENIZER, levels
 
 import compute_baselines_trl
 import multi_level_ppl_trl
 import train_grpo_multilevel_unsloth
 from multi_level_ppl_trl import MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
-from ppl.errors import InputError
+from ppl.baselines.file import Baselines
+from ppl.baselines.mismatch import check_meta
+from ppl.baselines.parts import Parts
+from ppl.baselines.plan import prepare
+from ppl.errors import BaselineError, InputError
 from ppl.reward.config import read_settings
 
 SCRIPTS = [compute_baselines_trl, train_grpo_multilevel_unsloth, multi_level_ppl_trl]
@@ -53,3 +57,60 @@ def test_a_script_ends_with_one_line_and_exit_code_2(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert AGGREGATION in done.stderr and not list(tmp_path.iterdir())
+
+
+# name, values that ask for what is gone, the one that never asked for anything
+SETTINGS = [("reference_tokens", ["hard", "group"], "all")]
+
+
+@pytest.mark.parametrize(("name", "asking", "usual"), SETTINGS)
+def test_settings_that_are_gone(capsys, tmp_path, name, asking, usual):
+    for value in asking:
+        words = [f"--{name}"] if value is True else [f"--{name}", value]
+        for script in SCRIPTS:
+            assert f"--{name}: retired in 0.2: " in refused(capsys, script, *words)
+        assert f"--{name}: retired in 0.2: " in refused(capsys, TRAINING, "--config", config(tmp_path, **{name: value}))
+        for make in (
+            lambda value=value: MultiLevelPPLRewardFunction(MODEL, TOKENIZER, **{name: value}),
+            lambda value=value: read_settings(config(tmp_path, model_name="tiny-stories", **{name: value})),
+        ):
+            with pytest.raises(InputError, match=rf"{name} is {value!r}: retired in 0\.2: "):
+                make()
+
+
+@pytest.mark.parametrize(("name", "asking", "usual"), SETTINGS)
+def test_a_file_of_before_that_asked_for_nothing_is_read(tmp_path, name, asking, usual):
+    """Every `training_config.yaml` of before holds every setting."""
+    assert not hasattr(TRAINING.parse_args(["--config", str(config(tmp_path, **{name: usual}))])[0], name)
+    assert name not in read_settings(config(tmp_path, model_name="tiny-stories", **{name: usual}))
+    MultiLevelPPLRewardFunction(MODEL, TOKENIZER, **{name: usual})
+
+
+def test_baselines_of_a_part_of_the_references_tokens_are_refused_and_of_all_of_them_read():
+    identity = MultiLevelPPLRewardFunction(MODEL, TOKENIZER, target="reference").identity
+    assert "reference_tokens" not in identity["definitions"]
+
+    def made_of(tokens):
+        meta = {**identity, "definitions": {**identity["definitions"], "reference_tokens": tokens}}
+        return Baselines({"a": levels(9.0)}, meta, "b.pkl")
+
+    check_meta(made_of("all"), identity)
+    with pytest.raises(BaselineError, match=r"with reference_tokens hard;.*has reference_tokens all: make the right"):
+        check_meta(made_of("hard"), identity)
+
+
+@pytest.mark.parametrize("tokens", ["all", "hard"])
+def test_parts_of_before_are_finished_only_if_they_are_of_all_tokens(tmp_path, tokens, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--target", "reference", "--num_samples", "2"]
+    args = compute_baselines_trl.parse_args(flags)
+    job = prepare(args)
+    parts = Parts(Path("baselines.pkl"))
+    parts.make()
+    parts.start({**job.settings, "reference_tokens": tokens}, run="of before")
+    parts.write(0, {}, [])
+    if tokens == "all":
+        prepare(args)
+    else:
+        with pytest.raises(InputError, match=r'reference_tokens "hard", now it is "all".*delete the folder'):
+            prepare(args)

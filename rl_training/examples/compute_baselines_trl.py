@@ -36,7 +36,6 @@ def parse_args(argv=None) -> argparse.Namespace:
         "either way",
     )
     cli.add_template_flag(parser)
-    cli.add_reference_tokens_flag(parser)
     parser.add_argument("--num_samples", type=cli.positive_int, help="only the first rows with text (default: all)")
     parser.add_argument(
         "--batch_size", type=cli.positive_int, help="most texts in one forward pass (default: as many as fit)"

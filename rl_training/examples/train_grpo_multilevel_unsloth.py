@@ -68,7 +68,6 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
         "'.*In summary[:,]\\s*(.*?)\\s*$' (default, and without a match: all of it)",
     )  # fmt: skip
     cli.add_template_flag(reward)
-    cli.add_reference_tokens_flag(reward)
     reward.add_argument(
         "--ppl_weights", type=float, nargs=3, metavar=("W", "P", "S"),
         help="weights of word, phrase and sentence (default: 0.2 0.3 0.5; with --aggregation nested 1 1 1)",

@@ -39,8 +39,6 @@ def _check(settings: dict) -> None:
         )
     if settings.get("normalize"):
         raise InputError(f"{where}: normalize: true needs many completions at a time, and here they come one by one")
-    if settings.get("reference_tokens") == "group":
-        raise InputError(f"{where}: reference_tokens: group needs a prompt's completions together: use hard or all")
     if settings.get("missing") == "skip":
         raise InputError(f"{where}: missing: skip gives rows without a reward, which this engine cannot take")
     if settings.get("device") is None and settings.get("scorer_url") is None:

@@ -16,15 +16,13 @@ from .definitions import (
     DEFAULT_LANGUAGE,
     DEFAULT_PHRASE_WORDS,
     DEFAULT_PROMPT_TEMPLATE,
-    DEFAULT_REFERENCE_TOKENS,
     DEFAULT_TEMPLATE,
     DTYPES,
-    REFERENCE_TOKENS,
 )
 from .errors import InputError
 from .languages import checked_language
 from .notebooks import CellError, in_kernel, script_name
-from .retired import retired
+from .retired import SETTINGS, retired
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -44,6 +42,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
+class _Retired(argparse.Action):
+    """A flag that is gone."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if gone := retired(self.dest, values):
+            raise argparse.ArgumentError(self, gone)
+
+
 def parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
     made = _Parser(
         prog=Path(script_name("main")).name,
@@ -53,6 +59,10 @@ def parser(description: str, epilog: str | None = None) -> argparse.ArgumentPars
         allow_abbrev=False,  # a shortened flag would hide a typo, and flags of other parsers
     )
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for name in SETTINGS:
+        made.add_argument(
+            f"--{name}", action=_Retired, nargs="?", const="true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
     return made
 
 
@@ -143,14 +153,6 @@ def add_template_flag(parser) -> None:
         "--template", default=DEFAULT_TEMPLATE, metavar="TEXT",
         help="with --target reference, how prompt and completion are put together before it; a baseline has an empty "
         "completion",
-    )  # fmt: skip
-
-
-def add_reference_tokens_flag(parser) -> None:
-    parser.add_argument(
-        "--reference_tokens", choices=REFERENCE_TOKENS, default=DEFAULT_REFERENCE_TOKENS,
-        help="with --target reference, which of its tokens count; hard: the fifth that surprises most without a "
-        "completion; group: the fifth that a prompt's completions disagree on most",
     )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ BASELINE_COLUMNS = tuple(f"baseline_{level}" for level in LEVELS)  # of a data s
 # Choices
 AGGREGATIONS = ("geometric", "nested")
 TARGETS = ("completion", "reference")
-REFERENCE_TOKENS = ("all", "hard", "group")  # which tokens of a reference count
 FORMS = ("thresholds", "nats")  # of the reward
 MISSING = ("error", "skip")  # what to do with a row without a baseline
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -16,7 +15,6 @@ DEFAULT_PHRASE_WORDS = 4
 DEFAULT_LANGUAGE = "en"
 DEFAULT_AGGREGATION = "geometric"
 DEFAULT_TARGET = "completion"
-DEFAULT_REFERENCE_TOKENS = "all"
 DEFAULT_TEMPLATE = "{prompt}{completion}{reference}"
 DEFAULT_PROMPT_TEMPLATE = "{prompt}"
 

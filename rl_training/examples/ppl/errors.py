@@ -1,8 +1,8 @@
 """What is the user's to mend."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from .retired import retired
+from .retired import SETTINGS, retired
 
 
 class InputError(ValueError):
@@ -19,3 +19,11 @@ def one_of(name: str, value: str, choices: Sequence[str]) -> str:
         gone = retired(name, value)
         raise InputError(f"{name} is {value!r}" + (f": {gone}" if gone else f", expected one of {', '.join(choices)}"))
     return value
+
+
+def without_retired(settings: Mapping) -> dict:
+    """The settings but those that are gone and ask for nothing. Raises `InputError` for what is gone: see `retired`."""
+    for name, value in settings.items():
+        if gone := retired(name, value):
+            raise InputError(f"{name} is {value!r}: {gone}")
+    return {name: value for name, value in settings.items() if name not in SETTINGS}

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from .definitions import DEFAULT_REFERENCE_TOKENS
 from .models import tokenizer_fingerprint
 
 BEHIND_AN_ADDRESS = "behind an address"  # in place of a hash of weights that are not here
@@ -18,19 +17,17 @@ def identity(
     target: str,
     definitions: Mapping,
     template: str,
-    reference_tokens: str,
     prompt: Mapping,
 ) -> dict:
     """What perplexities were computed with: the same keys in a baselines file's meta and in a reward.
 
     scorer: a `ppl.scoring.scorer.Scorer`. name: its model's, which is told but not compared; a server names its own.
-    definitions: the calculator's. template, reference_tokens: how a reference stands behind its prompt, and what of it
-    counts; only of that target.
+    definitions: the calculator's. template: how a reference stands behind its prompt; only of that target.
     prompt: how prompts are made of a data set's texts, and how chat messages become text, as far as it is known.
     """
     return {
         "target": target,
-        "definitions": of_target(definitions, target, template, reference_tokens),
+        "definitions": of_target(definitions, target, template),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "model": {"name": name, **scorer.identity},
         "window": scorer.window,
@@ -38,11 +35,9 @@ def identity(
     }
 
 
-def of_target(definitions: Mapping, target: str, template: str, reference_tokens: str) -> dict:
-    """The definitions that a baseline must share: for references also how they stand behind their prompt, and what of
-    them counts."""
-    of_reference = {"template": template, "reference_tokens": reference_tokens}
-    return {**definitions, **(of_reference if target == "reference" else {})}
+def of_target(definitions: Mapping, target: str, template: str) -> dict:
+    """The definitions that a baseline must share: for references also how they stand behind their prompt."""
+    return {**definitions, **({"template": template} if target == "reference" else {})}
 
 
 def differences(made: Mapping, expected: Mapping) -> dict[str, tuple]:
@@ -72,8 +67,8 @@ def _is_same_text(a: Sequence[float], b: Sequence[float]) -> bool:
 
 def _flat(identity: Mapping) -> dict:
     """What is compared, by the name a message gives it."""
-    # Before there was a choice, all of a reference's tokens counted.
-    usual = {"reference_tokens": DEFAULT_REFERENCE_TOKENS} if "template" in identity.get("definitions", {}) else {}
+    # All of a reference's tokens count; with version 0.1 it could be fewer.
+    usual = {"reference_tokens": "all"} if "template" in identity.get("definitions", {}) else {}
     return {
         **{key: identity[key] for key in ("target", "tokenizer") if key in identity},
         **usual,

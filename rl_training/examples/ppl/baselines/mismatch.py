@@ -9,7 +9,6 @@ from ..definitions import (
     DEFAULT_LANGUAGE,
     DEFAULT_PHRASE_WORDS,
     DEFAULT_PROMPT_TEMPLATE,
-    DEFAULT_REFERENCE_TOKENS,
     DEFAULT_TARGET,
     DEFAULT_TEMPLATE,
 )
@@ -72,7 +71,6 @@ def _command(baselines: Baselines, expected: Mapping, differing: Iterable[str]) 
         "language": DEFAULT_LANGUAGE,
         "aggregation": DEFAULT_AGGREGATION,
         "template": DEFAULT_TEMPLATE,
-        "reference_tokens": DEFAULT_REFERENCE_TOKENS,
         "prompt_template": DEFAULT_PROMPT_TEMPLATE,
     }
     wanted = {"target": expected.get("target"), **expected.get("definitions", {}), **prompt}

@@ -49,13 +49,6 @@ def prepare(args: argparse.Namespace, survey: bool = True) -> Job:
     parts = Parts(output)
     check_model(args)
     ReferenceContext(template=args.template, target=args.target)
-    if args.reference_tokens == "group":
-        raise InputError(
-            "--reference_tokens group chooses the tokens anew in each call of the reward, which computes their "
-            "baselines itself: train without --baselines_path"
-        )
-    if args.reference_tokens == "hard" and args.target != "reference":
-        raise InputError("--reference_tokens hard chooses of a reference: add --target reference")
     form = cli.prompt_form(args)
     cli.chat_options(args)
     if args.plot is not None:
@@ -63,9 +56,10 @@ def prepare(args: argparse.Namespace, survey: bool = True) -> Job:
         if plot.exists() and not args.overwrite and parts.settings().get("plot") != args.plot:
             raise InputError(f"{plot} exists: replace it with --overwrite, or choose another --plot")
     flags = ("model_name", "load_in_4bit", "dtype", "max_seq_length", "dataset_name", "dataset_config", "dataset_split")
-    flags += ("num_samples", "target", "template", "reference_tokens", "max_phrase_words", "language", "aggregation")
+    flags += ("num_samples", "target", "template", "max_phrase_words", "language", "aggregation")
     flags += ("chat_template_path", "chat_template_kwargs", "tools")
     settings = {**{name: getattr(args, name) for name in flags}, "generated": generation(args), **form.identity}
+    settings["reference_tokens"] = "all"  # parts of version 0.1 can be of fewer
     parts.check(settings)
     if output.exists() and not args.overwrite and not is_complete(parts, output):
         raise InputError(f"{output} exists: replace it with --overwrite, or choose another --output_path")

@@ -102,7 +102,7 @@ def _scorer_of(args: argparse.Namespace, columns: Columns, server, model, tokeni
             pairs = [(context, message_text(row.reference)) for context, row in zip(contexts, rows, strict=True)]
         else:
             pairs = [calculator.turns(row.prompt, row.reference) for row in rows]
-        return calculator.score(scoring, pairs, only_hard=args.reference_tokens == "hard")
+        return calculator.score(scoring, pairs)
 
     made_with = {
         **identity(
@@ -112,7 +112,6 @@ def _scorer_of(args: argparse.Namespace, columns: Columns, server, model, tokeni
             target=args.target,
             definitions=calculator.definitions,
             template=args.template,
-            reference_tokens=args.reference_tokens,
             prompt=chat_identity(tokenizer, **chat),
         ),
         "generated": generation(args),

@@ -11,7 +11,6 @@ thresholds.py    improvement in percent -> reward
 nats.py          log-likelihood ratio -> reward
 per_level.py     the three levels as three reward functions over one scoring pass, and the veto beside them
 references.py    what completions do for their references
-reference_tokens.py  references measured by some of their tokens
 loop_guard.py    a second reward function: what a loop or a copy of the prompt costs
 query.py         OpenRLHF's prompt and completion in one string -> the completion
 coalescing.py    calls that come one at a time from many threads, scored together

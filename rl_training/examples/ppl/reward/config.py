@@ -11,7 +11,7 @@ import yaml
 
 from ..chat import read_template
 from ..definitions import AGGREGATIONS, DEFAULT_AGGREGATION, DTYPES
-from ..errors import InputError, one_of
+from ..errors import InputError, one_of, without_retired
 from ..models import load_model, model_path
 from ..scoring.calculator import MultiLevelPPLCalculator
 from .function import MultiLevelPPLRewardFunction
@@ -67,6 +67,10 @@ def read_settings(path: str | Path | None = None) -> dict:
         raise InputError(f"{VARIABLE} {path}: {' '.join(str(error).split())}: expected a YAML file") from error
     if not isinstance(settings, dict) or "model_name" not in settings:
         raise InputError(f"{path}: expected 'name: value' lines, model_name among them, found {settings!r:.80}")
+    try:
+        settings = without_retired(settings)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     defaults = _defaults()
     for name, value in settings.items():
         if name not in defaults:

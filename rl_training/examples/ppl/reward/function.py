@@ -17,7 +17,6 @@ from ..baselines.mismatch import check_meta
 from ..chat import Turn, Turns, chat_identity, refuse_begun
 from ..data import Text, message_text
 from ..definitions import (
-    DEFAULT_REFERENCE_TOKENS,
     DEFAULT_TARGET,
     DEFAULT_TEMPLATE,
     DEFAULT_THRESHOLDS,
@@ -26,10 +25,9 @@ from ..definitions import (
     LEVELS,
     MISSING,
     NATS_CLIP,
-    REFERENCE_TOKENS,
     TARGETS,
 )
-from ..errors import BaselineError, InputError, one_of
+from ..errors import BaselineError, InputError, one_of, without_retired
 from ..identity import identity
 from ..processes import from_all, of_this
 from ..reference_context import ReferenceContext
@@ -43,7 +41,7 @@ from .first_visits import FirstVisits
 from .given import given_baselines, refuse, row_baselines
 from .last_call import LastCall, log
 from .per_level import LevelReward, ScoredOnce, Veto, level_scores
-from .references import CHOSEN_ANEW, measured
+from .references import measured
 from .sampled import as_scored
 from .thresholds import Thresholds, checked_weights, normalized
 
@@ -76,9 +74,6 @@ class MultiLevelPPLRewardFunction:
         given as baseline_model, too.
     extract, template: for references, the part of a completion that counts and how the three texts are put together:
         see `ppl.reference_context.ReferenceContext`.
-    reference_tokens: which tokens of a reference count, the same for it and its baseline: "all"; "hard", the fifth that
-        surprises most behind the prompt alone; "group", the fifth whose surprisal varies most over the completions of
-        its prompt in a call, so that no baselines can be given.
     Further keywords go to `MultiLevelPPLCalculator`.
 
     Raises `InputError` (a `ValueError`) for settings or columns that make no sense, `BaselineError` for baselines.
@@ -103,7 +98,6 @@ class MultiLevelPPLRewardFunction:
         extract: str | None = None,
         template: str = DEFAULT_TEMPLATE,
         scorer: Scorer | None = None,
-        reference_tokens: str = DEFAULT_REFERENCE_TOKENS,
         **calculator_options,
     ) -> None:
         self.__name__ = "multi_level_ppl"
@@ -116,7 +110,7 @@ class MultiLevelPPLRewardFunction:
                 self.model = self.model.to(device)
         elif device is not None:
             raise InputError(f"device is {device!r}, but the scorer has a place of its own: leave device out")
-        self.calculator = MultiLevelPPLCalculator(tokenizer, **calculator_options)
+        self.calculator = MultiLevelPPLCalculator(tokenizer, **without_retired(calculator_options))
         self.tokenizer = self.calculator.tokenizer
         self.weights = checked_weights(DEFAULT_WEIGHTS[self.calculator.aggregation] if weights is None else weights)
         self.thresholds = Thresholds(reward_thresholds, interpolate)
@@ -128,11 +122,6 @@ class MultiLevelPPLRewardFunction:
         self.target = one_of("target", target, TARGETS)
         self.missing = one_of("missing", missing, MISSING)
         self.reference_context = ReferenceContext(extract, template, target)
-        self.reference_tokens = one_of("reference_tokens", reference_tokens, REFERENCE_TOKENS)
-        if reference_tokens != "all" and target != "reference":
-            raise InputError(f"reference_tokens={reference_tokens!r} is of a reference: it needs target='reference'")
-        if reference_tokens == "group" and baselines is not None:
-            raise InputError(CHOSEN_ANEW)
         if isinstance(baselines, str | Path):
             baselines = Baselines.load(baselines)
         elif baselines is not None and not isinstance(baselines, Baselines):
@@ -174,7 +163,6 @@ class MultiLevelPPLRewardFunction:
             target=self.target,
             definitions=self.calculator.definitions,
             template=self.reference_context.template,
-            reference_tokens=self.reference_tokens,
             prompt=chat_identity(self.tokenizer, **self.calculator.chat),
         )
 

@@ -18,7 +18,6 @@ head.py        hidden states -> surprisals, a piece of the vocabulary at a time
 devices.py     arrays to the device of a model
 onednn.py      faster matrix products on an AMD CPU with AVX-512
 nested.py      levels that condition on different things: a token in its phrase, its sentence, its text
-selection.py   which tokens of a reference count
 explained.py   the units of one text, which a notebook shows coloured
 levels.py      surprisals and units -> the perplexity of each level
 """

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,24 +17,11 @@ from .levels import Scores, level_perplexities, unit_sums
 from .nested import Scopes, nested_perplexities, score_scopes
 from .scorer import Scorer, is_scorer
 from .seams import restore_spaces
-from .selection import hardest
 from .surprisal import SurprisalScorer
 from .tokens import Encoded, Sampled, TextEncoder
 from .units import Units, segment
 
 MOST_NATS = 709.0  # a token; exp of more is beyond float64
-
-
-class Viewed(NamedTuple):
-    """The scored tokens of a text. chars: int64 [n], the character that each stands for. views: float64 [n] in nats,
-    with nested levels a, b and c, else the usual surprisal; the last one is always the usual one."""
-
-    chars: np.ndarray
-    views: Sequence[np.ndarray]
-
-    def only(self, kept: np.ndarray) -> "Viewed":
-        """kept: bool [n]"""
-        return Viewed(self.chars[kept], [view[kept] for view in self.views])
 
 
 class MultiLevelPPLCalculator:
@@ -140,9 +126,9 @@ class MultiLevelPPLCalculator:
         """float64 [B, 3]: the perplexities of `score`."""
         return self.score(model, pairs).perplexities
 
-    def score(self, model, pairs: Sequence[Turn | Turns | Sampled], only_hard: bool = False) -> Scores:
+    def score(self, model, pairs: Sequence[Turn | Turns | Sampled]) -> Scores:
         """Of (context, target) strings, or of what was sampled; equal ones once. Several turns are one text whose units
-        end with each turn. only_hard: of the fifth of the tokens that surprises most (`ppl.scoring.selection`)."""
+        end with each turn."""
         unique = list(dict.fromkeys(pairs))
         texts = [pair if isinstance(pair, Turns) else (pair,) for pair in unique]
         turns = [turn for text in texts for turn in text]
@@ -160,31 +146,12 @@ class MultiLevelPPLCalculator:
         before = units.offsets[:-1] - np.repeat(units.offsets[firsts[:-1]], np.diff(firsts))
         chars = of_texts([start + turn.chars for start, turn in zip(before, encoded, strict=True)])
         views = list(map(of_texts, views))
-        if only_hard:
-            kept = list(map(hardest, chars, views[-1]))
-            chars, *views = ([one[mask] for one, mask in zip(of, kept, strict=True)] for of in (chars, *views))
         values = self._perplexities(Units(units.offsets[firsts], units.starts), chars, views)
         tokens = np.array(list(map(len, chars)))
         read = np.add.reduceat([len(turn.ids) for turn in encoded], firsts[:-1])
         index = {pair: row for row, pair in enumerate(unique)}
         rows = [index[pair] for pair in pairs]
         return Scores(values[rows], tokens[rows], read[rows], max(len(turn.ids) for turn in encoded))
-
-    def view(self, model, pairs: Sequence[Turn]) -> list[Viewed]:
-        """The scored tokens of (context, target) strings, equal ones once: what `perplexities_of` makes numbers of."""
-        unique = list(dict.fromkeys(pairs))
-        encoded, targets = self._encoder.encode_pairs(unique)
-        _, views = self._score(model, encoded, targets)
-        of_unique = [Viewed(one.chars, of_text) for one, *of_text in zip(encoded, *views, strict=True)]
-        index = dict(zip(unique, of_unique, strict=True))
-        return [index[pair] for pair in pairs]
-
-    def perplexities_of(self, targets: Sequence[str], viewed: Sequence[Viewed]) -> np.ndarray:
-        """float64 [B, 3] of the tokens that are there; units without one do not count, as in `score`."""
-        if not targets:
-            return np.empty((0, len(LEVELS)))
-        views = list(map(list, zip(*(one.views for one in viewed), strict=True)))
-        return self._perplexities(self._units(targets), [one.chars for one in viewed], views)
 
     def explain(self, model, text: Text, context: Text | None = "") -> Explained:
         """Per level the units of one text in order, each a dict: text, start, end (characters), n_tokens, surprisal

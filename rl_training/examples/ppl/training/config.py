@@ -40,13 +40,6 @@ def reward_settings(args: argparse.Namespace) -> dict:
     checked_weights(args.ppl_weights)
     check_weight(args.loop_penalty)
     ReferenceContext(args.extract, args.template, args.target)
-    if args.reference_tokens != "all" and args.target != "reference":
-        raise InputError(f"--reference_tokens {args.reference_tokens} chooses of a reference: add --target reference")
-    if args.reference_tokens == "group" and args.baselines_path is not None:
-        raise InputError(
-            "--reference_tokens group chooses the tokens anew in each call, so no file holds their baselines: leave "
-            "out --baselines_path (the reward computes them), or use --reference_tokens hard"
-        )
     return {
         "weights": tuple(args.ppl_weights),
         "reward_thresholds": thresholds,
@@ -54,7 +47,6 @@ def reward_settings(args: argparse.Namespace) -> dict:
         "target": args.target,
         "extract": args.extract,
         "template": args.template,
-        "reference_tokens": args.reference_tokens,
         "interpolate": args.interpolate,
         "form": args.reward_form,
         "missing": args.missing,

@@ -248,9 +248,10 @@ def read_before(path: Path, rows, sampling: dict, rewarded: dict) -> HeldOut | N
     try:
         kept = json.loads(path.read_text(encoding="utf-8", errors="surrogatepass"))
         before = kept["before"]
+        theirs = kept.get("rewarded", {})
         if (
             kept["sampling"] != sampling
-            or kept.get("rewarded") != rewarded
+            or {name: theirs.get(name) for name in rewarded} != rewarded  # a run of version 0.1 had more settings
             or before["prompts"] != list(rows["prompt"])
         ):
             return None

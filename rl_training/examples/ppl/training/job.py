@@ -104,7 +104,7 @@ def prepare(args: argparse.Namespace, rest: list[str], command: list[str], prepa
     column_meta = Baselines({}, read_meta(Path(args.dataset_name, ".baselines")), args.dataset_name)
     made = baselines or column_meta
     if not args.allow_baseline_mismatch:
-        definitions = of_target(cli.definitions(args), args.target, args.template, args.reference_tokens)
+        definitions = of_target(cli.definitions(args), args.target, args.template)
         scorer = {"name": args.scorer_model or args.model_name}
         expected = {"prompt": form.identity, "definitions": definitions, "target": args.target, "model": scorer}
         check_meta(made, expected)
