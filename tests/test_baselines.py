@@ -355,6 +355,12 @@ def _doubling(levels):
     return b"\x80\x04)" + b"".join(b"q" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(levels))
 
 
+def _text_again_and_again(times):
+    """A text of 10,000 characters, of which every 5 bytes make a new one: they call what memo 0 holds with memo 12."""
+    once = pickle.dumps(np.str_("a" * 10_000), 2)[2:-1]
+    return b"\x80\x02](" + once + b"h\x00h\x0cR" * times + b"e."
+
+
 HOSTILE = {
     "os.system": lambda marker: pickle.dumps({"a": _system(marker)}),
     "os.system, protocol 0": lambda marker: pickle.dumps({"a": _system(marker)}, 0),
@@ -393,6 +399,7 @@ HOSTILE = {
     "memo number of 20 digits": lambda marker: b"}p99999999999999999999\ne.",
     "string of 16 exabytes": lambda marker: b"\x80\x04\x8d" + struct.pack("<Q", 2**64 - 1) + b"a.",
     "number of a million digits": lambda marker: b"I" + b"9" * 1_000_000 + b"\n.",
+    "text of 10 GB": lambda marker: _text_again_and_again(1_000_000),
     "protocol 200": lambda marker: b"\x80\xc8N.",
     "own tuple": lambda marker: b"\x80\x04" + DTYPE + b"\x85.",
     "text": lambda marker: b"word,phrase,sentence\n1,2,3\n",

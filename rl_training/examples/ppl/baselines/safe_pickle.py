@@ -1,201 +1,136 @@
-"""Reads a pickle of plain data without `pickle`: nothing is looked up and nothing is called, whatever the file says.
+"""Reads a pickle of plain data with Python's own unpickler, restricted: nothing in the file is looked up or called.
 
-Python's own unpickler, even with `find_class` overridden, hashes what a file makes it hash (nested tuples overflow the
-C stack), sets attributes of what it may load, and makes room for as many memos as a file claims to have. This one knows
-the opcodes that dict, list, tuple, str, int, float, bool, None and numpy scalars are written with, in protocols 0 to 5,
-and no others. `pickletools` of the standard library decodes them; it builds nothing.
+To restrict `find_class` alone is not enough. The unpickler in C hashes whatever a file makes a key, so nested tuples
+overflow the stack, and it allocates as many memos as a file claims. The one in Python keeps its memo in a dict, and
+what it does at an opcode can be replaced: keys are checked before they are hashed. Of numpy a file may name what a
+scalar is written with; it gets stand-ins.
 """
 
-import pickletools
+import io
+import pickle
 import re
-import struct
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 
+_Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
 _PLAIN = frozenset({dict, list, tuple, str, int, float, bool, type(None)})
-_KEYS = frozenset({str, int})
-_GLOBALS = {
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "scalar"),
-    ("_codecs", "encode"),  # how protocols 0 to 2 write bytes
-}
 _TYPE = re.compile(r"f[248]|[iu][1248]|b1|U[0-9]{1,6}")
-# Opcodes that put what is written behind them on the stack, take it from the memo, or put it there.
-_VALUES = frozenset(
-    {"BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BININT1", "BININT2", "BININT", "INT", "LONG", "LONG1", "LONG4"}
-    | {"FLOAT", "UNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES"}
+# Sets hash what is put into them, a bytearray is allocated before it is read, and objects are not plain data.
+_REFUSED = frozenset(
+    pickle.EMPTY_SET + pickle.ADDITEMS + pickle.FROZENSET + pickle.BYTEARRAY8 + pickle.OBJ + pickle.INST
 )
-_GETS = frozenset({"BINGET", "LONG_BINGET", "GET"})
-_PUTS = frozenset({"BINPUT", "LONG_BINPUT", "PUT"})
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
 
 class PickleRefused(ValueError):
     """Says what is in the file that plain data does not have."""
 
 
-class _Global(str):
-    """The name of one of `_GLOBALS`."""
+def loads(data: bytes) -> Any:
+    """The plain value of a pickle, numpy scalars as Python's. Raises `PickleRefused` for anything else."""
+    reader = _Reader(data)
+    try:
+        value = reader.load()
+    except PickleRefused:
+        raise
+    except Exception as error:  # which one depends on where the damage is
+        raise PickleRefused(f"it is damaged ({type(error).__name__}: {error!s:.80})") from error
+    if reader.stack or reader.metastack or reader.file.read(1):
+        raise PickleRefused("it is damaged: it holds more than one value")
+    waiting, seen = [[value]], set()
+    while waiting:
+        inner = waiting.pop()
+        if others := set(map(type, inner)) - _PLAIN:
+            raise PickleRefused(f"a value of type {others.pop().__name__}")
+        for item in inner:
+            if isinstance(item, dict | list | tuple) and id(item) not in seen:
+                seen.add(id(item))
+                waiting.append(item.values() if isinstance(item, dict) else item)
+    return value
 
 
-class _Arguments(tuple):
-    """A tuple that holds one of these, or bytes, which plain data has not."""
+class _NumpyType:
+    """Stands for numpy.dtype: its code and its byte order."""
 
-
-class _Type:
-    """Stands for numpy.dtype."""
-
-    def __init__(self, code: str) -> None:
+    def __init__(self, code: str, *_copied: object) -> None:
+        if not _TYPE.fullmatch(code):
+            raise PickleRefused(f"a numpy value of type {code:.20}")
         self.code, self.order = code, "<"
 
 
-def loads(data: bytes):
-    """The plain value of a pickle, numpy scalars as Python's. Raises `PickleRefused` for anything else."""
-    try:
-        return _loads(data)
-    except IndexError as error:
-        raise PickleRefused("it is cut short") from error
-    except PickleRefused:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, MemoryError, struct.error) as error:
-        raise PickleRefused(f"it is damaged ({type(error).__name__}: {error!s:.80})") from error
+def _scalar(kind: _NumpyType, content: bytes) -> Any:
+    dtype = np.dtype(kind.order + kind.code)
+    if dtype.itemsize != len(content):
+        raise PickleRefused("a numpy value of another size")
+    if dtype.kind == "U":  # numpy makes a str of code points that do not exist, at which Python fails later
+        return content.decode(f"utf-32-{'be' if kind.order == '>' else 'le'}", "surrogatepass").rstrip("\0")
+    return np.frombuffer(content, dtype)[0].item()
 
 
-def _loads(data: bytes):
-    stack: list = []
-    below: list[list] = []  # the stacks under each open mark
-    memo: dict[int, object] = {}
-    for opcode, value, position in pickletools.genops(data):
-        name = opcode.name
-        # The most frequent first.
-        if name in _VALUES:
-            stack.append(value)
-        elif name in _GETS:
-            stack.append(memo[value])
-        elif name in _PUTS:
-            memo[value] = stack[-1]
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif name == "MARK":
-            below.append(stack)
-            stack = []
-        elif name == "EMPTY_DICT":
-            stack.append({})
-        elif name == "SETITEMS":
-            items, stack = stack, below.pop()
-            _set(stack[-1], items)
-        elif name == "SETITEM":
-            items = stack[-2:]
-            del stack[-2:]
-            _set(stack[-1], items)
-        elif name == "DICT":
-            items, stack = stack, below.pop()
-            stack.append({})
-            _set(stack[-1], items)
-        elif name == "EMPTY_LIST":
-            stack.append([])
-        elif name == "APPENDS":
-            items, stack = stack, below.pop()
-            _extend(stack[-1], items)
-        elif name == "APPEND":
-            item = stack.pop()
-            _extend(stack[-1], [item])
-        elif name == "LIST":
-            items, stack = stack, below.pop()
-            stack.append([])
-            _extend(stack[-1], items)
-        elif name == "EMPTY_TUPLE":
-            stack.append(())
-        elif name == "TUPLE":
-            items, stack = stack, below.pop()
-            stack.append(_tuple(items))
-        elif name in _TUPLES:
-            size = _TUPLES[name]
-            if len(stack) < size:
-                raise PickleRefused("it is damaged")
-            items = stack[-size:]
-            del stack[-size:]
-            stack.append(_tuple(items))
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name == "GLOBAL":
-            stack.append(_global(*value.split(" ", 1)))
-        elif name == "STACK_GLOBAL":
-            attribute, module = stack.pop(), stack.pop()
-            stack.append(_global(module, attribute))
-        elif name == "REDUCE":
-            arguments = stack.pop()
-            stack.append(_reduce(stack.pop(), arguments))
-        elif name == "BUILD":
-            state = stack.pop()
-            _build(stack[-1], state)
-        elif name == "PROTO":
-            if value > 5:
-                raise PickleRefused(f"pickle protocol {value}")
-        elif name == "STOP":
-            if position + 1 != len(data) or below or len(stack) != 1 or type(stack[0]) not in _PLAIN:
-                raise PickleRefused("it is damaged")
-        elif name != "FRAME":
-            raise PickleRefused(f"opcode {name}")
-    return stack[0]
+def _encode(text: str, encoding: str) -> bytes:
+    """How protocols 0 to 2 write bytes."""
+    return text.encode({"latin1": "latin1"}[encoding])
 
 
-def _set(target, items: list) -> None:
-    """Keys and values in turn into a dict. Other keys than these can cost any time to hash."""
-    if type(target) is not dict or len(items) % 2:
-        raise PickleRefused("it is damaged")
-    keys, values = items[::2], items[1::2]
-    if not _KEYS.issuperset(map(type, keys)):
+_STAND_INS: dict[tuple[str, str], Callable] = {
+    ("numpy", "dtype"): _NumpyType,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): _scalar,
+    ("_codecs", "encode"): _encode,
+}
+
+
+class _Reader(_Unpickler):
+    dispatch: ClassVar[dict] = {code: load for code, load in _Unpickler.dispatch.items() if code not in _REFUSED}
+
+    def __init__(self, data: bytes) -> None:
+        self.file = io.BytesIO(data)
+        super().__init__(self.file)
+        self.most_text = 2 * len(data)  # of numpy's scalars: a memo can be made into a new one again and again
+
+    def find_class(self, module: str, name: str) -> Callable:
+        if (module, name) not in _STAND_INS:
+            raise PickleRefused(f"it wants to load {module:.80}.{name:.80}")
+        return _STAND_INS[module, name]
+
+    def load_reduce(self) -> None:
+        super().load_reduce()
+        if isinstance(self.stack[-1], str | bytes):
+            self.most_text -= len(self.stack[-1])
+            if self.most_text < 0:
+                raise PickleRefused("it holds more text than it is long")
+
+    def load_build(self) -> None:
+        state, kind = self.stack.pop(), self.stack[-1]
+        if type(kind) is not _NumpyType:
+            raise PickleRefused("a value with a state")
+        kind.order = {"<": "<", ">": ">", "|": "<"}[state[1]]
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        _update(self.stack[-1], [key, value])
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()  # which puts the dict back on the stack
+        _update(self.stack[-1], items)
+
+    def load_dict(self) -> None:
+        items, made = self.pop_mark(), {}
+        _update(made, items)
+        self.append(made)
+
+    dispatch |= {
+        pickle.REDUCE[0]: load_reduce,
+        pickle.BUILD[0]: load_build,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+    }
+
+
+def _update(target: dict, items: list) -> None:
+    """Keys and values in turn into a dict. To hash another key than these can take any time."""
+    if not {str, int}.issuperset(map(type, items[::2])):
         raise PickleRefused("a dict with a key that is neither a str nor an int")
-    _check_plain(values)
-    target.update(zip(keys, values, strict=True))
-
-
-def _extend(target, items: list) -> None:
-    if type(target) is not list:
-        raise PickleRefused("it is damaged")
-    _check_plain(items)
-    target.extend(items)
-
-
-def _check_plain(items: list) -> None:
-    if not _PLAIN.issuperset(map(type, items)):
-        raise PickleRefused("a value of another type")
-
-
-def _tuple(items: list) -> tuple:
-    return tuple(items) if _PLAIN.issuperset(map(type, items)) else _Arguments(items)
-
-
-def _global(module, name) -> _Global:
-    if type(module) is not str or type(name) is not str:
-        raise PickleRefused("it is damaged")
-    if (module, name) not in _GLOBALS:
-        raise PickleRefused(f"it wants to load {module:.80}.{name:.80}")
-    return _Global(name)
-
-
-def _reduce(called, arguments):
-    """What the three calls that a numpy scalar consists of give: its type, its bytes, its value."""
-    if type(called) is _Global and isinstance(arguments, tuple):
-        first = arguments[0] if arguments else None
-        if called == "dtype" and type(first) is str and _TYPE.fullmatch(first):
-            return _Type(first)
-        if called == "encode" and type(first) is str and arguments[1:] == ("latin1",):
-            return first.encode("latin1")
-        if called == "scalar" and type(first) is _Type and len(arguments) == 2 and type(arguments[1]) is bytes:
-            kind = np.dtype(first.order + first.code)
-            if len(arguments[1]) == kind.itemsize > 0:
-                if kind.kind == "U":  # numpy builds a str of code points that there are not, and Python stumbles on it
-                    encoding = "utf-32-be" if first.order == ">" else "utf-32-le"
-                    return arguments[1].decode(encoding, "surrogatepass").rstrip("\0")
-                return np.frombuffer(arguments[1], dtype=kind)[0].item()
-    raise PickleRefused("a numpy value of an unknown form")
-
-
-def _build(target, state) -> None:
-    if type(target) is not _Type or type(state) is not tuple or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
-        raise PickleRefused("a numpy type of an unknown form")
-    target.order = state[1]
+    target.update(zip(items[::2], items[1::2], strict=True))
