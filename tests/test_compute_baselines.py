@@ -349,7 +349,7 @@ class Crash(BaseException):
 
 
 def test_goes_on_after_a_crash_at_any_change_of_a_file(small_windows, monkeypatch):
-    """Between any two renames and removals: the end of one run is not the end of the file."""
+    """Between any two renames, removals and lines: the end of one run is not the end of the file."""
     write_rows("rows.jsonl", many_rows())
     flags = ["--dataset_name", "rows.jsonl", "--output_dataset", "folder", "--overwrite"]
     assert stub(*flags, "--output_path", "whole.pkl") == 0
@@ -370,6 +370,7 @@ def test_goes_on_after_a_crash_at_any_change_of_a_file(small_windows, monkeypatc
         left = crashes + 1
         with monkeypatch.context() as patched:
             patched.setattr(os, "replace", dying(os.replace, left))
+            patched.setattr(os, "fsync", dying(os.fsync, left))
             patched.setattr(Path, "unlink", dying(Path.unlink, left))
             patched.setattr(Path, "rmdir", dying(Path.rmdir, left))
             try:
@@ -463,12 +464,13 @@ def test_damaged_and_foreign_parts_are_refused(small_windows, monkeypatch, capsy
     write_rows("rows.jsonl", many_rows())
     flags = ["--dataset_name", "rows.jsonl"]
     interrupt(monkeypatch, flags, after=3)
-    shard, settings = Path("baselines.pkl.parts/00000001.jsonl"), Path("baselines.pkl.parts/settings.json")
-    whole = shard.read_text()
-    shard.write_text(whole[:-20])
-    assert stub(*flags) == 2
-    assert "00000001.jsonl is damaged: delete it" in capsys.readouterr().err
-    shard.unlink()
+    file, settings = Path("baselines.pkl.parts/windows-0.jsonl"), Path("baselines.pkl.parts/settings.json")
+    whole = file.read_bytes()
+    for damaged in (whole.replace(b"]]\n", b"\n", 1), b"[]\n" + whole, b"3\n" + whole):
+        file.write_bytes(damaged)
+        assert stub(*flags) == 2
+        assert "windows-0.jsonl is damaged: delete it" in capsys.readouterr().err
+    file.unlink()
     content = settings.read_text()
     settings.write_text(content[:-9])
     assert stub(*flags) == 2
@@ -483,13 +485,46 @@ def test_damaged_and_foreign_parts_are_refused(small_windows, monkeypatch, capsy
     assert os.listdir("other.pkl.parts") == ["diary.txt"]
 
 
+def test_a_line_torn_anywhere_is_scored_again_and_no_other(small_windows, monkeypatch, capsys):
+    write_rows("rows.jsonl", many_rows(20))  # a window would hold 50
+    monkeypatch.setitem(baseline_run.WINDOW_CHARACTERS, "cpu", 600)
+    flags = ["--dataset_name", "rows.jsonl"]
+    assert stub(*flags, "--output_path", "whole.pkl") == 0
+    interrupt(monkeypatch, flags, after=3)
+    folder = Path("baselines.pkl.parts")
+    shutil.copytree(folder, "kept")
+    first, second, third = (folder / "windows-0.jsonl").read_bytes().splitlines(keepends=True)
+    cuts = [0, 1, len(third) // 2, len(third) - 1]
+    for torn in [third[:cut] for cut in cuts] + [bytes(5_000)]:  # zeros: room that a file system made, and no more
+        shutil.copytree("kept", folder, dirs_exist_ok=True)
+        (folder / "windows-0.jsonl").write_bytes(first + second + torn)
+        interrupt(monkeypatch, flags, after=1)
+        lines = (folder / "windows-0.jsonl").read_bytes().splitlines(keepends=True)
+        assert lines == [first, second, third]
+        assert stub(*flags) == 0
+        same_records("baselines.pkl", "whole.pkl")
+        Path("baselines.pkl").unlink()
+    capsys.readouterr()
+
+
+def test_parts_of_an_earlier_version_are_refused_by_name(capsys):
+    write_rows("rows.jsonl", many_rows(5))
+    Path("baselines.pkl.parts").mkdir()
+    Path("baselines.pkl.parts/settings.json").write_text("{}")
+    Path("baselines.pkl.parts/00000003.jsonl").write_text('{"rows": 1}\n')
+    assert stub("--dataset_name", "rows.jsonl") == 2
+    assert "00000003.jsonl is of an earlier version: finish with that one, or delete" in capsys.readouterr().err
+    assert Path("baselines.pkl.parts/00000003.jsonl").exists()
+
+
 def popen(*flags, pause=0.2, **options):
     command = [sys.executable, str(STUB), str(pause), *map(str, flags)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def shards_of(output):
-    return list(Path(f"{output}.parts").glob("*.jsonl"))
+def windows_of(output):
+    """How many are finished."""
+    return sum(path.read_bytes().count(b"\n") for path in Path(f"{output}.parts").glob("*.jsonl"))
 
 
 def test_killed_interrupted_and_gone_on_with():
@@ -497,9 +532,10 @@ def test_killed_interrupted_and_gone_on_with():
     write_rows("rows.jsonl", many_rows(3000))  # 12 windows
     flags = ["--dataset_name", "rows.jsonl", "--output_path", "b.parquet"]
     assert stub(*flags[:2], "--output_path", "whole.parquet") == 0
-    for number, sent in enumerate([signal.SIGKILL, signal.SIGKILL, signal.SIGINT], 1):
+    for sent in [signal.SIGKILL, signal.SIGKILL, signal.SIGINT]:
+        before = windows_of("b.parquet")
         process = popen(*flags)
-        wait_for(lambda at_least=2 * number: len(shards_of("b.parquet")) >= at_least)
+        wait_for(lambda before=before: windows_of("b.parquet") > before)
         process.send_signal(sent)
         _, error = process.communicate()
         assert process.returncode == (130 if sent == signal.SIGINT else -9), error
@@ -513,7 +549,7 @@ def test_two_runs_at_once_and_a_full_disk():
     write_rows("rows.jsonl", many_rows(3000))
     flags = ["--dataset_name", "rows.jsonl"]
     first = popen(*flags, pause=0.4)
-    wait_for(lambda: shards_of("baselines.pkl"))
+    wait_for(lambda: windows_of("baselines.pkl"))
     assert stub(*flags) == 2  # in this process, while the other is at work
     first.send_signal(signal.SIGKILL)
     first.communicate()
@@ -555,7 +591,7 @@ def test_a_process_that_dies_ends_the_run_by_name_and_another_number_goes_on():
     write_rows("rows.jsonl", many_rows(3000))
     flags = ["--dataset_name", "rows.jsonl", "--output_path", "b.pkl"]
     process = torchrun(2, STUB, 0.5, *flags)
-    wait_for(lambda: len(shards_of("b.pkl")) > 3)
+    wait_for(lambda: windows_of("b.pkl") > 3)
     os.kill(int(Path("b.pkl.parts/process-1").read_text().split()[-1]), signal.SIGKILL)
     _, error = process.communicate()
     assert process.returncode != 0

@@ -1,4 +1,4 @@
-"""Shards -> the baselines file, its meta file, the data set with baselines, the statistics."""
+"""Finished windows -> the baselines file, its meta file, the data set with baselines, the statistics."""
 
 import os
 import time
@@ -24,7 +24,7 @@ from .rows import Seen, reading
 
 
 def assemble(job: Job, count: int, identity: dict, read: int, seconds: float) -> None:
-    """Put `count` shards together. The file appears last, by a rename: once it is there, everything else is."""
+    """Put `count` windows together. The file appears last, by a rename: once it is there, everything else is."""
     args, folder = job.args, job.parts.folder
     counts: Counter = Counter()
     longest = 0

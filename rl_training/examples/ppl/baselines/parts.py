@@ -1,7 +1,8 @@
-"""Work that can be killed at any moment: finished windows of rows are kept as shards until all are there.
+"""Work that can be killed at any moment: finished windows of rows are kept until all are there.
 
-A window is some consecutive rows of the data set. Its shard appears whole or not at all, and does not depend on who
-wrote it, so any number of processes, in any number of runs, may each add some.
+A window is some consecutive rows of the data set, and a line of JSON. Each process appends to a file of its own. A last
+line without its end was torn by a crash: it does not count, and is cut off before the next one is written. A line does
+not depend on who wrote it, so any number of processes, in any number of runs, may each add some.
 """
 
 import fcntl
@@ -9,7 +10,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ _SETTINGS = "settings.json"
 
 
 class Parts:
-    """The folder of shards beside `output`, and the settings that they were made with."""
+    """The folder beside `output`: finished windows, and the settings that they were made with."""
 
     def __init__(self, output: Path) -> None:
         self.folder = Path(f"{output}.parts")
+        self.headers: dict[int, dict] = {}  # of the finished windows that `look` has found, by number
+        self._places: dict[int, tuple[Path, int]] = {}  # a window's file and where in it its line begins
+        self._ends: dict[Path, int] = {}  # where a file's last whole line ends
 
     def settings(self) -> dict:
-        """What the shards were made with; {} if there are none."""
+        """What the windows were made with; {} if nothing is there."""
         path = self.folder / _SETTINGS
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
@@ -40,8 +44,8 @@ class Parts:
         return settings
 
     def check(self, settings: Mapping) -> None:
-        """Raises `InputError` if shards were made with another value of one of `settings`."""
-        theirs = self.settings() if self.done() else {}
+        """Raises `InputError` if windows were made with another value of one of `settings`."""
+        theirs = self.settings() if self.look() else {}
         for name, mine in settings.items():
             if theirs and theirs.get(name) != mine:
                 raise InputError(
@@ -60,31 +64,49 @@ class Parts:
             raise InputError(f"{self.folder} holds {foreign[0]}, which is none of ours: choose another output")
 
     def start(self, settings: Mapping, **kept) -> None:
-        """Note the settings of the shards to come, and `kept` with them, unless some are there already.
+        """Note the settings of the windows to come, and `kept` with them, unless some are there already.
 
         Raises `InputError` if those were made with other settings.
         """
         self.check(settings)
-        if not self.done():
+        if not self.headers:
             with cannot_write(self.folder):
                 write_text(self.folder / _SETTINGS, json.dumps({**settings, **kept}, indent=2), "surrogatepass")
 
-    def done(self) -> set[int]:
-        """The numbers of the windows that are finished."""
-        if not self.folder.is_dir():
-            return set()
-        return {int(name[:-6]) for name in os.listdir(self.folder) if name.endswith(".jsonl") and name[:-6].isdigit()}
+    def look(self) -> Mapping[int, dict]:
+        """The headers of all windows that are finished by now."""
+        for path in self.folder.glob("*.jsonl"):
+            if path.stem.isdigit():
+                raise InputError(f"{path} is of an earlier version: finish with that one, or delete {self.folder}")
+            with open(path, "rb") as file:
+                at = file.seek(self._ends.get(path, 0))
+                while (line := file.readline()).endswith(b"\n"):
+                    try:
+                        number, header, _ = json.loads(line)
+                    except (ValueError, TypeError) as error:
+                        raise InputError(
+                            f"{path} is damaged: delete it, and the same command scores its rows again"
+                        ) from error
+                    self.headers[number], self._places[number] = header, (path, at)
+                    at += len(line)
+                self._ends[path] = at
+        return self.headers
 
-    def write(self, number: int, header: Mapping, records: list[list]) -> None:
-        lines = "\n".join(json.dumps(line) for line in (header, *records))
-        with cannot_write(self.folder):
-            write_text(self._path(number), f"{lines}\n", "surrogatepass")
-
-    def header(self, number: int) -> dict:
-        return next(self._lines(number))
+    def write(self, number: int, header: Mapping, records: list[list], writer: int) -> None:
+        """Add a window. writer: the index of this process, which no other has."""
+        path = self.folder / f"windows-{writer}.jsonl"
+        self.look()
+        with cannot_write(self.folder), open(path, "ab") as file:
+            file.truncate(self._ends.get(path, 0))
+            file.write(json.dumps([number, header, records]).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def read(self, number: int) -> tuple[dict, list[list]]:
-        header, *records = self._lines(number)
+        path, at = self._places[number]
+        with open(path, "rb") as file:
+            file.seek(at)
+            _, header, records = json.loads(file.readline())
         return header, records
 
     def remove(self) -> None:
@@ -95,20 +117,8 @@ class Parts:
         self.folder.rmdir()
 
     def remove_if_empty(self) -> None:
-        if self.folder.is_dir() and not self.done():
+        if self.folder.is_dir() and not self.look():
             self.remove()
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number:08d}.jsonl"
-
-    def _lines(self, number: int) -> Iterator:
-        path = self._path(number)
-        try:
-            with open(path, encoding="utf-8") as file:
-                for line in file:
-                    yield json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path} is damaged: delete it, and the same command scores its rows again") from error
 
 
 class Processes:

@@ -30,7 +30,7 @@ def compute(args: argparse.Namespace, load: Callable[..., Scorer] = load_scorer)
         return _compute(args, load, processes)
     except KeyboardInterrupt:
         if processes.is_main:
-            kept = len(Parts(Path(args.output_path)).done())
+            kept = len(Parts(Path(args.output_path)).look())
             where = f": {kept} parts are kept, the same command goes on from them" if kept else ""
             print(f"stopped{where}", file=sys.stderr)
         return 130
@@ -104,7 +104,7 @@ def _compute(args: argparse.Namespace, load: Callable[..., Scorer], processes: P
 
 def check_probe(parts: Parts, model: dict) -> None:
     """Raises `InputError` if the parts were scored by another model behind an address of that name."""
-    kept = parts.settings().get("probe") if parts.done() else None
+    kept = parts.settings().get("probe") if parts.look() else None
     if kept and (differing := differences({"model": {"probe": kept}}, {"model": model})):
         before, now = differing["probe"]
         raise InputError(
@@ -115,19 +115,18 @@ def check_probe(parts: Parts, model: dict) -> None:
 
 def score_windows(job: Job, scorer: Scorer, processes: Processes, progress: "Progress | None") -> int:
     """Score this process's share of the windows that are not there yet. Returns the number of all windows."""
-    settings = job.parts.settings()
-    done = job.parts.done() if progress is None else set(progress.headers)
+    settings, done = job.parts.settings(), job.parts.look()
     count = 0
     for window in windows(job.rows(), settings["window_rows"], settings["window_characters"]):
         count += 1
         if window.number in done:
-            if progress is not None and progress.headers[window.number]["digest"] != window.digest:
+            if progress is not None and done[window.number]["digest"] != window.digest:
                 raise InputError(
                     f"the data set is not the one that {job.parts.folder} was made from, it differs before row "
                     f"{window.rows[-1].number if window.rows else 0}: delete the folder to start anew"
                 )
         elif window.number % processes.count == processes.index:
-            job.parts.write(window.number, *score_window(window, scorer.score))
+            job.parts.write(window.number, *score_window(window, scorer.score), processes.index)
             if progress is not None:
                 progress.look()
     if done and max(done) >= count:
@@ -137,25 +136,24 @@ def score_windows(job: Job, scorer: Scorer, processes: Processes, progress: "Pro
 
 
 def wait_for_others(job: Job, count: int, processes: Processes, progress: "Progress") -> None:
-    while len(job.parts.done()) < count:
-        # Asked before the folder is looked at again: who has finished by now has left its last shard there.
+    while len(job.parts.look()) < count:
+        # Asked before the folder is looked at again: who has finished by now has left its last window there.
         died = processes.died()
-        if len(job.parts.done()) < count and died:
+        if len(job.parts.look()) < count and died:
             raise InputError(f"{died}: the same command goes on from here")
         time.sleep(0.2)
         progress.look()
 
 
 class Progress:
-    """A bar over all processes' shards, with tokens a second; a line every ten seconds where there is no terminal."""
+    """A bar over all processes' windows, with tokens a second; a line every ten seconds where there is no terminal."""
 
     def __init__(self, job: Job) -> None:
         from tqdm import tqdm
 
         self._parts = job.parts
-        self.headers: dict[int, dict] = {number: job.parts.header(number) for number in job.parts.done()}
-        self.read = 0
-        kept = sum(header["rows"] for header in self.headers.values())
+        self.read, self._read_before = 0, self._total("read")
+        kept = self._total("rows")
         if kept:
             print(f"Going on from {job.parts.folder}: {kept} rows are scored", file=sys.stderr)
         terminal = sys.stderr.isatty()
@@ -171,12 +169,13 @@ class Progress:
         )
 
     def look(self) -> None:
-        """Count the shards that are new."""
-        for number in sorted(self._parts.done() - self.headers.keys()):
-            self.headers[number] = header = self._parts.header(number)
-            self.read += header["read"]
-            self._bar.set_postfix_str(f"{self.read / (time.monotonic() - self._started):,.0f} tokens/s", refresh=False)
-            self._bar.update(header["rows"])
+        """Count the windows that are new."""
+        self.read = self._total("read") - self._read_before
+        self._bar.set_postfix_str(f"{self.read / (time.monotonic() - self._started):,.0f} tokens/s", refresh=False)
+        self._bar.update(self._total("rows") - self._bar.n)
+
+    def _total(self, name: str) -> int:
+        return sum(header[name] for header in self._parts.look().values())
 
     def __enter__(self) -> "Progress":
         return self

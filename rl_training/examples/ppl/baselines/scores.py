@@ -140,7 +140,7 @@ def is_4bit(name: str) -> bool:
 
 
 def score_window(window: Window, score: Callable[[Sequence[Row]], Scores]) -> tuple[dict, list[list]]:
-    """A shard: what is counted, and per row [number, id, word, phrase, sentence, scored tokens, and of its texts the
+    """What is counted, and per row [number, id, word, phrase, sentence, scored tokens, and of its texts the
     prompt's hash, the prompt's beginning, the reference's hash]."""
     records = []
     header = {"digest": window.digest, "rows": len(window.rows), "blank": window.blank}
