@@ -26,7 +26,7 @@ from ppl.models import load_model
 
 EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
 REWARD = str(EXAMPLES / "engines" / "reward.py")
-SETTINGS = {"target": "reference", "interpolate": True, "reward_thresholds": [[-100.0, 0.0], [100.0, 1.0]]}
+SETTINGS = {"target": "reference", "form": "nats"}
 PROMPT, WRITTEN, LABEL = "<s>[INST] Write of a café. [/INST]", " So the small fox went home.", "The end of the story."
 
 

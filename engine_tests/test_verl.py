@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "rl_training" / "examples"
 COMPLETIONS = [" So the fox went home.", " xq zt", " They were very happy, and laughed.", "", " No!", " She was sad."]
 # As engines/reward.yaml, with a reward in which these completions differ.
-SETTINGS = {"target": "reference", "interpolate": True, "reward_thresholds": [[-20.0, 0.0], [20.0, 1.0]]}
+SETTINGS = {"target": "reference", "form": "nats"}
 GDPO = ["algorithm.adv_estimator=gdpo", "reward.reward_manager.name=gdpo", "trainer.use_v1=False"]
 
 

@@ -38,8 +38,7 @@ def policy():
 
 
 def rewards(model, mine: slice, **options) -> dict:
-    line = {"interpolate": True, "reward_thresholds": [(-100, 0), (100, 1)]}
-    function = MultiLevelPPLRewardFunction(model, TOKENIZER, **line, **options)
+    function = MultiLevelPPLRewardFunction(model, TOKENIZER, form="nats", **options)
     found, logged = [], []
     for completions in CALLS:
         metrics = {}

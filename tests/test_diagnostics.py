@@ -89,7 +89,7 @@ def test_no_spread_for_another_reason(function, capsys):
     watch, logged = run(function(dict.fromkeys(EVERY, level(9.0)), reward_thresholds=between))
     assert watch.named == ["no spread"]
     assert (logged["diagnostics/at_zero"], logged["diagnostics/at_top"], logged["diagnostics/no_spread"]) == (0, 0, 1)
-    assert "NO SPREAD" in (printed := capsys.readouterr().out) and "--interpolate" in printed
+    assert "NO SPREAD" in (printed := capsys.readouterr().out) and "--reward_form nats" in printed
 
 
 @pytest.mark.parametrize("spoilt", ["loops", "brevity"])
@@ -101,10 +101,7 @@ def test_gamed(function, capsys, spoilt):
             return writing(rng)
         return " the fox" * 6 if spoilt == "loops" else " the fox"
 
-    baselines = dict.fromkeys(EVERY, level(500.0))
-    watch, logged = run(
-        function(baselines, interpolate=True, reward_thresholds=[(-1e6, 0), (100, 1)]), steps=30, write=worse
-    )
+    watch, logged = run(function(dict.fromkeys(EVERY, level(300.0)), form="nats"), steps=30, write=worse)
     assert "gamed" in watch.named
     name = "distinct_2_of_start" if spoilt == "loops" else "length_of_start"
     assert logged[f"diagnostics/{name}"] < 0.5
@@ -112,10 +109,7 @@ def test_gamed(function, capsys, spoilt):
 
 
 def test_a_run_that_learns_is_told_nothing(function, capsys):
-    interpolated = function(
-        dict.fromkeys(EVERY, level(500.0)), interpolate=True, reward_thresholds=[(-1e6, 0), (100, 1)]
-    )
-    watch, logged = run(interpolated, steps=2 * WINDOW)
+    watch, logged = run(function(dict.fromkeys(EVERY, level(300.0)), form="nats"), steps=2 * WINDOW)
     assert watch.named == [] and logged["diagnostics/no_spread"] == 0
     assert logged["diagnostics/distinct_2_of_start"] == pytest.approx(1, abs=0.1)
     assert capsys.readouterr().out == ""
@@ -166,7 +160,7 @@ def test_a_level_that_was_below_its_baseline_from_the_start_pays_for_nothing(fun
 
 @pytest.mark.parametrize(("kl", "named"), [(0.003, ["not moved"]), (0.05, []), (None, [])])
 def test_a_policy_that_has_not_moved(function, capsys, kl, named):
-    reward_fn = function(dict.fromkeys(EVERY, level(500.0)), interpolate=True, reward_thresholds=[(-1e6, 0), (100, 1)])
+    reward_fn = function(dict.fromkeys(EVERY, level(300.0)), form="nats")
     asked = []
     watch, _ = run(reward_fn, steps=2 * WINDOW, kl=lambda prompts, texts: asked.append((prompts, texts)) or kl)
     assert watch.named == named and len(asked) == 2 and len(asked[0][1]) == 4
@@ -176,7 +170,7 @@ def test_a_policy_that_has_not_moved(function, capsys, kl, named):
 
 @pytest.mark.parametrize(("late", "named"), [(0.49, []), (0.51, ["moved far"])])
 def test_a_policy_that_has_moved_far(function, capsys, late, named):
-    reward_fn = function(dict.fromkeys(EVERY, level(500.0)), interpolate=True, reward_thresholds=[(-1e6, 0), (100, 1)])
+    reward_fn = function(dict.fromkeys(EVERY, level(300.0)), form="nats")
     distances = iter([0.1, late, *[0.1] * (not named)])  # what has been told is not asked for again
     watch, _ = run(reward_fn, steps=3 * WINDOW, kl=lambda prompts, texts: next(distances))
     assert watch.named == named

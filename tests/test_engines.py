@@ -35,7 +35,6 @@ ROWS = json.loads((EXAMPLES / "tiny_stories" / "train.json").read_text())[:6]
 PROMPTS = [row["prompt"] for row in ROWS]
 REFERENCES = [row["completion"] for row in ROWS]
 COMPLETIONS = [" So the fox went home.", " xq zt", " They were very happy, and laughed.", "", " No!", " She was sad."]
-LINE = [(-20.0, 0.0), (20.0, 1.0)]
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +51,7 @@ def configure(tmp_path, monkeypatch):
         settings = {
             "model_name": "tiny-stories",
             "device": "cpu",
-            "interpolate": True,
-            "reward_thresholds": LINE,
+            "form": "nats",
             **settings,
         }
         settings = {name: value for name, value in settings.items() if value is not None}
@@ -82,7 +80,7 @@ def by_path(name: str, register: bool):
 
 
 def direct(model_and_tokenizer, **options):
-    reward = MultiLevelPPLRewardFunction(*model_and_tokenizer, interpolate=True, reward_thresholds=LINE, **options)
+    reward = MultiLevelPPLRewardFunction(*model_and_tokenizer, form="nats", **options)
     columns = {"prompts": PROMPTS, "references": REFERENCES, "ids": [row["id"] for row in ROWS]}
     return reward.compute_rewards(COMPLETIONS, **columns, return_details=True)
 
@@ -163,7 +161,7 @@ def test_a_level_alone_earns_by_the_rewards_own_form_and_a_blank_text_the_least(
     points = (
         {"reward_thresholds": [(-200.0, -1.0), (60.0, 1.0)]} if form == "thresholds" else {"reward_thresholds": None}
     )
-    configure(baselines=str(path), form=form, interpolate=None, **points)
+    configure(baselines=str(path), form=form, **points)
     results = naive(by_path("custom_module", True).compute_score, verl_rows(PROMPTS))
     blank = results[COMPLETIONS.index("")]
     scored = [result for result, text in zip(results, COMPLETIONS, strict=True) if text]
@@ -274,10 +272,10 @@ def test_what_is_no_score_is_printed_since_openrlhf_swallows_it(configure, capsy
     ],
 )
 def test_a_prompt_that_its_tokenizer_or_a_limit_changed_gets_the_reward_of_its_completion(configure, query, prompt):
-    configure(target="reference", reward_thresholds=[(-1000.0, 0.0), (1000.0, 1.0)])
+    configure(target="reference")
     module = by_path("reward_func", False)
     whole = module.reward_func([f"{prompt} So."], [prompt], ["The end."])
-    assert whole["rewards"].item() > 0
+    assert whole["rewards"].item() != 0
     assert module.reward_func([query], [prompt], ["The end."])["rewards"].tolist() == whole["rewards"].tolist()
 
 

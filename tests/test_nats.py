@@ -82,15 +82,13 @@ def test_the_loop_guard_outweighs_all_that_nats_can_pay():
 
 
 def test_nats_and_thresholds_exclude_each_other(tokenizer, model):
-    for options in ({"interpolate": True}, {"reward_thresholds": [(0, 1)]}):
-        with pytest.raises(InputError, match="form='nats' has no thresholds"):
-            MultiLevelPPLRewardFunction(model, tokenizer, form="nats", **options)
+    with pytest.raises(InputError, match="form='nats' has no thresholds"):
+        MultiLevelPPLRewardFunction(model, tokenizer, form="nats", reward_thresholds=[(0, 1)])
     with pytest.raises(InputError, match="form is 'log'"):
         MultiLevelPPLRewardFunction(model, tokenizer, form="log")
-    for flags in (["--interpolate"], ["--reward_thresholds", "0:1"]):
-        args, _ = parse_args(["--reward_form", "nats", *flags])
-        with pytest.raises(InputError, match="--reward_form nats has no thresholds"):
-            reward_settings(args)
+    args, _ = parse_args(["--reward_form", "nats", "--reward_thresholds", "0:1"])
+    with pytest.raises(InputError, match="--reward_form nats has no thresholds"):
+        reward_settings(args)
     args, _ = parse_args(["--reward_form", "nats"])
     assert MultiLevelPPLRewardFunction(model, tokenizer, **reward_settings(args)).form == "nats"
 

@@ -13,7 +13,7 @@ import reward_in_processes
 import toys
 import warm
 import yaml
-from training_runs import EXAMPLES, SHORT, log_history
+from training_runs import EXAMPLES, SHORT, log_history, staircase
 from waiting import PATIENCE, wait_for
 
 HERE = Path(__file__).parent
@@ -74,17 +74,17 @@ def test_a_run_in_two_processes_leaves_what_a_run_in_one_leaves(tmp_path):
     printed = finished(
         launch(
             "train_grpo_multilevel_unsloth.py", *SHORT, "--heldout_samples", "3", "--max_steps", "2",
-            "--save_steps", "2", "--output_dir", out, "--baselines_path", baselines, "--interpolate",
-            "--loop_penalty", "0", "--reward_thresholds", "-1000:0", "100:1",
+            "--save_steps", "2", "--output_dir", out, "--baselines_path", baselines,
+            "--loop_penalty", "0", *staircase(-1000, 100, 5),
         )
     )  # fmt: skip
     assert printed.count("Training with Unsloth") == printed.count("12 completions of 3 prompts") == 1
     for entry in (entry for entry in log_history(out, 2) if "reward" in entry):
-        # A group of 8 is split, 4 to a process. The reward is linear in the improvement, and of both; a blank
-        # completion has the reward 0 and no improvement.
+        # A group of 8 is split, 4 to a process. The reward is linear in the improvement but for a step of 1 / 220, and
+        # of both; a blank completion has the reward 0 and no improvement.
         improvement = 0.2 * entry["reward_word"] + 0.3 * entry["reward_phrase"] + 0.5 * entry["reward_sentence"]
         scored = 8 * entry["reward"] / ((improvement + 1000) / 1100)
-        assert round(scored) >= 6 and scored == pytest.approx(round(scored), abs=1e-3)
+        assert round(scored) >= 6 and round(scored) - 8 / 220 * 1.2 < scored < round(scored) + 1e-3
         assert entry["num_tokens"] > 0 and entry["reward_std"] > 0
     for name in ("adapter_model.safetensors", "tokenizer.json", "training_config.yaml", "reward.png"):
         assert (out / name).stat().st_size > 0

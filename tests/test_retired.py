@@ -60,7 +60,7 @@ def test_a_script_ends_with_one_line_and_exit_code_2(tmp_path):
 
 
 # name, values that ask for what is gone, the one that never asked for anything
-SETTINGS = [("reference_tokens", ["hard", "group"], "all")]
+SETTINGS = [("reference_tokens", ["hard", "group"], "all"), ("interpolate", [True], False)]
 
 
 @pytest.mark.parametrize(("name", "asking", "usual"), SETTINGS)

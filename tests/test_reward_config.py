@@ -77,19 +77,17 @@ def test_without_the_variable_or_the_file_it_says_so(monkeypatch, tmp_path):
 
 def test_the_file_gives_the_reward_that_its_settings_give(config):
     path = config(
-        "model_name: tiny-stories\ntarget: reference\nweights: [0, 0, 1]\ninterpolate: true\nmax_phrase_words: 3\n"
-        "reward_thresholds: [[-100, 0], [100, 1]]\nbaselines:\n"
+        "model_name: tiny-stories\ntarget: reference\nweights: [0, 0, 1]\nform: nats\nmax_phrase_words: 3\nbaselines:\n"
     )
     columns = {name: [row[name] for row in ROWS] for name in ("prompt", "reference")}
     model, tokenizer, _ = load_model("tiny-stories")
     direct = MultiLevelPPLRewardFunction(
-        model, tokenizer, target="reference", weights=(0, 0, 1), interpolate=True, max_phrase_words=3,
-        reward_thresholds=[(-100, 0), (100, 1)],
+        model, tokenizer, target="reference", weights=(0, 0, 1), form="nats", max_phrase_words=3,
     )  # fmt: skip
     completions = [" So it went."] * len(ROWS)
     expected = direct(columns["prompt"], completions, reference=columns["reference"])
     assert multi_level_ppl(columns["prompt"], completions, reference=columns["reference"]) == pytest.approx(expected)
-    assert 0.1 < sum(expected) / len(expected) < 0.9
+    assert len(set(expected)) > 3 and max(map(abs, expected)) < 0.5
     assert reward_from_config() is reward_from_config(path)
 
 
@@ -103,9 +101,9 @@ def test_paths_are_relative_to_the_file(config, tmp_path, monkeypatch):
 def test_trl_trains_with_it_from_its_own_command_line(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.json").write_text("\n".join(map(json.dumps, ROWS)))
-    (tmp_path / "reward.yaml").write_text(
-        "model_name: tiny-stories\ntarget: reference\ninterpolate: true\nreward_thresholds: [[-100, 0], [100, 1]]\n"
-    )
+    linear = [[percent / 20, (percent / 20 + 100) / 200] for percent in range(-2000, 2001)]
+    settings = {"model_name": "tiny-stories", "target": "reference", "reward_thresholds": linear}
+    (tmp_path / "reward.yaml").write_text(json.dumps(settings))
     out = tmp_path / "out"
     done = subprocess.run(
         [
@@ -124,9 +122,9 @@ def test_trl_trains_with_it_from_its_own_command_line(tmp_path):
     assert len(logs) == 2
     for entry in logs:
         assert entry["rewards/multi_level_ppl/mean"] == pytest.approx(entry["reward"])
-        # The reward is linear in the improvement, so its mean is that of the three levels.
+        # The reward is linear in the improvement, in steps of 0.05 %, so its mean is that of the three levels.
         improvement = 0.2 * entry["reward_word"] + 0.3 * entry["reward_phrase"] + 0.5 * entry["reward_sentence"]
-        assert entry["reward"] == pytest.approx((improvement + 100) / 200, abs=1e-4)
+        assert entry["reward"] == pytest.approx((improvement + 100) / 200, abs=3e-4)
         assert entry["reward_std"] > 0 and math.isfinite(entry["ppl/word"])
 
 

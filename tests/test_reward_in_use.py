@@ -155,7 +155,7 @@ def test_metrics_have_the_same_names_at_every_call():
 
 
 def test_a_pickled_reward_gives_equal_rewards():
-    function = MultiLevelPPLRewardFunction(MODEL, TOKENIZER, baselines={"x": levels(900.0)}, interpolate=True)
+    function = MultiLevelPPLRewardFunction(MODEL, TOKENIZER, baselines={"x": levels(300.0)}, form="nats")
     arguments = {"prompts": ["The fox"] * 3, "completions": [" said", " ran", ""], "id": ["x"] * 3}
     expected = function(**arguments)
     with warnings.catch_warnings():
@@ -178,8 +178,8 @@ def test_a_pickled_zero_shot_reward_remembers_its_first_visits():
 
 def test_with_and_without_cache_the_numbers_are_the_same():
     arguments = {"prompts": ["The fox"] * 4, "completions": [" said", " ran", " said", ""]}
-    cached = MultiLevelPPLRewardFunction(MODEL, TOKENIZER, interpolate=True)
-    fresh = MultiLevelPPLRewardFunction(MODEL, TOKENIZER, interpolate=True, use_cache=False)
+    cached = MultiLevelPPLRewardFunction(MODEL, TOKENIZER, form="nats")
+    fresh = MultiLevelPPLRewardFunction(MODEL, TOKENIZER, form="nats", use_cache=False)
     for _ in range(3):
         assert cached(**arguments) == pytest.approx(fresh(**arguments), rel=1e-4)
         arguments["completions"] = [" ran", " sat", " said", " sat"]

@@ -43,21 +43,9 @@ def test_a_threshold_may_be_negative():
         assert of_improvement(percent, reward_thresholds=thresholds) == pytest.approx(expected)
 
 
-def test_interpolation_is_linear_between_the_points():
-    line = [(0.0, 0.0), (1.0, 0.25), (2.0, 0.5), (3.0, 0.75), (4.0, 1.0)]
-    for percent, expected in [(-1, 0), (0, 0), (0.5, 0.125), (2.4, 0.6), (4, 1), (9, 1)]:
-        assert of_improvement(percent, reward_thresholds=line, interpolate=True) == pytest.approx(expected)
-
-
-def test_interpolation_starts_at_the_lowest_threshold():
-    # 0.275 is half way from 0.05 to 0.5, so half way from 0.2 to 0.5
-    for percent, expected in [(0.04, 0), (0.05, 0.2), (0.275, 0.35), (2.5, 0.95), (3, 1)]:
-        assert of_improvement(percent, interpolate=True) == pytest.approx(expected)
-
-
-@given(st.floats(-1e6, 100), st.floats(-1e6, 100), st.booleans())
-def test_more_improvement_never_earns_less(a, b, interpolate):
-    low, high = Thresholds(DEFAULT_THRESHOLDS, interpolate).rewards(np.array(sorted([a, b])))
+@given(st.floats(-1e6, 100), st.floats(-1e6, 100))
+def test_more_improvement_never_earns_less(a, b):
+    low, high = Thresholds(DEFAULT_THRESHOLDS).rewards(np.array(sorted([a, b])))
     assert 0 <= low <= high <= 1
 
 

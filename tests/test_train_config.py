@@ -103,12 +103,12 @@ def test_a_value_without_a_flag_is_refused(capsys):
 
 def test_every_kind_of_value_in_a_file_and_the_command_line_wins(tmp_path):
     (tmp_path / "run.yaml").write_text(
-        "load_in_4bit: false\nno_unsloth: true\ninterpolate: false\nppl_weights: [1, 2, 3]\nlora_r: 4\nbeta: 5e-2\n"
+        "load_in_4bit: false\nno_unsloth: true\nallow_copies: false\nppl_weights: [1, 2, 3]\nlora_r: 4\nbeta: 5e-2\n"
         "reward_thresholds: [[-50, 0], ['0:0.5'], [50, 1]]\nlearning_rate: 1e-3\ndataset_config: null\n"
         "use_vllm: false\nlr_scheduler_kwargs: {num_cycles: 2}\n"
     )
     args, rest = parse_args(["--lora_r", "2", "--config", str(tmp_path / "run.yaml")])
-    assert (args.load_in_4bit, args.no_unsloth, args.interpolate, args.lora_r) == (False, True, False, 2)
+    assert (args.load_in_4bit, args.no_unsloth, args.allow_copies, args.lora_r) == (False, True, False, 2)
     assert args.ppl_weights == [1, 2, 3] and args.reward_thresholds == [(-50, 0), (0, 0.5), (50, 1)]
     assert (args.learning_rate, args.dataset_config) == (1e-3, None)
     assert rest == ["--beta=5e-2", "--use_vllm=False", '--lr_scheduler_kwargs={"num_cycles": 2}']

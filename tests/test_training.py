@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import warm
 from chromium import Chromium
-from training_runs import EXAMPLES, SHORT, log_history, refusal, train
+from training_runs import EXAMPLES, SHORT, log_history, refusal, staircase, train
 
 STEPS = 6
 
@@ -34,7 +34,7 @@ def trained(tmp_path_factory, baselines):
         *SHORT, "--output_dir", output / "out", "--baselines_path", baselines,
         "--max_steps", STEPS, "--save_steps", STEPS,
         "--learning_rate", "1e-3", "--warmup_steps", "1", "--lr_scheduler_type", "cosine", "--wandb_project", "ppl",
-        "--eval_split", "train[8:10]", "--eval_steps", STEPS, "--interpolate", "--reward_thresholds", "0:0", "100:1",
+        "--eval_split", "train[8:10]", "--eval_steps", STEPS, *staircase(0, 100, 1),
         python=sys.executable, WANDB_MODE="offline", WANDB_DIR=str(output), WANDB_SILENT="true",
     )  # fmt: skip
     return output, done.stdout
@@ -69,7 +69,7 @@ def test_its_rewards_are_those_of_the_thresholds(trained):
         if entry["reward_word"] < 0:
             assert found == 0
         elif not entry["diagnostics/at_zero"]:
-            assert found == pytest.approx(average / 100, abs=1e-5)
+            assert average / 100 - 0.01 < found < average / 100 + 1e-5
             scored += 1
     assert 0 < scored < STEPS
 

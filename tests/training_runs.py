@@ -26,6 +26,12 @@ def train(*flags: str, code: int = 0, python: str | None = None, **environment: 
     return done
 
 
+def staircase(low: int, high: int, step: int) -> list[str]:
+    """--reward_thresholds whose reward is linear in the improvement, from 0 at `low` % to 1 at `high` %, rounded down
+    to a step."""
+    return ["--reward_thresholds", *(f"{at}:{(at - low) / (high - low)}" for at in range(low, high + 1, step))]
+
+
 def refusal(*flags: str, python: str | None = None) -> str:
     """The one line on stderr of a run that is refused with exit code 2."""
     lines = train(*flags, code=2, python=python).stderr.strip().splitlines()

@@ -76,7 +76,6 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
         "--reward_thresholds", nargs="+", metavar="PERCENT:REWARD", type=_threshold,
         help="from improvement to reward (default: 0.05:0.2 0.5:0.5 1:0.7 2:0.9 3:1)",
     )  # fmt: skip
-    reward.add_argument("--interpolate", action="store_true", help="linear between the thresholds instead of steps")
     reward.add_argument(
         "--reward_form", choices=FORMS, default=FORMS[0],
         help="nats: the log-likelihood ratio to the baseline, dense, instead of thresholds",

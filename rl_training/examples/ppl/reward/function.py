@@ -68,8 +68,8 @@ class MultiLevelPPLRewardFunction:
     normalize: shift and scale each call's rewards to mean 0 and (sample) standard deviation 1.
     device: moves the model there; None: it stays. use_cache: keep perplexities already computed, by content.
     form: "nats" takes the log-likelihood ratio instead of thresholds, within `NATS_CLIP` of 0.
-    target, interpolate (linear between the thresholds instead of steps), missing ("error" or "skip" a row that
-        `baselines` lacks), allow_baseline_mismatch (use a file made by another model or with other definitions).
+    target, missing ("error" or "skip" a row that `baselines` lacks), allow_baseline_mismatch (use a file made by
+        another model or with other definitions).
     scorer: instead of a baseline_model, something that scores, such as `ppl.scoring.server.ServerScorer`; it may be
         given as baseline_model, too.
     extract, template: for references, the part of a completion that counts and how the three texts are put together:
@@ -91,7 +91,6 @@ class MultiLevelPPLRewardFunction:
         use_cache: bool = True,
         *,
         target: str = DEFAULT_TARGET,
-        interpolate: bool = False,
         form: str = "thresholds",
         missing: str = "error",
         allow_baseline_mismatch: bool = False,
@@ -113,10 +112,10 @@ class MultiLevelPPLRewardFunction:
         self.calculator = MultiLevelPPLCalculator(tokenizer, **without_retired(calculator_options))
         self.tokenizer = self.calculator.tokenizer
         self.weights = checked_weights(DEFAULT_WEIGHTS[self.calculator.aggregation] if weights is None else weights)
-        self.thresholds = Thresholds(reward_thresholds, interpolate)
+        self.thresholds = Thresholds(reward_thresholds)
         self.form = one_of("form", form, FORMS)
-        if form == "nats" and (interpolate or tuple(reward_thresholds) != DEFAULT_THRESHOLDS):
-            raise InputError("form='nats' has no thresholds: leave out reward_thresholds and interpolate")
+        if form == "nats" and tuple(reward_thresholds) != DEFAULT_THRESHOLDS:
+            raise InputError("form='nats' has no thresholds: leave out reward_thresholds")
         self.normalize = normalize
         self.use_cache = use_cache
         self.target = one_of("target", target, TARGETS)

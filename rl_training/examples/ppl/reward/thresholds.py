@@ -9,12 +9,12 @@ from ..errors import InputError
 
 
 class Thresholds:
-    """The reward of the highest threshold reached, 0 below the lowest; with `interpolate` linear between them.
+    """The reward of the highest threshold reached, 0 below the lowest.
 
     points: (improvement in %, reward) in any order. Raises `InputError` if one is not finite or stands twice.
     """
 
-    def __init__(self, points: Sequence[tuple[float, float]], interpolate: bool = False) -> None:
+    def __init__(self, points: Sequence[tuple[float, float]]) -> None:
         points = sorted((float(improvement), float(reward)) for improvement, reward in points)
         if not points:
             raise InputError("reward_thresholds is empty, expected at least one (improvement %, reward)")
@@ -23,7 +23,6 @@ class Thresholds:
         self.improvements, self.values = np.array(points).T
         if (twice := self.improvements[1:][np.diff(self.improvements) == 0]).size:
             raise InputError(f"reward_thresholds holds {twice[0]:g} % twice, expected each improvement once")
-        self.interpolate = interpolate
 
     @property
     def highest(self) -> float:
@@ -37,8 +36,6 @@ class Thresholds:
         """As many rewards as improvements, in percent, whatever their shape; nan gives nan."""
         # Rounded, so that the last bit of a float does not decide whether 3 % is 3 %.
         improvement = np.round(improvement, 9)
-        if self.interpolate:
-            return np.interp(improvement, self.improvements, self.values, left=0.0)
         reached = np.searchsorted(self.improvements, improvement, side="right")
         return np.where(np.isnan(improvement), np.nan, np.concatenate([[0.0], self.values])[reached])
 

@@ -72,7 +72,7 @@ def settings(job: Job) -> list[tuple[str, str]]:
         ("Data", f"`{shown(args.dataset_name)}`, {args.dataset_split}: {len(job.train_rows):,} prompts"),
         ("What is scored", f"the {args.target}"),
         ("Levels", f"{args.aggregation}; weights: {weights}"),
-        ("Reward of an improvement", form + (", linear between" if args.interpolate else "")),
+        ("Reward of an improvement", form),
         ("Loop penalty", f"{args.loop_penalty:g} ranges of the reward"),
         ("Baselines", _baselines(job)),
         ("Scorer", ", ".join(filter(None, (scorer, "frozen", precision)))),

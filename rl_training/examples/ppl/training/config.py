@@ -33,8 +33,8 @@ def reward_settings(args: argparse.Namespace) -> dict:
 
     thresholds = args.reward_thresholds or DEFAULT_THRESHOLDS
     Thresholds(thresholds)
-    if args.reward_form == "nats" and (args.reward_thresholds or args.interpolate):
-        raise InputError("--reward_form nats has no thresholds: leave out --reward_thresholds and --interpolate")
+    if args.reward_form == "nats" and args.reward_thresholds:
+        raise InputError("--reward_form nats has no thresholds: leave out --reward_thresholds")
     if args.per_level and args.normalize_rewards:
         raise InputError("--per_level normalises each level within its group: leave out --normalize_rewards")
     checked_weights(args.ppl_weights)
@@ -47,7 +47,6 @@ def reward_settings(args: argparse.Namespace) -> dict:
         "target": args.target,
         "extract": args.extract,
         "template": args.template,
-        "interpolate": args.interpolate,
         "form": args.reward_form,
         "missing": args.missing,
         "allow_baseline_mismatch": args.allow_baseline_mismatch,

@@ -31,8 +31,8 @@ REMEDY = {
     "blank": "The completions are empty or blank: check the prompts' format, and that --max_new_tokens is not tiny.",
     "out of reach": "The baselines are texts that the model cannot match yet: measure against its own writing "
     "(compute_baselines_trl.py --generate 4), or reward the log-likelihood ratio (--reward_form nats).",
-    "no spread": "Reward the log-likelihood ratio (--reward_form nats), draw lines between the thresholds "
-    "(--interpolate), or sample more freely (--temperature 1, a larger --num_generations).",
+    "no spread": "Reward the log-likelihood ratio (--reward_form nats), or sample more freely (--temperature 1, a "
+    "larger --num_generations).",
     "level pays": "Weigh the levels alike (--ppl_weights 1 1 1), let each be normalised by itself (--per_level), or "
     "hold the policy near its start (--beta 0.04).",
     "not moved": "Raise --learning_rate (five times is a usual step), and see that --warmup_steps are few beside the "
