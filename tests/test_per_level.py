@@ -193,6 +193,4 @@ def test_a_guard_that_would_not_hold_is_refused(tmp_path):
     flags = [*SHORT, "--no_unsloth", "--no-load_in_4bit", "--output_dir", tmp_path / "out"]
     line = refusal(*flags, "--multi_objective_aggregation", "normalize_then_sum")
     assert "add --per_level" in line and "--loop_penalty 0" in line
-    line = refusal(*flags, "--per_level", "--normalize_rewards")
-    assert "leave out --normalize_rewards" in line
     assert not (tmp_path / "out").exists()

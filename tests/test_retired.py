@@ -60,7 +60,11 @@ def test_a_script_ends_with_one_line_and_exit_code_2(tmp_path):
 
 
 # name, values that ask for what is gone, the one that never asked for anything
-SETTINGS = [("reference_tokens", ["hard", "group"], "all"), ("interpolate", [True], False)]
+SETTINGS = [
+    ("reference_tokens", ["hard", "group"], "all"),
+    ("interpolate", [True], False),
+    ("normalize_rewards", [True], False),
+]
 
 
 @pytest.mark.parametrize(("name", "asking", "usual"), SETTINGS)

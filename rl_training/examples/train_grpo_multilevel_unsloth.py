@@ -80,7 +80,6 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
         "--reward_form", choices=FORMS, default=FORMS[0],
         help="nats: the log-likelihood ratio to the baseline, dense, instead of thresholds",
     )  # fmt: skip
-    reward.add_argument("--normalize_rewards", action="store_true", help="mean 0, standard deviation 1 in each call")
     reward.add_argument(
         "--per_level", action="store_true",
         help="three rewards over one scoring pass, each normalised within its group (GDPO); --ppl_weights weigh them",
@@ -184,7 +183,7 @@ def make_rewards(job, policy, scorer):
         rewards = [(perplexity, 1.0)]
         if guard:
             thresholds, form = job.settings["reward_thresholds"], job.settings["form"]
-            rewards.append(loop_guard(guard, thresholds, job.normalized_over, form, **of_prompts))
+            rewards.append(loop_guard(guard, thresholds, form=form, **of_prompts))
     return rewards
 
 

@@ -35,15 +35,12 @@ def reward_settings(args: argparse.Namespace) -> dict:
     Thresholds(thresholds)
     if args.reward_form == "nats" and args.reward_thresholds:
         raise InputError("--reward_form nats has no thresholds: leave out --reward_thresholds")
-    if args.per_level and args.normalize_rewards:
-        raise InputError("--per_level normalises each level within its group: leave out --normalize_rewards")
     checked_weights(args.ppl_weights)
     check_weight(args.loop_penalty)
     ReferenceContext(args.extract, args.template, args.target)
     return {
         "weights": tuple(args.ppl_weights),
         "reward_thresholds": thresholds,
-        "normalize": args.normalize_rewards,
         "target": args.target,
         "extract": args.extract,
         "template": args.template,

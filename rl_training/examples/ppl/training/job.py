@@ -4,7 +4,6 @@ import argparse
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +49,6 @@ class Job:
     @property
     def output(self) -> Path:
         return Path(self.config.output_dir)
-
-    @cached_property
-    def normalized_over(self) -> int | None:
-        """Completions in one call of a reward, if it normalises them."""
-        config = self.config
-        in_one_call = config.per_device_train_batch_size * config.world_size * config.steps_per_generation
-        return in_one_call if self.args.normalize_rewards else None
 
     def guarded_prompts(self, tokenizer) -> dict:
         """The keywords of the guard with which what repeats the prompt counts as a loop; none where it may.
