@@ -5,7 +5,6 @@
 Effect size: the mean over pairs of ln PPL(damaged) - ln PPL(original), over its standard deviation; its interval holds
 95 % of 1,000 bootstrap samples of the texts. Both aggregations are computed from the same surprisals. Preferred: the
 share of pairs in which the whole reward, in nats and with the loop guard, is higher for the damaged text.
-With --openings nested levels also stand behind other tokens than BOS when a unit is alone.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from damage import DAMAGES, Damages
 from ppl import cli
 from ppl.chat import render_prompt
 from ppl.data import PromptForm, find_columns, load_split, make_row, message_text
-from ppl.definitions import AGGREGATIONS, DEFAULT_WEIGHTS, LEVELS, NATS_CLIP
+from ppl.definitions import DEFAULT_WEIGHTS, LEVELS, NATS_CLIP
 from ppl.errors import InputError
 
 PAIRS = list(combinations(LEVELS, 2))
@@ -36,7 +35,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--samples", type=cli.positive_int, default=8, help="completions the model writes for a prompt")
     parser.add_argument("--seed", type=int, default=0, help="of damages, samples and bootstrap")
     parser.add_argument("--language", default="en", help="ISO 639 code for splitting sentences")
-    parser.add_argument("--openings", action="store_true", help="compare what stands before a unit alone")
     parser.add_argument("--prompt_sentences", type=cli.positive_int, metavar="N", help="as for the other scripts")
     parser.add_argument("--quick", action="store_true", help="12 texts, 2 draws, 4 completions: a try")
     cli.add_model_flags(parser)
@@ -129,28 +127,12 @@ def log_perplexities(args: argparse.Namespace, model, tokenizer, pairs: list[tup
     encoder = TextEncoder(tokenizer, eos_for_bos=True)
     encoded = encoder.encode(contexts, texts)
     units = segment(texts, args.language)
-    scorer = SurprisalScorer(model)
-    scopes = score_scopes(scorer, encoded, units, [encoder.start])
-    perplexities = {
+    scopes = score_scopes(SurprisalScorer(model), encoded, units, encoder.start)
+    levels = {
         "geometric": level_perplexities(units, [one.chars for one in encoded], scopes.c),
         "nested": nested_perplexities(scopes),
     }
-    if args.openings:
-        for name, ids in openings(tokenizer, encoder.start).items():
-            perplexities[f"nested behind {name}"] = nested_perplexities(score_scopes(scorer, encoded, units, ids))
-    return {name: np.log(values) for name, values in perplexities.items()}
-
-
-def openings(tokenizer, start: int) -> dict[str, list[int]]:
-    """What could stand before a unit alone instead of BOS, by name."""
-
-    def behind_start(text: str) -> list[int]:
-        return [start, *tokenizer(text, add_special_tokens=False)["input_ids"]]
-
-    candidates = {"a line break": behind_start("\n"), "a sentence": behind_start("This is what happened. ")}
-    if tokenizer.eos_token_id not in (None, start):
-        candidates["EOS"] = [tokenizer.eos_token_id]
-    return candidates
+    return {name: np.log(values) for name, values in levels.items()}
 
 
 def penalties(tokenizer, prompts: list, texts: list[str]):
@@ -240,7 +222,7 @@ def correlation(a, b) -> float | None:
 def show(numbers: dict) -> None:
     rows = []
     for aggregation, results in numbers["aggregations"].items():
-        default = next(name for name, weights in WEIGHTS.items() if weights == DEFAULT_WEIGHTS[aggregation.split()[0]])
+        default = next(name for name, weights in WEIGHTS.items() if weights == DEFAULT_WEIGHTS[aggregation])
         for name, of_damage in results["damages"].items():
             known = {level: of_damage[level] for level in LEVELS if of_damage[level]}
             best = max(known, key=lambda level: known[level]["effect"], default="")
@@ -268,7 +250,7 @@ def figure(numbers: dict):
     """A panel for each damage, in it a group for each aggregation, in it a dot for each level; at last correlations."""
     from ppl.definitions import COLORS
 
-    aggregations = {name: numbers["aggregations"][name] for name in AGGREGATIONS}
+    aggregations = numbers["aggregations"]
     damages = list(aggregations["nested"]["damages"])
     made = new_figure(2.1 * len(damages) + 2.5, 3.6)
     *panels, last = made.subplots(1, len(damages) + 1, sharey=True, width_ratios=[1] * len(damages) + [1.25])

@@ -64,6 +64,7 @@ SETTINGS = [
     ("reference_tokens", ["hard", "group"], "all"),
     ("interpolate", [True], False),
     ("normalize_rewards", [True], False),
+    ("openings", [True], False),
 ]
 
 

@@ -3,6 +3,7 @@
 _SINCE = "retired in 0.2"
 # setting: (the value with which it asked for nothing, what to use instead). A file of before that has it so is read.
 SETTINGS = {
+    "openings": ("false", "leave it out, a unit alone stands behind BOS"),
     "normalize_rewards": ("false", "leave it out, GRPO normalises within each group (in Python: normalize=True)"),
     "interpolate": ("false", "use the reward form nats, which is dense"),
     "reference_tokens": ("all", "leave it out, all tokens of a reference count: fewer did not make plans say more"),

@@ -220,7 +220,7 @@ class MultiLevelPPLCalculator:
         scorer = self._scorer_of(model)
         if self.aggregation == "nested":
             units = self._units(targets)
-            return units, score_scopes(scorer, encoded, units, [self._encoder.start])
+            return units, score_scopes(scorer, encoded, units, self._encoder.start)
         # A GPU computes while the units are found.
         read = scorer.start(encoded) if isinstance(scorer, SurprisalScorer) else partial(scorer.score, encoded)
         units = self._units(targets)

@@ -30,17 +30,17 @@ class Scopes(NamedTuple):
     c: list[np.ndarray]
 
 
-def score_scopes(scorer: Scorer, encoded: Sequence[Encoded], units: Units, start: Sequence[int]) -> Scopes:
+def score_scopes(scorer: Scorer, encoded: Sequence[Encoded], units: Units, start: int) -> Scopes:
     """All three from one call of the scorer.
 
-    start: the ids that stand before a unit alone: BOS. A unit's tokens are those of the text, not those that a
+    start: the id that stands before a unit alone: BOS. A unit's tokens are those of the text, not those that a
     tokenizer would make of it alone.
 
     A sequence that another one begins with is read off that one: equal units run once, a sentence's first phrase and a
     text's first sentence (without a context) not at all.
     """
     sequences = _Sequences()
-    opening = sort_key(np.array(start))
+    opening = sort_key(np.array([start]))
     for one, offset in zip(encoded, units.offsets.tolist(), strict=False):
         key = sort_key(one.ids)
         for level in SCOPES.values():
@@ -51,7 +51,7 @@ def score_scopes(scorer: Scorer, encoded: Sequence[Encoded], units: Units, start
                 opening + key[ID_BYTES * b : ID_BYTES * e] for b, e in zip(begin.tolist(), end.tolist(), strict=True)
             ]
             sizes = np.diff(first, append=len(unit))
-            sequences.ask(keys, sizes, one.positions - np.repeat(begin, sizes) + len(start))
+            sequences.ask(keys, sizes, one.positions - np.repeat(begin, sizes) + 1)
         sequences.ask([key], [len(one.positions)], one.positions)
     surprisals = sequences.score(scorer)
     return Scopes(surprisals[0::3], surprisals[1::3], surprisals[2::3])
