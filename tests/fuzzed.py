@@ -24,7 +24,7 @@ from pathlib import Path
 
 EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
 SHARE = {  # of the inputs, by kind; data sets take a thousand times as long as flags
-    "flags": 50, "pickle": 14, "json": 10, "parquet": 4, "meta": 8, "config": 5, "reward": 4, "tools": 2, "template": 1,
+    "flags": 50, "pickle": 14, "json": 14, "meta": 8, "config": 5, "reward": 4, "tools": 2, "template": 1,
     "heldout": 1, "data": 1,
 }  # fmt: skip
 SECONDS = 60  # an input takes some thousandths of one
@@ -186,19 +186,6 @@ class Fuzz:
             ".json", as_text(RECORDS), damaged_bytes(self.rng, content) if self.rng.random() < 0.3 else content
         )
 
-    def parquet(self) -> None:
-        import pyarrow
-        from pyarrow import parquet
-
-        columns = {"id": list(RECORDS), **{name: [row[name] for row in RECORDS.values()] for name in RECORDS["row 0"]}}
-        for name in list(columns):
-            if self.rng.random() < 0.1:
-                values = columns.pop(name)
-                columns[self.rng.choice((name, "x"))] = [self.rng.choice((None, 1, -1.5)) for _ in values]
-        buffer = io.BytesIO()
-        parquet.write_table(pyarrow.table(columns), buffer)
-        self._baselines(".parquet", damaged_bytes(self.rng, buffer.getvalue()))
-
     def config(self) -> None:
         content = damaged_bytes(self.rng, as_text(damaged(self.rng, TRAINING)))
         training_checks(["--config", str(self.file("config.yaml", content))])
@@ -354,9 +341,7 @@ def fuzz(count: int, seed: int = 0, progress: bool = False) -> tuple[Counter, li
         if not watching or event not in EXECUTED:
             return
         # Modules are executed when they are imported, and Jinja and dataclasses compile what they are made of.
-        if event == "exec" and (
-            Path(given[0].co_filename).exists() or kind not in ("pickle", "json", "parquet", "meta")
-        ):
+        if event == "exec" and (Path(given[0].co_filename).exists() or kind not in ("pickle", "json", "meta")):
             return
         raise Executed(event)
 

@@ -98,7 +98,7 @@ def main() -> int:
     lines = [line for line in lines if line["what"] == args.what]
     with tempfile.TemporaryDirectory() as folder:
         # Each kind of file in turn.
-        names = ["out"] if args.what == "training" else ["b.pkl", "b.json", "b.parquet"]
+        names = ["out"] if args.what == "training" else ["b.pkl", "b.json"]
         undisturbed, seconds = {}, {}
         for name in names:
             output = Path(folder, "undisturbed", name.replace(".", "-"), name)

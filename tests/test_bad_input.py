@@ -34,7 +34,7 @@ CASES = [
     (COMPUTE, "--dtype float", "invalid choice: 'float'"),
     (COMPUTE, "--target prompt", "invalid choice: 'prompt'"),
     (COMPUTE, "--aggregation mean", "invalid choice: 'mean'"),
-    (COMPUTE, "--output_path b.txt", "--output_path is 'b.txt', expected a file ending in .pkl, .json, .parquet"),
+    (COMPUTE, "--output_path b.txt", "--output_path is 'b.txt', expected a file ending in .pkl, .json"),
     (COMPUTE, "--output_path nowhere/b.pkl", "the folder nowhere does not exist: make it first"),
     (COMPUTE, "--output_path folder.pkl", "folder.pkl is a folder"),
     (COMPUTE, "--output_path good.jsonl/b.pkl", "the folder good.jsonl does not exist"),

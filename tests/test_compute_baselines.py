@@ -530,19 +530,19 @@ def windows_of(output):
 def test_killed_interrupted_and_gone_on_with():
     """kill -9 twice and Ctrl-C once, each when there is more to find than before; then to the end."""
     write_rows("rows.jsonl", many_rows(3000))  # 12 windows
-    flags = ["--dataset_name", "rows.jsonl", "--output_path", "b.parquet"]
-    assert stub(*flags[:2], "--output_path", "whole.parquet") == 0
+    flags = ["--dataset_name", "rows.jsonl", "--output_path", "b.json"]
+    assert stub(*flags[:2], "--output_path", "whole.json") == 0
     for sent in [signal.SIGKILL, signal.SIGKILL, signal.SIGINT]:
-        before = windows_of("b.parquet")
+        before = windows_of("b.json")
         process = popen(*flags)
-        wait_for(lambda before=before: windows_of("b.parquet") > before)
+        wait_for(lambda before=before: windows_of("b.json") > before)
         process.send_signal(sent)
         _, error = process.communicate()
         assert process.returncode == (130 if sent == signal.SIGINT else -9), error
-        assert not Path("b.parquet").exists()
+        assert not Path("b.json").exists()
     assert error.splitlines()[-1].endswith("parts are kept, the same command goes on from them")
     assert stub(*flags) == 0
-    same_records("b.parquet", "whole.parquet")
+    same_records("b.json", "whole.json")
 
 
 def test_two_runs_at_once_and_a_full_disk():

@@ -119,3 +119,17 @@ def test_parts_of_before_are_finished_only_if_they_are_of_all_tokens(tmp_path, t
     else:
         with pytest.raises(InputError, match=r'reference_tokens "hard", now it is "all".*delete the folder'):
             prepare(args)
+
+
+def test_baselines_as_parquet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("b.parquet").write_bytes(b"PAR1")
+    said = r"b\.parquet'?: retired in 0\.2: use \.pkl or \.json, or a data set .*--output_dataset"
+    for refuse in (
+        lambda: Baselines.load("b.parquet"),
+        lambda: MultiLevelPPLRewardFunction(MODEL, TOKENIZER, "b.parquet"),
+        lambda: read_settings(config(tmp_path, model_name="tiny-stories", baselines="b.parquet")),
+        lambda: prepare(compute_baselines_trl.parse_args(["--output_path", "b.parquet"])),
+    ):
+        with pytest.raises(InputError, match=said):
+            refuse()

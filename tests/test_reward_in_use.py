@@ -253,7 +253,7 @@ def identity(**options):
     return json.loads(json.dumps(MultiLevelPPLRewardFunction(MODEL, TOKENIZER, **options).identity))
 
 
-@pytest.mark.parametrize("suffix", [".pkl", ".json", ".parquet"])
+@pytest.mark.parametrize("suffix", [".pkl", ".json"])
 @pytest.mark.parametrize("as_path", [str, lambda path: path])
 def test_a_file_of_the_same_scorer_is_used(suffix, as_path, tmp_path):
     path = tmp_path / f"baselines{suffix}"

@@ -24,7 +24,7 @@ from ppl.notebooks import script
 def parse_args(argv=None) -> argparse.Namespace:
     summary, _, rest = __doc__.partition("\n")
     parser = cli.parser(summary, epilog=rest.rpartition("\n\n")[2])
-    parser.add_argument("--output_path", default="baselines.pkl", help="file to make: .pkl, .json or .parquet")
+    parser.add_argument("--output_path", default="baselines.pkl", help="file to make: .pkl or .json")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there under that name")
     parser.add_argument("--output_dataset", metavar="DIR", help="also write the data set with the baselines as columns")
     parser.add_argument("--plot", metavar="OUT.png", help="also draw the distribution of the three levels")

@@ -8,15 +8,18 @@ SETTINGS = {
     "interpolate": ("false", "use the reward form nats, which is dense"),
     "reference_tokens": ("all", "leave it out, all tokens of a reference count: fewer did not make plans say more"),
 }
-# (setting, value): what to use instead
+# (setting, end of its value): what to use instead
 _VALUES = {
     ("aggregation", "selective"): "use nested (or geometric)",
     ("aggregation", "arithmetic"): "use nested (or geometric)",
+    ("baselines", ".parquet"): "use .pkl or .json, or a data set that carries its baselines (--output_dataset)",
 }
 
 
 def retired(name: str, value) -> str | None:
     """What to say of a setting, or of its value, if it asks for what is gone; else None."""
-    usual, instead = SETTINGS.get(name, (None, _VALUES.get((name, str(value)))))
-    asks = instead is not None and value is not None and str(value).lower() != usual
-    return f"{_SINCE}: {instead}" if asks else None
+    if name in SETTINGS:
+        usual, instead = SETTINGS[name]
+        return None if value is None or str(value).lower() == usual else f"{_SINCE}: {instead}"
+    gone = (instead for (setting, end), instead in _VALUES.items() if name == setting and str(value).endswith(end))
+    return next((f"{_SINCE}: {instead}" for instead in gone), None)

@@ -1,7 +1,7 @@
 """A data set -> the file that the reward compares with, and that file. Imports scoring.
 
 file.py         the file as the reward asks it: by id or by prompt
-formats.py      pickle, JSON and Parquet: written, read, and what they may hold
+formats.py      pickle and JSON: written, read, and what they may hold
 meta.py         what the file was made with
 mismatch.py     whether it fits a scorer, and the command that makes the one that does
 safe_pickle.py  reads a pickle of plain data, and nothing else

@@ -8,10 +8,11 @@ import numpy as np
 
 from ..data import Text, message_text, stable_id
 from ..errors import BaselineError
-from .formats import Columns, columns_of, read_records
+from ..retired import retired
+from .formats import columns_of, read_records
 from .meta import read_meta
 
-SUFFIXES = (".pkl", ".json", ".parquet")
+SUFFIXES = (".pkl", ".json")
 _SHOWN = 40  # characters of a prompt, for messages
 
 
@@ -22,8 +23,8 @@ class Baselines(Mapping[str, np.ndarray]):
     with, {} if unknown. Raises `BaselineError` for a value that is no finite positive number.
     """
 
-    def __init__(self, records: "Mapping | Columns", meta: Mapping | None = None, source: str = "baselines") -> None:
-        columns = records if isinstance(records, Columns) else columns_of(records, source)
+    def __init__(self, records: Mapping, meta: Mapping | None = None, source: str = "baselines") -> None:
+        columns = columns_of(records, source)
         self.meta = dict(meta or {})
         self.source = source
         self._rows = dict(zip(columns.ids, range(len(columns.ids)), strict=True))
@@ -42,13 +43,14 @@ class Baselines(Mapping[str, np.ndarray]):
 
     @classmethod
     def load(cls, path: str | Path) -> "Baselines":
-        """Read a .pkl, .json or .parquet file and the .meta.json beside it. Nothing in them is executed."""
+        """Read a .pkl or .json file and the .meta.json beside it. Nothing in them is executed."""
         path = Path(path)
+        if gone := retired("baselines", path):
+            raise BaselineError(f"{path}: {gone}")
         if path.suffix not in SUFFIXES:
             raise BaselineError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
         try:
-            with open(path, "rb") as file:
-                content = file.read() if path.suffix != ".parquet" else b""
+            content = path.read_bytes()
         except OSError as error:
             raise BaselineError(f"{path}: {error.strerror}: make it with compute_baselines_trl.py") from error
         baselines = cls(read_records(path, content), read_meta(path), source=str(path))

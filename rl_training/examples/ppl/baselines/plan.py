@@ -13,6 +13,7 @@ from ..files import check_folder, writable_file
 from ..identity import differences
 from ..models import model_path
 from ..reference_context import ReferenceContext
+from ..retired import retired
 from .file import SUFFIXES
 from .meta import read_meta
 from .parts import Parts
@@ -106,6 +107,8 @@ def check_model(args: argparse.Namespace) -> None:
 
 
 def output_path(args: argparse.Namespace) -> Path:
+    if gone := retired("baselines", args.output_path):
+        raise InputError(f"--output_path {args.output_path}: {gone}")
     return writable_file(args.output_path, "--output_path", SUFFIXES)
 
 
