@@ -185,7 +185,7 @@ TORCH = $(shell grep '^torch==' $(REQUIREMENTS_cpu))
 INSTALL_cpu = \
 	echo "1/2  $(TORCH), 180 MB to several GB to download (see TORCH_ARGS in the Makefile): 1 to 10 minutes" && \
 	$(PIP) install $(TORCH_ARGS) '$(TORCH)' && \
-	echo "2/2  $(REQUIREMENTS), about 130 packages, 300 MB to download: 1 to 5 minutes" && \
+	echo "2/2  $(REQUIREMENTS), about 130 packages, 350 MB to download: 1 to 5 minutes" && \
 	$(PIP) install --no-deps -r $(REQUIREMENTS) && $(INSTALL_ppl)
 
 # So that studies and benchmarks find ppl/; the scripts have it beside them.
