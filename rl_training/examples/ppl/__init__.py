@@ -10,7 +10,6 @@ Each wing's __init__.py is its map. A wing imports those above it; training and 
 pages shows what training has measured. What several wings share stands in this folder:
 
 definitions.py        tables of choices and defaults; imports nothing
-languages.py          codes of languages, and what is none
 retired.py            what is gone, and what to use instead
 errors.py             the exception that is the user's to mend
 files.py              the only place that writes a file
@@ -18,7 +17,7 @@ cli.py                the flags that scripts share, and how a script ends
 notebooks.py          a script's main called in a notebook
 data.py               a data set -> rows of prompt, reference and id
 chat.py               chat messages -> text: prompts, and completions of several messages
-sentences.py          text -> where its sentences start
+sentences.py          text -> where its sentences start; codes of languages
 models.py             model and tokenizer from Unsloth, transformers or the embedded folder
 gguf.py               a GGUF file -> a folder that they load
 frozen.py             adapters off, eval mode, no gradient, and back

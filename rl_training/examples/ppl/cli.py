@@ -20,9 +20,9 @@ from .definitions import (
     DTYPES,
 )
 from .errors import InputError
-from .languages import checked_language
 from .notebooks import CellError, in_kernel, script_name
 from .retired import SETTINGS, retired
+from .sentences import checked_language
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

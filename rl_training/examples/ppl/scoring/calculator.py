@@ -11,7 +11,7 @@ from ..chat import Turn, Turns, completion_turns, of_text, render_prompt
 from ..data import Text, check_text, message_text
 from ..definitions import AGGREGATIONS, DEFAULT_AGGREGATION, DEFAULT_LANGUAGE, DEFAULT_PHRASE_WORDS, LEVELS
 from ..errors import InputError, one_of
-from ..languages import checked_language
+from ..sentences import checked_language
 from .explained import Explained
 from .levels import Scores, level_perplexities, unit_sums
 from .nested import Scopes, nested_perplexities, score_scopes
