@@ -214,7 +214,7 @@ def test_verl_finds_baselines_by_the_rows_id(configure, tmp_path):
     module = by_path("custom_module", True)
     rows = verl_rows(PROMPTS, id=[f"row{n}" for n in range(len(ROWS))])
     scores = [result["score"] for result in naive(module.compute_score, rows)]
-    assert scores == [pytest.approx(1.0 if text else 0.0, abs=1e-6) for text in COMPLETIONS]
+    assert scores == [0.5 if text else -0.5 for text in COMPLETIONS]
 
 
 def test_verl_does_not_go_on_with_a_begun_answer(configure):

@@ -1,11 +1,10 @@
-"""Three rewards over one scoring pass: each is its level's, and what is vetoed is the last of its group."""
+"""Three rewards over one cache: each is its level's, and what is vetoed is the last of its group."""
 
 import json
 
 import numpy as np
 import peft
 import pytest
-import torch
 import toys
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,8 +15,8 @@ from multi_level_ppl_trl import LEVELS, MultiLevelPPLRewardFunction
 from ppl.definitions import DEFAULT_THRESHOLDS, NATS_CLIP
 from ppl.errors import InputError
 from ppl.reward.loop_guard import loop_veto
-from ppl.reward.per_level import level_scores
-from ppl.training.rewards import perplexity_reward
+from ppl.training.callbacks import RewardState
+from ppl.training.rewards import perplexity_rewards
 
 TEXTS = [" fox", " mill", " the old crow laughed", ""]
 ROWS = {"id": ["x"] * len(TEXTS)}
@@ -45,23 +44,34 @@ def test_a_blank_completion_is_the_lowest_at_every_level_also_where_thresholds_t
     function = reward({" fox": 120.0, "": np.nan}, baselines={"x": levels(100)}, reward_thresholds=thresholds)
     for one in function.per_level():
         assert one(["p"] * 2, [" fox", ""], id=["x"] * 2) == [-2.0, -2.0]
-    veto = level_scores(function, function._last.details, [True, False])
-    assert veto.tolist() == [[-2.3] * 3, [-2.0] * 3]
+    for one in function.per_level(lambda **columns: [True, False]):
+        assert one(["p"] * 2, [" fox", ""], id=["x"] * 2) == [pytest.approx(-2.3), -2.0]
 
 
 def test_the_scorer_is_asked_once_and_a_first_visit_is_one_for_all_three():
-    function = reward({" fox": (10, 20, 30), " mill": (20, 10, 40)}, use_cache=False)
+    function = reward({" fox": (10, 20, 30), " mill": (20, 10, 40)})
     views, logged = function.per_level(), []
     columns = {"log_metric": lambda name, value: logged.append(name)}
     first = [one(["p"] * 2, [" fox", " mill"], **columns) for one in views]
-    assert first == [[0.0, 0.0]] * 3 and len(function.asked) == 1
+    assert first == [[0.0, 0.0]] * 3
     second = [one(["p"] * 2, [" fox", " mill"], **columns) for one in views]
-    assert second == [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]] and len(function.asked) == 2
-    # In whatever order, and for other completions: each call of the three is a pass.
-    assert views[2](["p"], [" mill"]) == [0.0] and views[0](["p"], [" mill"]) == [0.0] and len(function.asked) == 3
-    assert views[0](["p"], [" mill"]) == [0.0] and len(function.asked) == 4
+    assert second == [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
+    assert [pair for asked in function.asked for pair in asked] == [("p", " fox"), ("p", " mill")]
+    visits = views[0].state_dict()
+    assert visits["first_visits"] and all(one.state_dict() == visits for one in views[1:])
     assert logged.count("reward_word") == logged.count("reward_time") == 2
     assert [one.__name__ for one in views] == [f"multi_level_ppl_{level}" for level in LEVELS]
+
+
+def test_a_resumed_run_takes_up_the_first_visits_of_all_three(tmp_path):
+    perplexities = {" fox": (10, 20, 30), " mill": (20, 10, 40)}
+    views = reward(perplexities).per_level()
+    for one in views:
+        one(["p"] * 2, [" fox", " mill"])
+    (tmp_path / "reward_state.json").write_text(json.dumps(views[0].state_dict()))
+    resumed = reward(perplexities).per_level()
+    RewardState(resumed, str(tmp_path))
+    assert [one(["p"], [" fox"]) for one in resumed] == [one(["p"], [" fox"]) for one in views] == [[1.0], [0.0], [1.0]]
 
 
 def test_a_skipped_row_is_none_at_every_level_vetoed_or_not():
@@ -81,9 +91,9 @@ def test_what_cannot_be_taken_apart_is_refused():
     with pytest.raises(InputError, match="Own has a compute_rewards of its own"):
         Own(MODEL, TOKENIZER).per_level()
     views = [(one, 1.0) for one in reward({}).per_level()]
-    assert perplexity_reward(views) is views[0][0].of
+    assert perplexity_rewards([*views, (loop_veto, 1.0)]) == [one for one, _ in views]
     with pytest.raises(InputError, match="the first reward is multi_level_ppl_word, expected the perplexity reward"):
-        perplexity_reward(views[:2])
+        perplexity_rewards(views[:2])
 
 
 # --- the guarantee ---------------------------------------------------------------------------------------------------
@@ -109,8 +119,7 @@ def test_what_is_vetoed_is_the_last_of_its_group_whatever_the_perplexities_say(d
     drawn = np.array(data.draw(st.lists(st.tuples(values, values, values), min_size=size, max_size=size)))
     vetoed = np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
     weights = np.array(data.draw(st.tuples(*[st.floats(0.01, 1)] * 3)))
-    by_level = {level: torch.from_numpy(drawn[:, column].copy()) for column, level in enumerate(LEVELS)}
-    rewards = level_scores(function, {"level_rewards": by_level}, vetoed)
+    rewards = np.where(vetoed[:, None], function.vetoed, drawn)
     for start in range(0, size, group):
         mine = slice(start, start + group)
         if 0 < vetoed[mine].sum() < group:
@@ -157,7 +166,7 @@ def test_it_is_what_trl_computes(tmp_path):
         reward_funcs=function.per_level(noted),
     )  # fmt: skip
     trainer.train()
-    assert len(seen) == 1
+    assert len(seen) == 3 and seen == seen[:1] * 3
     rewards = np.array([trainer._logs["rewards"][f"multi_level_ppl_{level}"] for level in LEVELS]).T[:8]
     logged = np.array(trainer._logs["advantages"])[:8]
     assert logged == pytest.approx(advantages(rewards, np.array([1.0, 1.0, 2.0]), 4), abs=1e-3)

@@ -233,13 +233,13 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     from ppl.training.callbacks import stopped_by, watch
     from ppl.training.heldout import HeldOutPrompts
     from ppl.training.load import load_policy_and_scorer, merge, publish, save
-    from ppl.training.rewards import perplexity_reward, weighted
+    from ppl.training.rewards import perplexity_rewards, weighted
 
     policy, scorer = load_policy_and_scorer(job)
     rewards = weighted(job, make_rewards(job, policy, scorer))
     trainer = make_trainer(job, policy, rewards)
-    perplexity = perplexity_reward(rewards)
-    watch(trainer, job, perplexity)
+    perplexity = perplexity_rewards(rewards)[0]
+    watch(trainer, job, rewards)
     job.write_config()
     held_out = HeldOutPrompts(job, policy, scorer, rewards, trainer)
     perplexity.observer.kl = held_out.kl

@@ -25,7 +25,6 @@ from ppl.definitions import LEVELS
 from ppl.errors import InputError
 from ppl.reward.coalescing import Coalescing
 from ppl.reward.config import config_path, read_settings, reward_from_config
-from ppl.reward.per_level import level_scores
 from ppl.reward.query import completion_of
 
 
@@ -120,7 +119,7 @@ def _score_calls(calls: list[list[_Row]]) -> list[list[dict[str, float]]]:
         ids.append(stable_id(prompt, references[-1]) if row_id is None else row_id)
     rewards, details = reward.compute_rewards(texts, prompts, references, ids, return_details=True)
     columns = {"score": rewards, **{f"reward_{level}": details["improvements"][level] for level in LEVELS}}
-    columns |= zip((f"score_{level}" for level in LEVELS), level_scores(reward, details).T, strict=True)
+    columns |= {f"score_{level}": details["level_rewards"][level] for level in LEVELS}
     values = iter(zip(*(column.tolist() for column in columns.values()), strict=True))
     return [[dict(zip(columns, next(values), strict=True)) for _ in rows] for rows in calls]
 

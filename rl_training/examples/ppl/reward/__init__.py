@@ -9,7 +9,6 @@ cache.py         perplexities already computed, for as long as the scorer's weig
 first_visits.py  without baselines: a prompt's first completions make its own
 thresholds.py    improvement in percent -> reward
 nats.py          log-likelihood ratio -> reward
-per_level.py     the three levels as three reward functions over one scoring pass, and the veto beside them
 references.py    what completions do for their references
 loop_guard.py    a second reward function: what a loop or a copy of the prompt costs
 query.py         OpenRLHF's prompt and completion in one string -> the completion

@@ -1,5 +1,6 @@
 """Perplexities and their baselines -> what each text earns, as a whole and by level."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ HIGHEST = 1e300  # in place of a perplexity too large for float64: means and dif
 
 
 class Earned(NamedTuple):
-    rewards: np.ndarray  # float64 [B], nan for a skipped row
+    rewards: np.ndarray  # float64 [B], nan for a skipped row; of a level's function the sum of the levels
     of_levels: np.ndarray  # float64 [B, 3], what each level would earn alone
     improvement: np.ndarray  # float64 [B, 3], in percent
     average: np.ndarray  # float64 [B], of the levels, by their weights
@@ -26,9 +27,11 @@ def earned(
     first_visit: np.ndarray,
     skipped: np.ndarray,
     unscorable: np.ndarray,
+    vetoed: Sequence[bool] | None = None,
 ) -> Earned:
     """current, baseline: float64 [B, 3]. first_visit: bool [B], rows that make their prompt's baseline: they earn 0.
-    unscorable: bool [B], rows without a perplexity."""
+    unscorable: bool [B], rows without a perplexity. vetoed: bool [B], rows that get `reward_fn.vetoed` at each level.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         improvement = 100 * (baseline - current) / baseline
     # Floored: one text near the limit of float64 would drown every mean that is logged.
@@ -50,6 +53,11 @@ def earned(
     of_levels[unscorable] = reward_fn.lowest
     for values in (rewards, of_levels):
         values[first_visit] = 0.0
+    if vetoed is not None:
+        of_levels[np.asarray(vetoed, dtype=bool)] = reward_fn.vetoed
+    if reward_fn.level is not None:
+        rewards = of_levels @ reward_fn.weights / reward_fn.weights.sum()
+    for values in (rewards, of_levels):
         values[skipped] = np.nan
     return Earned(rewards, of_levels, improvement, average, beyond)
 

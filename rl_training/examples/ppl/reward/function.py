@@ -1,10 +1,11 @@
 """The reward function that GRPOTrainer calls: perplexities, baselines and thresholds put together."""
 
+import copy
 import functools
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..definitions import (
 )
 from ..errors import BaselineError, InputError, one_of, without_retired
 from ..identity import identity
-from ..processes import from_all, of_this
+from ..processes import of_this
 from ..reference_context import ReferenceContext
 from ..sampling import end_tokens, given_by_trainer
 from ..scoring.calculator import MultiLevelPPLCalculator
@@ -40,12 +41,13 @@ from .earned import HIGHEST, details_of, earned
 from .first_visits import FirstVisits
 from .given import given_baselines, refuse, row_baselines
 from .last_call import LastCall, log
-from .per_level import LevelReward, ScoredOnce, Veto, level_scores
 from .references import measured
 from .sampled import as_scored
 from .thresholds import Thresholds, checked_weights, normalized
 
 logger = logging.getLogger(__name__)
+
+Veto = Callable[..., Sequence[bool]]  # of the columns that TRL gives a reward function
 
 
 class MultiLevelPPLRewardFunction:
@@ -136,6 +138,8 @@ class MultiLevelPPLRewardFunction:
         # a subclass may override `compute_rewards` with one that returns a tensor of rewards. Then this stays None.
         self._last: LastCall | None = None
         self._warned_of_ids = False
+        self.level: str | None = None  # of `per_level`: the one whose reward this function gives
+        self.veto: Veto | None = None
         self.observer: Any = None  # `ppl.training.diagnostics.Diagnostics`: is shown every call of a trainer
 
     @property
@@ -151,6 +155,12 @@ class MultiLevelPPLRewardFunction:
     def lowest(self) -> float:
         """The least that a level can earn: what a blank completion gets there."""
         return -NATS_CLIP if self.form == "nats" else min(0.0, self.thresholds.lowest)
+
+    @property
+    def vetoed(self) -> float:
+        """What a vetoed completion gets at each level: a tenth of the range less than the lowest. Not further below,
+        since an outlier widens its group's standard deviation, by which the others are divided."""
+        return self.lowest - 0.1 * (self.highest - self.lowest)
 
     @property
     def identity(self) -> dict:
@@ -181,14 +191,21 @@ class MultiLevelPPLRewardFunction:
         self._report(prompts, completions, rewards, seconds, columns)
         return rewards
 
-    def per_level(self, veto: Veto | None = None) -> list[LevelReward]:
-        """Three reward functions, of word, phrase and sentence, over one scoring pass: see `ppl.reward.per_level`.
+    def per_level(self, veto: Veto | None = None) -> "list[MultiLevelPPLRewardFunction]":
+        """Three reward functions, of word, phrase and sentence, for trainers that normalise each by itself before they
+        add, so that a level with a large spread does not drown one with a small spread: TRL with
+        `multi_objective_aggregation="normalize_then_sum"` (GDPO, https://arxiv.org/abs/2601.05242).
 
-        A level's reward is this function's with all the weight on that level, but for blank completions, which get
-        `lowest` in both forms. `weights` only make the sum that the diagnostics see: give them to the trainer, too.
+        Each is this function with all the weight on its level, but for blank completions, which get `lowest` in both
+        forms. They share model and cache: what the first has scored the others look up (with use_cache=False each
+        scores). Called for the same completions, each has the same first visits. Give `weights` to the trainer, too.
 
-        veto: of `ppl.reward.loop_guard.loop_veto`; None: nothing is vetoed. Raises `InputError` with `normalize`, and
-        for a subclass whose `compute_rewards` is its own.
+        veto: of `ppl.reward.loop_guard.loop_veto`. What it says True of gets `vetoed` at each level, less than anything
+        else. Normalising within a group keeps the order at each level, and so does a sum with weights that are not
+        negative. So within its group a vetoed completion's advantage is below that of every one that is not vetoed,
+        whatever the model makes of the texts, as long as a level has a weight and no further reward stands beside the
+        levels. Where a whole group is vetoed, all are alike and nothing is learned from it.
+        Raises `InputError` with `normalize`, and for a subclass whose `compute_rewards` is its own.
         """
         if self.normalize:
             raise InputError("per_level: the trainer normalises each level itself: leave out normalize=True")
@@ -197,22 +214,11 @@ class MultiLevelPPLRewardFunction:
                 f"{type(self).__name__} has a compute_rewards of its own, which knows no levels: use it whole, or "
                 "per_level() of MultiLevelPPLRewardFunction"
             )
-        scored_once = ScoredOnce(self, veto)
-        return [LevelReward(level, scored_once) for level in LEVELS]
-
-    def level_rewards(self, prompts, completions, vetoed=None, **columns) -> list[list[float | None]]:
-        """Of each level one reward a completion, None for a skipped row. vetoed: bool [B]: see `level_scores`."""
-        _, seconds = self._timed(prompts, completions, columns)
-        last = self._last
-        values = level_scores(self, last.details, vetoed)
-        if vetoed is not None and (log_metric := columns.get("log_metric")):
-            every = from_all(np.asarray(vetoed, dtype=bool).tolist())
-            log_metric("diagnostics/vetoed", sum(every) / len(every) if every else 0.0)
-        total = values @ self.weights / self.weights.sum()
-        self._last = last._replace(details={**last.details, "rewards": torch.from_numpy(total)})
-        rewards = [None if skip else reward for reward, skip in zip(total.tolist(), last.skipped, strict=True)]
-        self._report(prompts, completions, rewards, seconds, columns)
-        return [[None if np.isnan(value) else value for value in column] for column in values.T.tolist()]
+        rewards = [copy.copy(self) for _ in LEVELS]
+        for one, level in zip(rewards, LEVELS, strict=True):
+            one.__name__, one.level, one.veto = f"{self.__name__}_{level}", level, veto
+            one.first_visits = copy.deepcopy(self.first_visits)
+        return rewards
 
     def _timed(self, prompts, completions, columns: Mapping) -> tuple[list[float], float]:
         """(what `compute_rewards` gives for TRL's columns, seconds it took)"""
@@ -226,6 +232,8 @@ class MultiLevelPPLRewardFunction:
         }
         if any(not isinstance(completion, str) and len(completion) > 1 for completion in completions):
             arguments["completions"] = completions
+        if self.veto is not None:
+            arguments["vetoed"] = self.veto(prompts=prompts, completions=completions, **columns)
         if rows := row_baselines(columns):
             arguments["baselines"] = rows
         arguments |= {name: columns[name] for name in ("completion_ids", "prompt_ids") if name in columns}
@@ -235,14 +243,16 @@ class MultiLevelPPLRewardFunction:
         return rewards, time.perf_counter() - start
 
     def _report(self, prompts, completions, rewards: list[float | None], seconds: float, columns: Mapping) -> None:
-        """Log the last call, and show it to the observer."""
-        if self._last is None:
+        """Log the last call, and show it to the observer: of the levels the first one does, for all three."""
+        if self._last is None or self.level not in (None, LEVELS[0]):
             return
         if log_metric := columns.get("log_metric"):
             log(self._last, self.reference_context.extracts, log_metric, columns.get("log_extra"))
             log_metric("reward_time", seconds)  # as TRL's step_time
         if self.observer is not None:
             texts = [message_text(completion) for completion in completions]
+            if self.level is not None:
+                rewards = [None if math.isnan(one) else one for one in self._last.details["rewards"].tolist()]
             self.observer.observe(self._last, self.highest, prompts, texts, rewards, **columns)
 
     def compute_rewards(
@@ -256,16 +266,18 @@ class MultiLevelPPLRewardFunction:
         completions: Sequence[Text] | None = None,
         completion_ids: Sequence[Sequence[int]] | None = None,
         prompt_ids: Sequence[Sequence[int]] | None = None,
+        vetoed: Sequence[bool] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:
         """float32 [B] rewards, nan for a skipped row; with `return_details` also what they were made from.
 
         baselines: per row, before those of the constructor; None where a row has none. completions: the messages that
         `texts` are of, where there are several in one: only the assistant's are scored, each behind what stood before.
         completion_ids: what the policy sampled. Where their text is that of `texts`, they are what is scored, up to the
-        end token, behind `prompt_ids` (None: those that GRPOTrainer makes of `prompts`).
+        end token, behind `prompt_ids` (None: those that GRPOTrainer makes of `prompts`). vetoed: see `per_level`.
         details: "ppls" and "baselines", each `{level: float64 [B]}`, nan where there is none; "improvements",
         `{level or "avg": float64 [B]}` in percent, 0 for a completion without a scored token; "rewards", float64 [B],
-        before `normalize`; "level_rewards", `{level: float64 [B]}`, what each level would earn alone (`per_level`).
+        before `normalize`, of a level's function the levels' sum by `weights`; "level_rewards", `{level: float64 [B]}`,
+        what each level earns alone (`per_level`).
         """
         n = len(texts)
         for name, column in {
@@ -276,6 +288,7 @@ class MultiLevelPPLRewardFunction:
             "completions": completions,
             "completion_ids": completion_ids,
             "prompt_ids": prompt_ids,
+            "vetoed": vetoed,
         }.items():
             if column is not None and len(column) != n:
                 raise InputError(f"{len(column)} {name} for {n} texts: there must be one for each")
@@ -312,14 +325,14 @@ class MultiLevelPPLRewardFunction:
                 index = np.flatnonzero(unscorable)[0]
                 raise InputError(f"row {index} of this call has a blank reference: drop it, or use missing='skip'")
             skipped |= unscorable
-        one = earned(self, current, baseline, first_visit, skipped, unscorable)
+        one = earned(self, current, baseline, first_visit, skipped, unscorable, vetoed)
         details = details_of(one, current, baseline)
-        rewards = one.rewards
+        rewards = one.rewards if self.level is None else one.of_levels[:, LEVELS.index(self.level)]
         if self.normalize:
             every, mine = of_this(rewards[~skipped].tolist())
             rewards[~skipped] = normalized(np.array(every))[mine]
         extracted = np.array(has_part, dtype=bool) if of_reference else np.ones(n, dtype=bool)
-        self._last = LastCall(details, skipped, ~(skipped | unscorable), first_visit, extracted, one.clipped)
+        self._last = LastCall(details, skipped, ~(skipped | unscorable), first_visit, extracted, one.clipped, vetoed)
         result = torch.from_numpy(rewards).float().to(self.device)
         return (result, details) if return_details else result
 

@@ -1,5 +1,6 @@
 """What a call of the reward function found: for the log, and for who looks on."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ class LastCall(NamedTuple):
     first_visit: np.ndarray  # bool [B]: rows that make their prompt's baseline
     extracted: np.ndarray  # bool [B]: completions that `extract` matches
     clipped: np.ndarray | None  # bool [B]: with form="nats", those whose ratio is beyond NATS_CLIP
+    vetoed: Sequence[bool] | None  # [B]: with a veto
 
 
 def log(call: LastCall, extracts: bool, log_metric, log_extra=None) -> None:
@@ -29,6 +31,9 @@ def log(call: LastCall, extracts: bool, log_metric, log_extra=None) -> None:
     if call.clipped is not None:
         every = from_all(call.clipped[call.scored].tolist())
         log_metric("diagnostics/clipped", sum(every) / len(every) if every else 0.0)
+    if call.vetoed is not None:
+        every = from_all(call.vetoed)
+        log_metric("diagnostics/vetoed", sum(every) / len(every) if every else 0.0)
     columns = {f"reward_{level}": call.details["improvements"][level] for level in LEVELS}
     columns |= {f"ppl/{level}": call.details["ppls"][level] for level in LEVELS}
     rows = np.stack([column.numpy()[call.scored] for column in columns.values()], axis=1)

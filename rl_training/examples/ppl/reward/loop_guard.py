@@ -60,7 +60,7 @@ def loop_guard(
 def loop_veto(weight: float = WEIGHT, tokenizer=None, chat: Mapping | None = None) -> "LoopVeto":
     """The guard of `MultiLevelPPLRewardFunction.per_level`: who repeats more than 1 / weight of its n-grams is vetoed.
 
-    The arguments are those of `loop_guard`. The guarantee is that of the veto: see `ppl.reward.per_level`.
+    The arguments are those of `loop_guard`. The guarantee is that of the veto: see there.
 
     >>> loop_veto()(prompts=["a", "a"], completion_ids=[list(range(20)), [1, 2, 3, 4] * 5])
     [False, True]

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,13 +16,15 @@ from ..files import write_text
 from .diagnostics import in_one_line
 from .job import Job
 from .resume import STATE_FILE, resume_command
+from .rewards import Reward, perplexity_rewards
 
 
-def watch(trainer, job: Job, reward_fn) -> None:
+def watch(trainer, job: Job, rewards: Sequence[Reward]) -> None:
     """Give the trainer the callbacks of this file, and the reward's diagnostics."""
     for shown in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # in a notebook transformers has one of its own
         trainer.remove_callback(shown)
-    for callback in (RewardState(reward_fn, job.checkpoint), reward_fn.observer, SafeStops(), OneLineProgress):
+    functions = perplexity_rewards(rewards)
+    for callback in (RewardState(functions, job.checkpoint), functions[0].observer, SafeStops(), OneLineProgress):
         trainer.add_callback(callback)
 
 
@@ -57,14 +60,16 @@ class RewardState(TrainerCallback):
     """Keeps the reward's own state in every checkpoint, and takes it up again from the one a run resumes from.
 
     The file is the last of a checkpoint to be written: without it, the checkpoint is not whole. It also names the run
-    of Weights & Biases, so that a resumed run goes on there, too.
+    of Weights & Biases, so that a resumed run goes on there, too. functions: the reward, or its levels, of which each
+    has the same state.
     """
 
-    def __init__(self, reward_fn, resume_from: str | None = None) -> None:
-        self.reward_fn = reward_fn
+    def __init__(self, functions: Sequence, resume_from: str | None = None) -> None:
+        self.functions = functions
         if resume_from is not None:
             state = json.loads(Path(resume_from, STATE_FILE).read_text(encoding="utf-8"))
-            reward_fn.load_state_dict(state)
+            for function in functions:
+                function.load_state_dict(state)
             if "wandb_run" in state:
                 os.environ.setdefault("WANDB_RUN_ID", state["wandb_run"])
                 os.environ.setdefault("WANDB_RESUME", "allow")
@@ -72,7 +77,7 @@ class RewardState(TrainerCallback):
     def on_save(self, args, state, control, **kwargs) -> None:
         if not state.is_world_process_zero:
             return
-        content = self.reward_fn.state_dict()
+        content = self.functions[0].state_dict()
         wandb = sys.modules.get("wandb")
         if wandb is not None and wandb.run is not None:
             content["wandb_run"] = wandb.run.id

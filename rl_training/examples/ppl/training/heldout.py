@@ -23,7 +23,7 @@ from ..scoring.tokens import Sampled, TextEncoder
 from ..variety import described
 from .job import Job
 from .load import Loaded
-from .rewards import Reward, call_as_trl, name_of, perplexity_reward
+from .rewards import Reward, call_as_trl, name_of, perplexity_rewards
 
 SWAPPED = "improvement % with another row's"
 LEAST_GAIN = 2.0  # points of improvement; less is not looked into
@@ -120,7 +120,7 @@ def evaluate(
     rows: a data set of `prepare_dataset`. scorers: of `kl_scorers`, or None without a KL. state: the trainer's.
     sampling: keywords of `ppl.sampling.sample`.
     """
-    reward_fn = perplexity_reward(rewards)
+    reward_fn = perplexity_rewards(rewards)[0]
     chat = reward_fn.calculator.chat
     # Weights spread over processes are gathered for every forward pass, so all must sample equally often.
     indices = share(len(rows), padded=is_sharded(model))
@@ -163,18 +163,18 @@ def _scores(rewards: Sequence[Reward], columns: Mapping[str, list], written: Seq
 
     columns: of the data set, a value a completion. written: text and ids of each completion.
     """
-    reward_fn = perplexity_reward(rewards)
-    per_level = rewards[0][0] is not reward_fn
-    others = rewards if per_level else rewards[1:]
+    reward_fn, *levels = perplexity_rewards(rewards)
+    others = rewards if levels else rewards[1:]
     # Without baselines, completions make their prompt's at the first visit, and are measured at the second: before
     # training against the same ones as after it.
     if reward_fn.target == "completion" and reward_fn.baselines is None:
-        _measured(reward_fn, columns, written)
+        for one in (reward_fn, *levels):
+            _measured(one, columns, written)
     details = _measured(reward_fn, columns, written)
     texts, ids = [text for text, _ in written], [ids for _, ids in written]
     called = call_as_trl([function for function, _ in others], columns["prompt"], texts, ids, columns, state)
     earned = [weight * one for (_, weight), one in zip(others, called, strict=True)]
-    total = sum(earned[: len(LEVELS)]) if per_level else rewards[0][1] * np.asarray(details["rewards"])
+    total = sum(earned[: len(LEVELS)]) if levels else rewards[0][1] * np.asarray(details["rewards"])
     measured = {"improvement %": details["improvements"], "PPL": details["ppls"]}
     return [
         ("reward", np.asarray(total)),

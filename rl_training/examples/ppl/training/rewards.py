@@ -15,7 +15,6 @@ from ..data import Text
 from ..definitions import LEVELS
 from ..errors import InputError
 from ..reward.function import MultiLevelPPLRewardFunction
-from ..reward.per_level import LevelReward
 from ..sampling import prompt_ids
 from ..scoring.calculator import MultiLevelPPLCalculator
 from .diagnostics import Diagnostics
@@ -30,7 +29,7 @@ def weighted(job: Job, rewards: Sequence[Reward]) -> list[Reward]:
     The first one must be the perplexity reward, or the first three its levels: the diagnostics and the report are of
     it. Raises `InputError`, also for a guard that does not hold as the trainer adds up.
     """
-    first = perplexity_reward(rewards)
+    first = perplexity_rewards(rewards)[0]
     names = [name_of(function) for function, _ in rewards]
     if "loop_penalty" in names and job.config.multi_objective_aggregation == "normalize_then_sum":
         raise InputError(
@@ -48,18 +47,15 @@ def weighted(job: Job, rewards: Sequence[Reward]) -> list[Reward]:
     return list(zip(functions, job.config.reward_weights, strict=True))
 
 
-def perplexity_reward(rewards: Sequence[Reward]) -> MultiLevelPPLRewardFunction:
-    """The reward that stands first, whole or as its three levels. Raises `InputError` if another one does."""
+def perplexity_rewards(rewards: Sequence[Reward]) -> list[MultiLevelPPLRewardFunction]:
+    """The reward that stands first, or its three levels (`per_level`). Raises `InputError` if another one does."""
     functions = [function for function, _ in rewards]
-    first = functions[0]
-    if isinstance(first, MultiLevelPPLRewardFunction):
-        return first
-    levels = [function for function in functions if isinstance(function, LevelReward)]
-    if levels and levels == functions[: len(LEVELS)] and [one.level for one in levels] == list(LEVELS):
-        return first.of
-    raise InputError(
-        f"the first reward is {name_of(first)}, expected the perplexity reward, or its three levels: put it first"
-    )
+    if isinstance(functions[0], MultiLevelPPLRewardFunction) and functions[0].level is None:
+        return functions[:1]
+    if [getattr(function, "level", None) for function in functions[: len(LEVELS)]] == list(LEVELS):
+        return functions[: len(LEVELS)]
+    first = name_of(functions[0])
+    raise InputError(f"the first reward is {first}, expected the perplexity reward, or its three levels: put it first")
 
 
 def other_beginning(baselines: Baselines, prompt: Text, calculator: MultiLevelPPLCalculator) -> str | None:
