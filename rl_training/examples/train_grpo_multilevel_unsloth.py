@@ -82,7 +82,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     )  # fmt: skip
     reward.add_argument(
         "--per_level", action="store_true",
-        help="three rewards over one scoring pass, each normalised within its group (GDPO); --ppl_weights weigh them",
+        help="three rewards over one cache, each normalised within its group (GDPO); --ppl_weights weigh them",
     )  # fmt: skip
     reward.add_argument(
         "--loop_penalty", type=float, default=WEIGHT, metavar="W",
