@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import warm
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from training_runs import EXAMPLES, SHORT, train
 
 from ppl.training import card
@@ -114,7 +114,8 @@ def test_before_the_end_the_card_says_so(tmp_path):
     """As after a stop: heldout.json has no second half."""
     heldout = {"sampling": {}, "before": {"prompts": ["a"], "completions": [["b", "c"]], "scores": {"KL": None}}}
     (tmp_path / "heldout.json").write_text(json.dumps(heldout | {"after": None}))
-    text = card._heldout(tmp_path / "heldout.json")
+    told = card.heldout(tmp_path / "heldout.json")
+    text = ModelCard.from_template(ModelCardData(), template_path=card.TEMPLATE, heldout=told).text
     assert "2 completions of 1 prompts" in text and "Training has not ended yet." in text and "| KL | – |" in text
 
 

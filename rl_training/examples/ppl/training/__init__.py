@@ -11,6 +11,6 @@ callbacks.py    progress in one line, the reward's state in a checkpoint, an ord
 resume.py       where a stopped run goes on, and the command for it
 diagnostics.py  is there anything to learn from the rewards? Which failure it is, and the remedy
 heldout.py      held-out prompts before and after
-card.py         the model card, above the one that TRL writes
+card.py         the model card, above the one that TRL writes, with card.md.j2
 merge.py        adapter and weights -> one model
 """

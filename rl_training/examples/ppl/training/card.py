@@ -1,7 +1,6 @@
 """The model card: what a model was trained on, with which reward, what came of it, how to load it; TRL's text below."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, hf_hub_download, metadata_load
@@ -14,7 +13,7 @@ from ..models import base_of_adapter, model_path
 from .flags import CONFIG_FILE
 from .job import Job
 
-NF4 = 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
+TEMPLATE = str(Path(__file__).with_name("card.md.j2"))
 MARK = "<!-- Below: the card that TRL writes. -->"
 
 
@@ -25,37 +24,32 @@ def complete_card(job: Job, state) -> None:
     or folder of this machine is named by its last part: a card is made to be read elsewhere.
     """
     path = job.output / "README.md"
-    card = ModelCard.load(path, ignore_metadata_errors=True)
+    trl = ModelCard.load(path, ignore_metadata_errors=True)
     adapter, base = not job.args.full_finetuning, model_path(base_name(job.args.model_name))
-    name = (job.config.hub_model_id or str(job.output.resolve())).rpartition("/")[2]
-    licence = licence_of(base)
-    card.data.license = licence
-    card.data.library_name = "peft" if adapter else "transformers"
-    card.data.pipeline_tag = "text-generation"
-    card.data.base_model = None if is_here(base) else base
-    card.data.datasets = None if is_here(job.args.dataset_name) else [job.args.dataset_name]
-    if hasattr(card.data, "licence"):  # TRL's, misspelt and without a value
-        del card.data.licence
-    kind = "A LoRA adapter for" if adapter else "All weights of"
-    done = f"{state.global_step:,} of {state.max_steps:,} optimizer steps"
-    blocks = [
-        f"# {name}",
-        f"{kind} `{shown(base)}`, trained with GRPO and the multi-level perplexity reward for {done}: a frozen model's "
-        "surprise at words, phrases and sentences, compared with baselines.",
-        _table(("", ""), settings(job)),
-        "## Held-out prompts",
-        _heldout(job.output / "heldout.json"),
-        *(["![The reward while training](reward.png)"] if (job.output / "reward.png").exists() else []),
-        f"[report.html](report.html) has all curves, and completions before and after; [{CONFIG_FILE}]({CONFIG_FILE}) "
-        "every setting.",
-        "## How to load it",
-        _loading(job, name, base, adapter),
-        "## Licence",
-        f"The base model's is `{licence}`." if licence else "The base model's card names none: look it up before you "
-        "pass this model on.",
-        MARK,
-    ]  # fmt: skip
-    card.text = "\n\n".join(blocks) + "\n" + card.text
+    name, data = (job.config.hub_model_id or str(job.output.resolve())).rpartition("/")[2], trl.data
+    data.pop("licence")  # TRL's, misspelt and without a value
+    data.license = licence_of(base)
+    data.library_name = "peft" if adapter else "transformers"
+    data.pipeline_tag = "text-generation"
+    data.base_model = None if is_here(base) else base
+    data.datasets = None if is_here(job.args.dataset_name) else [job.args.dataset_name]
+    card = ModelCard.from_template(
+        data,
+        template_path=TEMPLATE,
+        name=name,
+        adapter=adapter,
+        base=shown(base),
+        done=f"{state.global_step:,} of {state.max_steps:,}",
+        settings=settings(job),
+        heldout=heldout(job.output / "heldout.json"),
+        picture=(job.output / "reward.png").exists(),
+        config=CONFIG_FILE,
+        source=job.config.hub_model_id or name,
+        in_4bit=adapter and job.policy_load["load_in_4bit"],
+        licence=data.license,
+        mark=MARK,
+        trl=trl.text,
+    )
     write_text(path, str(card), "replace")
 
 
@@ -113,59 +107,20 @@ def _baselines(job: Job) -> str:
     return f"`{shown(made.source)}`: {of}"
 
 
-def _heldout(path: Path) -> str:
+def heldout(path: Path) -> dict | None:
+    """What the card says of held-out prompts: how many, and a row of numbers for each score; None if not measured."""
     if not path.exists():
-        return "Not measured yet."
+        return None
     kept = json.loads(path.read_text(encoding="utf-8", errors="surrogatepass"))
     before, after = kept["before"], kept["after"]
-    count = sum(map(len, before["completions"]))
-    text = f"Means over {count:,} completions of {len(before['prompts'])} prompts that were not trained on; one run."
-    if after is None:
-        rows = [(name, _number(score)) for name, score in before["scores"].items()]
-        return f"{text} Training has not ended yet.\n\n{_table(('', 'before'), rows)}"
-    changes = []
-    for name, score in before["scores"].items():
-        new = after["scores"][name]
-        change = None if None in (score, new) else new - score
-        changes.append((name, _number(score), _number(new), _number(change, "+")))
-    return f"{text}\n\n{_table(('', 'before', 'after', 'change'), changes)}"
+    rows = [[name, _number(score)] for name, score in before["scores"].items()]
+    if after is not None:
+        for row in rows:
+            old, new = (side["scores"][row[0]] for side in (before, after))
+            row += [_number(new), _number(None if None in (old, new) else new - old, "+")]
+    completions = f"{sum(map(len, before['completions'])):,}"
+    return {"completions": completions, "prompts": len(before["prompts"]), "ended": after is not None, "rows": rows}
 
 
 def _number(value: float | None, sign: str = "") -> str:
     return "–" if value is None else f"{value:{sign}.3f}"
-
-
-def _loading(job: Job, name: str, base: str, adapter: bool) -> str:
-    source = job.config.hub_model_id or name
-    in_4bit = adapter and job.policy_load["load_in_4bit"]
-    lines = [f'tokenizer = AutoTokenizer.from_pretrained("{source}")']
-    if adapter:
-        quantized = ", quantization_config=in_4bit" if in_4bit else ""
-        classes = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if in_4bit else "")
-        lines = [
-            "from peft import PeftModel",
-            f"from transformers import {classes}",
-            "",
-            *lines,
-            *([f"in_4bit = {NF4}"] if in_4bit else []),
-            f'base = AutoModelForCausalLM.from_pretrained("{shown(base)}"{quantized})',
-            f'model = PeftModel.from_pretrained(base, "{source}")',
-        ]
-        note = "It was trained on the base's weights in 4 bits, as they are loaded here.\n\n" if in_4bit else ""
-    else:
-        lines = [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            *lines,
-            f'model = AutoModelForCausalLM.from_pretrained("{source}")',
-        ]
-        note = ""
-    return note + "\n".join(["```python", *lines, "```"])
-
-
-def _table(head: tuple[str, ...], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells):
-        return "| " + " | ".join(str(one).replace("|", "\\|").replace("\n", " ") for one in cells) + " |"
-
-    return "\n".join([line(head), line(["---"] + ["---:" if len(head) > 2 else "---"] * (len(head) - 1)),
-                      *map(line, rows)])  # fmt: skip
