@@ -38,7 +38,8 @@ def loads(data: bytes) -> Any:
         raise PickleRefused(f"it is damaged ({type(error).__name__}: {error!s:.80})") from error
     if reader.stack or reader.metastack or reader.file.read(1):
         raise PickleRefused("it is damaged: it holds more than one value")
-    waiting, seen = [[value]], set()
+    waiting: list[Any] = [[value]]  # values of containers
+    seen = set()
     while waiting:
         inner = waiting.pop()
         if others := set(map(type, inner)) - _PLAIN:
@@ -116,9 +117,9 @@ class _Reader(_Unpickler):
         _update(self.stack[-1], items)
 
     def load_dict(self) -> None:
-        items, made = self.pop_mark(), {}
-        _update(made, items)
-        self.append(made)
+        items = self.pop_mark()
+        self.append({})
+        _update(self.stack[-1], items)
 
     dispatch |= {
         pickle.REDUCE[0]: load_reduce,

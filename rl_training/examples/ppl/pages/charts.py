@@ -1,4 +1,7 @@
-"""A run's log entries -> line charts of the metrics that are there, in percent of a plot's width and height."""
+"""A run's log entries -> line charts of the metrics that are there, in percent of a plot's width and height.
+
+Not one figure of matplotlib: on a phone its letters were 4 px high, and no number could be read from a curve.
+"""
 
 import math
 from collections.abc import Mapping, Sequence

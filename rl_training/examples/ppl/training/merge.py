@@ -82,7 +82,10 @@ def _without_wrappers(name: str) -> str:
 
 
 def _plain_weights(base, plain, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The base model's parameters and buffers under the names they have without PEFT, on the CPU, 4 bit made 16 bit."""
+    """The base model's parameters and buffers under the names they have without PEFT, on the CPU, 4 bit made 16 bit.
+
+    `model.dequantize()` gives a Llama the same weights, but a GPT-2 transposed ones, and leaves them on the GPU.
+    """
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
     from transformers.pytorch_utils import Conv1D
 
