@@ -10,7 +10,8 @@ import pytest
 import torch
 import toys
 import transformers
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+from transformers.generation import ContinuousBatchingConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ppl.errors import InputError
@@ -366,6 +367,35 @@ def test_the_attention_is_put_back_after_an_exception(tokenizer, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         score(model, tokenizer, MIXED, scorer)
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("attention", ["paged|sdpa", "paged|eager"])
+@pytest.mark.parametrize("compared", [True, False], ids=["already compared", "for the first time"])
+def test_what_continuous_batching_leaves_in_the_attention_setting_changes_no_number(tokenizer, attention, compared):
+    """`generate_batch` generates with paged attention, and some versions of transformers leave it on. Without a paged
+    cache it sees later tokens, or raises."""
+    model = toys.llama()
+    scorer = SurprisalScorer(model)
+    if compared:
+        score(model, tokenizer, GROUP, scorer)
+    expected = twin(model, tokenizer, GROUP)
+    model.config._attn_implementation = attention
+    assert_close(score(model, tokenizer, GROUP, scorer), expected)
+    assert model.config._attn_implementation == attention
+
+
+def test_scoring_between_two_calls_of_continuous_batching_changes_neither(tokenizer):
+    model, settings = toys.llama(), GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = ContinuousBatchingConfig(num_blocks=4, block_size=32, max_batch_tokens=32)  # else 90 % of the memory
+
+    def generated():
+        found = model.generate_batch([[5, 6, 7], [8, 9]], settings, small)
+        return [found[key].generated_tokens for key in sorted(found)]
+
+    expected, scored = generated(), score(toys.llama(), tokenizer, GROUP)
+    assert_close(score(model, tokenizer, GROUP), scored)
+    assert generated() == expected
+    assert_close(score(model, tokenizer, GROUP), scored)
 
 
 def test_references_behind_a_prompt_and_different_plans_equal_the_slow_twin(model, tokenizer):

@@ -22,8 +22,8 @@ def frozen(model: torch.nn.Module, adapters: bool = False) -> Iterator[None]:
 
     adapters: leave them as they are instead: the model as it stands, without dropout or gradients.
 
-    Restores, also after an exception: train/eval of every module, which adapters are on, `requires_grad`, the
-    environment. Raises `InputError` for an adapter that cannot be turned off: one that is merged into the weights, or
+    Restores, also after an exception: train/eval of every module, which adapters are on, `requires_grad`, the attention
+    implementation, the environment. Raises `InputError` for an adapter that cannot be turned off: one that is merged into the weights, or
     that trains the model's own biases.
     """
     if not adapters:
@@ -34,6 +34,13 @@ def frozen(model: torch.nn.Module, adapters: bool = False) -> Iterator[None]:
         stack.callback(lambda: [setattr(module, "training", True) for module in training])
         for module in training:
             module.training = False
+        for module in model.modules():
+            # What continuous batching (`generate_batch`) may leave on: without its cache it would see later tokens.
+            if hasattr(type(module), "set_attn_implementation"):
+                attention = str(module.config._attn_implementation)
+                if attention.startswith("paged|"):
+                    stack.callback(setattr, module.config, "_attn_implementation", attention)
+                    module.config._attn_implementation = attention.removeprefix("paged|")
         for layer in [] if adapters else _enabled_adapters(model):
             stack.callback(_enable, layer, [(p, p.requires_grad) for p in layer.parameters()])
             layer.enable_adapters(False)

@@ -19,11 +19,13 @@ from .packed import of_unsloth, plain_cache
 def can_continue(decoder) -> bool:
     """Whether the decoder may be given the keys and values of a prefix; whether it then computes the same is for a
     probe to tell. Not where it is patched by Unsloth for its own kernels, or keeps another kind of state."""
-    return (
-        "past_key_values" in inspect.signature(decoder.forward).parameters
-        and not of_unsloth(decoder)
-        and plain_cache(decoder.config)
-    )
+    return cache_name(decoder) is not None and not of_unsloth(decoder) and plain_cache(decoder.config)
+
+
+def cache_name(decoder) -> str | None:
+    """The argument that takes keys and values: transformers 5.24 renamed it. None: the decoder takes none."""
+    parameters = inspect.signature(decoder.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 
 
 def run_padded(forward: Callable, batch: Sequence[Row], skip: int, device: torch.device) -> torch.Tensor:
@@ -39,7 +41,7 @@ def run_padded(forward: Callable, batch: Sequence[Row], skip: int, device: torch
 def run_prefix(decoder, ids: torch.Tensor) -> Cache:
     """Keys and values of ids [1, P], to be continued by batches of any size."""
     cache = DynamicCache(config=decoder.config)
-    decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+    decoder(input_ids=ids, use_cache=True, **{cache_name(decoder): cache})
     return Cache(layers=[PrefixLayer(layer) for layer in cache.layers])
 
 

@@ -24,7 +24,7 @@ from .devices import to_device
 from .head import Head, difference, surprisal
 from .onednn import fast_products
 from .packed import can_pack, run_packed, would_pack
-from .padded import can_continue, run_padded, run_prefix
+from .padded import cache_name, can_continue, run_padded, run_prefix
 from .results import Results
 from .tokens import Encoded
 from .window import window_of
@@ -145,7 +145,8 @@ class SurprisalScorer:
 
     def _hidden(self, ids: torch.Tensor, prefix=None) -> torch.Tensor:
         """[B, T, H], from ids [B, T] padded on the right: that cannot change earlier tokens of a causal model."""
-        return self._decoder(input_ids=ids, past_key_values=prefix, use_cache=prefix is not None).last_hidden_state
+        behind = {} if prefix is None else {cache_name(self._decoder): prefix}
+        return self._decoder(input_ids=ids, use_cache=prefix is not None, **behind).last_hidden_state
 
     def _own_logits(self, model, ids: torch.Tensor) -> torch.Tensor:
         """float32 [B, T, V], from the model's own forward pass."""
