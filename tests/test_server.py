@@ -145,6 +145,33 @@ def test_a_server_that_is_not_there_is_one_line_at_once(local):
         assert words in str(error.value)
 
 
+@pytest.mark.parametrize(("how", "nats", "words"), [
+    ("cached", 1, "up to 1.00 nats"), ("cached", -0.2, "up to 0.20 nats"), ("cached", 0.02, None),
+    ("batched", 2, "up to 2.00 nats"), ("batched", 0.2, None),
+])  # fmt: skip
+def test_a_server_whose_numbers_depend_on_the_order_of_requests_is_refused(server, local, how, nats, words):
+    """vLLM's issue 42019, with prefix caching, its default: also where an earlier run has filled the cache. What the
+    kernels of a sound server may differ by is no reason."""
+    ServerScorer(server.url, local[1])
+    try:
+        server.misbehave(how, nats)
+        for _ in range(2):
+            if words is None:
+                ServerScorer(server.url, local[1])
+                continue
+            with pytest.raises(InputError, match="--no-enable-prefix-caching") as error:
+                ServerScorer(server.url, local[1])
+            assert words in str(error.value) and "\n" not in str(error.value)
+    finally:
+        server.behave()
+
+
+def test_connecting_takes_three_requests_for_numbers(server, local):
+    before = server.requests()["answered"]
+    ServerScorer(server.url, local[1])
+    assert server.requests()["answered"] - before == 3
+
+
 def test_another_tokenizer_than_the_servers_is_refused(server):
     with pytest.raises(InputError, match="whose tokenizer makes other ids"):
         ServerScorer(server.url, toys.byte_level())

@@ -8,6 +8,8 @@ itself. Run as a script it serves the embedded model. A file of such a name in i
     none        no prompt_logprobs at all
     other       as if it served another model
     slow        each request takes so many seconds
+    cached      tokens of a beginning that it has seen before are off by so many nats, in blocks of 16 tokens
+    batched     texts after the first of a request are off by so many nats at their last token
 """
 
 import json
@@ -64,16 +66,23 @@ def serve(folder, port):
     torch.set_num_threads(1)
     model, tokenizer, _ = load_model("tiny-stories")
     lock, counts = threading.Lock(), {"now": 0, "most": 0, "answered": 0}
+    seen = set()
 
     def asked(how):
         path = Path(folder, how)
         return path.read_text() or "1" if path.exists() else None
 
-    def entries(ids):
+    def entries(ids, place):
         with lock, torch.no_grad():
             logprobs = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
         if asked("other"):
             logprobs = logprobs / 2
+        blocks = [tuple(ids[:end]) for end in range(16, len(ids) + 1, 16)]
+        if off := asked("cached"):
+            logprobs[: 16 * len(seen.intersection(blocks))] -= float(off)
+        if place and (off := asked("batched")):
+            logprobs[-2] -= float(off)  # gives the last token's
+        seen.update(blocks)
         found = [None]
         for row, actual in zip(logprobs[:-1], ids[1:], strict=True):
             token = int(row.argmax()) if asked("top_only") else actual
@@ -125,7 +134,7 @@ def serve(folder, port):
                 if max(ids) >= len(tokenizer):
                     return 400, {"error": {"message": f"Token id {max(ids)} is out of vocabulary"}}
             choices = [
-                {"index": index, "text": "", "prompt_logprobs": entries(ids)}
+                {"index": index, "text": "", "prompt_logprobs": entries(ids, index)}
                 for index, ids in enumerate(content["prompt"])
             ]
             return 200, {"object": "text_completion", "model": NAME, "choices": choices[::-1]}

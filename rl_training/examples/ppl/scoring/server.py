@@ -1,6 +1,6 @@
 """A scorer behind an address: a server of vLLM, which gives a prompt's log-probabilities.
 
-    vllm serve MODEL --port 8000        and then --scorer_url http://127.0.0.1:8000
+    vllm serve MODEL --port 8000 --no-enable-prefix-caching        and then --scorer_url http://127.0.0.1:8000
 
 Ids are sent, BOS first where the tokenizer has one, to /v1/completions with `prompt_logprobs`, at temperature 1. One
 token is sampled and thrown away, since vLLM asks for that.
@@ -21,7 +21,7 @@ import numpy as np
 
 from ..chat import read_template
 from ..errors import InputError
-from ..identity import BEHIND_AN_ADDRESS, differences
+from ..identity import BEHIND_AN_ADDRESS, PROBE_NATS, differences
 from ..models import tokenizer_path
 from .batching import Row, windows
 from .tokens import Encoded, TextEncoder
@@ -32,6 +32,7 @@ PROBE = (
     'Once upon a time, in the year 1850, there was a small fox. "Why," she asked, "is the sea so far from here?" '
     "Nobody knew, so she packed bread and cheese, and walked north until the river became a road."
 )
+_TOKEN_NATS = 10 * PROBE_NATS  # how far a single token may be off, in another order of requests
 _REQUESTS = 16  # at a time
 _ROWS, _TOKENS = 64, 4096  # of one request at most
 _AGAIN = (429, 500, 502, 503, 504)  # answers of a server that is too busy, or is about to start or stop
@@ -44,8 +45,9 @@ class ServerScorer:
     model's, if it is at hand, for its end tokens. timeout: seconds that one request may take. patience: seconds for
     which a request is repeated while the server does not answer, or says that it cannot just now.
 
-    Raises `InputError`, in one line, where nobody answers, for a server that gives no prompt log-probabilities, and for
-    one that has another tokenizer. When a server is back after it was gone, it must be the same model.
+    Raises `InputError`, in one line, where nobody answers, for a server that gives no prompt log-probabilities, for one
+    that has another tokenizer, and for one whose numbers depend on the order of requests. When a server is back after
+    it was gone, it must be the same model.
     """
 
     def __init__(self, url: str, tokenizer, *, generation_config=None, timeout: float = 300, patience: float = 600):
@@ -58,7 +60,7 @@ class ServerScorer:
         [self._probe] = TextEncoder(tokenizer, eos_for_bos=True).encode([""], [PROBE])
         self._name, self._most = self._model()
         self._check_tokenizer(tokenizer)
-        self.identity  # noqa: B018  asked now, so that what cannot be is said before the work begins
+        self._check_order()
 
     @property
     def window(self) -> int | None:
@@ -228,6 +230,40 @@ class ServerScorer:
                 f"the scorer at {self.url} serves {self._name!r}, whose tokenizer makes other ids than "
                 f"{getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__!r}: name the model that is served"
             )
+
+    def _check_order(self) -> None:
+        """Raises `InputError` if a text's numbers depend on what else the server scores, or has scored before.
+
+        With prefix caching, its default, vLLM can give stale numbers for a beginning that it has seen before
+        (https://github.com/vllm-project/vllm/issues/42019). So a text is scored alone, then between and after others,
+        of which one begins alike. Its first tokens are shuffled, since an earlier run may have filled the cache with
+        the probe; the probe itself is compared, too.
+        """
+        [row] = list(windows(self._probe, self.window, 0))[:1]
+        probe = np.append(row.inputs, row.labels[-1])
+        text, half = probe.copy(), len(probe) // 2
+        np.random.default_rng().shuffle(text[1:9])  # the first may be BOS
+        other, alike = np.append(text[:1], text[:0:-1]), np.append(text[:half], text[:half:-1])
+        [alone] = self._whole(text)
+        _, between, begins_alike, probe_again, after = self._whole(other, text, alike, probe, text)
+        for found, expected in (
+            (between, alone),
+            (after, alone),
+            (begins_alike[: half - 1], alone[: half - 1]),  # what follows cannot change them
+            (probe_again, np.array(self.identity["probe"])),
+        ):
+            off = abs(found - expected)
+            if off.mean() > PROBE_NATS or off.max(initial=0) > _TOKEN_NATS:
+                raise InputError(
+                    f"the scorer at {self.url} gives a fixed text other numbers between others than alone (up to "
+                    f"{off.max():.2f} nats a token, {off.mean():.2f} in the mean): prefix caching can cause that, so "
+                    "start it with --no-enable-prefix-caching"
+                )
+
+    def _whole(self, *texts: np.ndarray) -> list[np.ndarray]:
+        """float64 [n - 1] of each text's ids [n], all but the first, in one request."""
+        rows = [Row(ids[:-1], np.arange(len(ids) - 1), ids[1:], 0, 0) for ids in texts]
+        return self._score(rows, check=False)
 
     def _identity(self) -> dict:
         [values] = self._score(list(windows(self._probe, self.window, 0))[:1], check=False)
