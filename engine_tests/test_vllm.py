@@ -54,6 +54,7 @@ class Server:
             "--dtype",
             "float32",
             "--enforce-eager",
+            "--no-enable-prefix-caching",
         ]
         command = [os.environ["VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server", *map(str, words)]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -5,11 +5,13 @@ The server is `vllm_stand_in`, a process of its own that answers as vLLM does. `
 
 import json
 import logging
+import multiprocessing
 import pickle
 import threading
 import time
 from pathlib import Path
 
+import async_rollout
 import numpy as np
 import pytest
 import toys
@@ -26,6 +28,7 @@ from ppl.errors import BaselineError, InputError
 from ppl.identity import PROBE_NATS, differences
 from ppl.models import load_model
 from ppl.reward.config import reward_from_config
+from ppl.reward.loop_guard import loop_guard, loop_veto
 from ppl.scoring.scorer import as_scorer, is_scorer
 from ppl.scoring.server import PROBE, ServerScorer, connect
 from ppl.scoring.surprisal import SurprisalScorer
@@ -106,6 +109,53 @@ def test_the_reward_is_that_of_the_model_here(scorer, local):
         assert there.compute_rewards(TEXTS, **columns).tolist() == pytest.approx(expected.tolist(), abs=1e-4)
     again = pickle.loads(pickle.dumps(there))
     assert again.compute_rewards(TEXTS, **columns).tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}assistant:{% endif %}"
+
+
+@pytest.mark.slow
+def test_rewards_that_async_grpo_computes_are_those_of_this_process(server, tmp_path):
+    """It pickles them into a process that it spawns, and calls all at once, each in a thread, without `trainer_state`,
+    `log_metric` and `log_extra`. The first group makes the zero-shot baselines, the second is measured by them."""
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    scorer, tokenizer = connect(server.url, "tiny-stories", str(tmp_path / "chat.jinja"))
+    groups = []
+    for texts in (TEXTS[:4], TEXTS[4:7] + [TEXTS[0] * 2]):
+        ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in texts]
+        said = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        groups.append({
+            "prompts": [[{"role": "user", "content": PROMPTS[0]}]] * 4,
+            "completions": [[{"role": "assistant", "content": text}] for text in said],
+            "completions_ids": ids,
+            "reward_kwargs": {"id": ["a"] * 4, "reference": [ROWS[9]["completion"]] * 4},
+        })  # fmt: skip
+
+    def rewards() -> list:
+        made = [MultiLevelPPLRewardFunction(scorer, tokenizer, form="nats", **options) for options in (
+            {}, {"target": "reference"}, {"use_cache": False, "aggregation": "nested"},
+        )]  # fmt: skip
+        per_level = MultiLevelPPLRewardFunction(scorer, tokenizer, form="nats").per_level(
+            loop_veto(tokenizer=tokenizer)
+        )
+        for index, reward in enumerate(made):
+            reward.__name__ = str(index)
+        return [*made, *per_level, loop_guard(tokenizer=tokenizer)[0]]
+
+    results = multiprocessing.get_context("spawn").Queue()
+    child = multiprocessing.get_context("spawn").Process(target=async_rollout.score, args=(rewards(), groups, results))
+    child.start()
+    here = rewards()
+    for group in groups:
+        columns = {name: group[name] for name in ("prompts", "completions")}
+        columns |= {"completion_ids": group["completions_ids"], **group["reward_kwargs"]}
+        expected = {reward.__name__: reward(**columns) for reward in here}
+        found = results.get(timeout=PATIENCE)
+        assert found == {name: pytest.approx(values, abs=1e-6) for name, values in expected.items()}
+    assert all(np.std(values) > 0.001 for values in expected.values())
+    child.join(PATIENCE)
+    assert child.exitcode == 0
 
 
 def test_a_model_or_a_scorer_and_a_tokenizer_are_needed(local, scorer):

@@ -23,8 +23,8 @@ def frozen(model: torch.nn.Module, adapters: bool = False) -> Iterator[None]:
     adapters: leave them as they are instead: the model as it stands, without dropout or gradients.
 
     Restores, also after an exception: train/eval of every module, which adapters are on, `requires_grad`, the attention
-    implementation, the environment. Raises `InputError` for an adapter that cannot be turned off: one that is merged into the weights, or
-    that trains the model's own biases.
+    implementation, the environment. Raises `InputError` for an adapter that cannot be turned off: one that is merged
+    into the weights, or that trains the model's own biases.
     """
     if not adapters:
         _check_adapters(model)
