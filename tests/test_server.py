@@ -122,7 +122,7 @@ def test_rewards_that_async_grpo_computes_are_those_of_this_process(server, tmp_
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
     scorer, tokenizer = connect(server.url, "tiny-stories", str(tmp_path / "chat.jinja"))
     groups = []
-    for texts in (TEXTS[:4], TEXTS[4:7] + [TEXTS[0] * 2]):
+    for texts in (TEXTS[:4], [*TEXTS[4:7], TEXTS[0] * 2]):
         ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in texts]
         said = tokenizer.batch_decode(ids, skip_special_tokens=True)
         groups.append({
