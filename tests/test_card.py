@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import warm
 from huggingface_hub import ModelCard, ModelCardData
-from training_runs import EXAMPLES, SHORT, train
+from training_runs import EXAMPLES, SHORT, refusal, train
 
 from ppl.training import card
 
@@ -108,6 +108,46 @@ def test_what_is_pushed_last_has_the_card_and_the_finished_report(tmp_path):
     assert "Finished after 2 steps" in files["report.html"]
     assert 'PeftModel.from_pretrained(base, "me/stories")' in files["README.md"] and card.MARK in files["README.md"]
     assert "| before | after | change |" in files["README.md"]
+
+
+@pytest.mark.slow
+def test_a_push_that_fails_costs_nothing_else(tmp_path):
+    """Neither while training, where transformers pushes each checkpoint by the way, nor at the end."""
+    failing = PUSH.replace(
+        "HfApi.create_repo,",
+        """
+def fails(self, *, run_as_future=False, **_):
+    from concurrent.futures import Future
+    if not run_as_future:
+        raise ConnectionError("no route\\nto the hub")
+    future = Future()
+    future.set_exception(ConnectionError("no route"))
+    return future
+
+upload = fails
+HfApi.create_repo,""",
+    )
+    out = tmp_path / "out"
+    flags = [*QUICK, "--push_to_hub", "--hub_model_id", "me/stories", "--save_merged", "--output_dir", out]
+    done = subprocess.run(
+        [warm.python(), "-c", failing, *map(str, flags)], cwd=EXAMPLES, capture_output=True, text=True
+    )
+    assert done.returncode == 3, done.stderr[-3000:]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    push = f"hf upload me/stories {out} . --exclude 'checkpoint-*'"
+    assert lines == [f"error: not pushed to the hub (ConnectionError: no route to the hub); push it with: {push}"]
+    assert "Traceback" not in done.stderr
+    for name in ("adapter_model.safetensors", "README.md", "report.html", "reward.png", "merged/model.safetensors"):
+        assert (out / name).exists(), name
+    assert json.loads((out / "heldout.json").read_text())["after"] is not None
+    assert "Finished after 2 steps" in (out / "report.html").read_text()
+
+
+def test_a_hub_that_is_out_of_reach_is_told_before_anything_is_loaded(tmp_path):
+    for flags, name in ([], "'out'"), (["--hub_model_id", "a/b/c"], "'a/b/c'"):
+        line = refusal(*QUICK, "--push_to_hub", *flags, "--output_dir", tmp_path / "out")
+        assert line.startswith(f"error: --push_to_hub: the hub does not take {name}") and "hf upload" in line
+        assert not (tmp_path / "out").exists()
 
 
 def test_before_the_end_the_card_says_so(tmp_path):

@@ -1,9 +1,12 @@
 """The training script's flags and its YAML file: names known without an import, and what is made of them."""
 
 import dataclasses
+import itertools
+import re
 
 import pytest
 
+from ppl.errors import InputError
 from ppl.reward.loop_guard import WEIGHT
 from ppl.training.config import grpo_config
 from ppl.training.flags import grpo_fields, write_config
@@ -112,3 +115,108 @@ def test_every_kind_of_value_in_a_file_and_the_command_line_wins(tmp_path):
     assert args.ppl_weights == [1, 2, 3] and args.reward_thresholds == [(-50, 0), (0, 0.5), (50, 1)]
     assert (args.learning_rate, args.dataset_config) == (1e-3, None)
     assert rest == ["--beta=5e-2", "--use_vllm=False", '--lr_scheduler_kwargs={"num_cycles": 2}']
+
+
+def made(tmp_path, *words):
+    """GRPOConfig of the words of a command line."""
+    args, rest = parse_args(["--output_dir", str(tmp_path), *words])
+    sampled_apart = any("generation" in word and "num_" not in word for word in rest)
+    numbers = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.num_generations
+    return grpo_config(args, rest, plan_batches(*numbers, sampled_apart=sampled_apart))[0]
+
+
+EVALUATED = ["--eval_split", "test"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        # 4 completions are half a group of 8.
+        (["--steps_per_generation", "1"], ["_batch_size 4, --steps_per_generation 1, --num_generations 8 on 1 process",
+         "use --per_device_train_batch_size 8 or --steps_per_generation 2 or --num_generations 4"]),
+        (["--generation_batch_size", "12"], ["--generation_batch_size 12", "--num_generations 6", "size 8 or"]),
+        (["--generation_batch_size", "6"], ["--generation_batch_size 8"]),
+        (["--generation_batch_size", "8", "--steps_per_generation", "2"],
+         ["no --steps_per_generation or no --generation_batch_size"]),
+        (["--num_generations_eval", "3", *EVALUATED], ["--num_generations_eval 3", "--per_device_eval_batch_size 8",
+         "use --num_generations_eval 2 or --per_device_eval_batch_size 9"]),
+        (["--per_device_eval_batch_size", "3", *EVALUATED], ["--num_generations_eval 3", "_eval_batch_size 8"]),
+        (["--num_generations_eval", "0", *EVALUATED], ["--num_generations_eval is 0", "at least 1"]),
+        (["--num_generations_eval", "-2", *EVALUATED], ["--num_generations_eval is -2", "at least 1"]),
+        (["--per_device_eval_batch_size", "0", *EVALUATED], ["--per_device_eval_batch_size is 0"]),
+        (["--generation_batch_size", "-8"], ["--generation_batch_size is -8"]),
+        (["--eval_strategy", "steps"], ["--eval_strategy steps", "--eval_split"]),
+        (["--eval_on_start", "true"], ["--eval_on_start True", "--eval_split"]),
+        (["--num_generations_eval", "4"], ["--num_generations_eval 4", "--eval_split"]),
+        (["--save_strategy", "best"], ["--save_strategy best", "--eval_split"]),
+        (["--save_strategy", "best", *EVALUATED], ["--metric_for_best_model"]),
+        (["--loss_type", "foo"], ["--loss_type is 'foo'", "bnpo, cispo, dapo"]),
+        (["--scale_rewards", "foo"], ["--scale_rewards is 'foo'", "batch, group, none"]),
+        (["--importance_sampling_level", "foo"], ["sequence, token"]),
+        (["--multi_objective_aggregation", "foo"], ["normalize_then_sum, sum_then_normalize"]),
+        (["--use_vllm", "true"], ["--use_vllm needs the package vllm"]),
+        (["--use_liger_kernel", "true"], ["--use_liger_kernel needs the package"]),
+        (["--fsdp", "full_shard"], ["--fsdp", "accelerate launch"]),
+        (["--deepspeed", "missing.json"], ["deepspeed"]),
+        (["--optim", "foo"], ["--optim", "'foo'", "adamw_torch"]),
+        (["--optim", "lomo"], ["--optim OptimizerNames.LOMO", "lomo"]),
+        (["--optim", "galore_adamw"], ["galore"]),
+        (["--optim_args", "lr"], ["--optim"]),
+        (["--adam_beta1", "2"], ["--optim", "beta"]),
+        (["--lr_scheduler_type", "foo"], ["--lr_scheduler_type", "'foo'"]),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], ["--lr_scheduler_kwargs", "min_lr"]),
+        (["--lr_scheduler_type", "warmup_stable_decay"], ["--lr_scheduler_kwargs", "num_decay_steps"]),
+        (["--lr_scheduler_kwargs", '{"foo": 1}'], ["--lr_scheduler_kwargs", "foo"]),
+        (["--gradient_checkpointing_kwargs", '{"foo": 1}'], ["--gradient_checkpointing_kwargs", "foo"]),
+        (["--gradient_checkpointing_kwargs", "foo"], ["--gradient_checkpointing_kwargs", "JSON object"]),
+        (["--tf32", "true"], ["--tf32"]),
+        (["--auto_find_batch_size", "true"], ["auto_find_batch_size"]),
+    ],
+)  # fmt: skip
+def test_what_trl_or_transformers_would_not_take_is_refused_before_loading(tmp_path, flags, words):
+    with pytest.raises(InputError) as error:
+        made(tmp_path, *flags)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--steps_per_generation", "2"],
+    ["--steps_per_generation", "2", "--gradient_accumulation_steps", "1", "--num_generations", "8"],
+    ["--generation_batch_size", "8", "--gradient_accumulation_steps", "1"],
+    ["--steps_per_generation", "8", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"],
+    ["--num_generations_eval", "2", *EVALUATED],
+    ["--num_generations_eval", "3", "--per_device_eval_batch_size", "9", *EVALUATED],
+    ["--save_strategy", "best", "--metric_for_best_model", "eval_reward", *EVALUATED],
+    ["--loss_type", "dr_grpo", "--scale_rewards", "none"],
+    ["--optim", "adamw_8bit"],
+    ["--optim", "adafactor", "--lr_scheduler_type", "polynomial"],
+    ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-6}'],
+    ["--lr_scheduler_type", "reduce_lr_on_plateau", *EVALUATED],
+    ["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'],
+    ["--max_steps", "2", "--num_train_epochs", "3"],
+], ids=" ".join)  # fmt: skip
+def test_what_they_take_is_taken(tmp_path, flags):
+    config = made(tmp_path, *flags)
+    assert config.generation_batch_size % config.num_generations == 0
+
+
+def test_a_remedy_that_is_proposed_is_taken(tmp_path):
+    """Each in place of what was given, whatever numbers do not fit."""
+    tried = 0
+    for batch, steps, generations in itertools.product((1, 3, 4), (1, 2, 5), (2, 6, 8)):
+        numbers = {"per_device_train_batch_size": batch, "steps_per_generation": steps, "num_generations": generations}
+
+        def words(numbers):
+            return [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
+
+        try:
+            made(tmp_path, *words(numbers))
+        except InputError as error:
+            assert batch * steps % generations
+            for name, value in re.findall(r"--(\w+) (\d+)", str(error).split(": use ")[1]):
+                made(tmp_path, *words({**numbers, name: value}))
+                tried += 1
+        else:
+            assert batch * steps % generations == 0
+    assert tried > 20

@@ -232,7 +232,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     from ppl.pages.run import finish_report, start_report
     from ppl.training.callbacks import stopped_by, watch
     from ppl.training.heldout import HeldOutPrompts
-    from ppl.training.load import load_policy_and_scorer, merge, publish, save
+    from ppl.training.load import NOT_PUSHED, load_policy_and_scorer, merge, publish, save
     from ppl.training.rewards import perplexity_rewards, weighted
 
     policy, scorer = load_policy_and_scorer(job)
@@ -247,13 +247,14 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     trainer.add_callback(page)
     trainer.train(resume_from_checkpoint=job.checkpoint)
     stopped = stopped_by(trainer, job)
+    code = 0 if stopped is None else 128 + stopped
     if stopped is None:
         save(trainer, job)
         finish_report(job, page, perplexity, held_out.after(), trainer.state)
-        publish(trainer, job)
+        code = 0 if publish(trainer, job) else NOT_PUSHED
         merge(job, policy)
     trainer.accelerator.end_training()  # an interpreter that ends with gloo's threads at work may be aborted
-    return 0 if stopped is None else 128 + stopped
+    return code
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 flags.py        flags and YAML, checked by name
 config.py       flags -> how models are loaded, the reward's settings, TRL's GRPOConfig
+trl_settings.py fields of GRPOConfig that cannot work, by asking TRL
 job.py          what is asked for, checked before a model is loaded
 plan.py         batch, accumulation and group size that TRL accepts
 load.py         policy and scorer: loaded, and what was trained saved

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from ..models import model_path
 from ..reference_context import ReferenceContext
 from ..reward.loop_guard import check_weight
 from .flags import NAMESAKES
+from .trl_settings import REFUSALS, check_evaluation, check_settings, counts_refused
 
 # (field of GRPOConfig, least, most): beyond these TRL trains nothing, or fails once a model is loaded.
 _BOUNDS = (
-    *((name, 1, math.inf) for name in ("num_iterations", "steps_per_generation")),
+    *((name, 1, math.inf) for name in ("num_iterations", "generation_batch_size", "steps_per_generation")),
+    *((name, 1, math.inf) for name in ("num_generations_eval", "per_device_eval_batch_size")),
     *((name, 0, math.inf) for name in ("learning_rate", "beta", "epsilon", "epsilon_high", "delta", "max_grad_norm")),
     *((name, 0, math.inf) for name in ("top_k", "weight_decay", "warmup_steps", "dataloader_num_workers")),
     *((name, 0, 1) for name in ("top_p", "min_p")),
@@ -140,13 +143,23 @@ def grpo_config(args: argparse.Namespace, rest: list[str], plan):
     parser.set_defaults(**{**ours, **plan._asdict(), **derived})
     if args.wandb_project:
         os.environ["WANDB_PROJECT"] = args.wandb_project
+    asked = vars(parser.parse_args(rest))
+
+    def make(fields: Mapping) -> GRPOConfig:
+        # TRL's own default, of which transformers 5.24 says in each run that it has a new name.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
+            return GRPOConfig(**fields)
+
     try:
-        asked = vars(parser.parse_args(rest))
-        (config,) = parser.parse_args_and_config(rest)
+        config = make(asked)
     # What GRPOConfig finds when it is made: values that do not go together, a file of DeepSpeed that is not there.
-    except (ValueError, TypeError, OSError) as error:
-        raise InputError(str(error)) from error
+    except REFUSALS as error:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        raise counts_refused(asked, make, processes, error) or InputError(str(error)) from error
     check_values(config)
+    check_evaluation(config, asked, args.eval_split)
+    check_settings(config)
     if config.remove_unused_columns:
         raise InputError(
             "--remove_unused_columns true takes id and reference from the rows, which the reward needs: leave it out"

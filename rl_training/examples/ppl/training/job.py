@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..errors import BaselineError, InputError
 from ..files import check_folder
 from ..identity import of_target
 from ..models import import_unsloth, model_path
+from ..processes import is_first
 from .config import check_reporters, grpo_config, loading, reward_settings
 from .flags import CONFIG_FILE, write_config
 from .plan import plan_batches
@@ -90,6 +92,7 @@ def prepare(args: argparse.Namespace, rest: list[str], command: list[str], prepa
         args.gradient_accumulation_steps,
         args.num_generations,
         int(os.environ.get("WORLD_SIZE", "1")),
+        any(word.startswith(("--steps_per_generation", "--generation_batch_size")) for word in rest),
     )
     baselines = Baselines.load(args.baselines_path) if args.baselines_path is not None else None
     # A data set that compute_baselines_trl.py wrote has them as columns, and says the same of how they were made.
@@ -108,6 +111,8 @@ def prepare(args: argparse.Namespace, rest: list[str], command: list[str], prepa
     config, asked, defaults = grpo_config(args, rest, batches)
     config.eval_on_start = config.eval_on_start and checkpoint is None
     check_batch(len(train_rows), config)
+    if config.push_to_hub:
+        check_hub(config)
     return Job(
         args, command, checkpoint, settings, baselines, column_meta, policy_load, scorer_load, train_rows, heldout_rows,
         eval_rows, without_unsloth, config, asked, defaults,
@@ -120,6 +125,32 @@ def check_output(folder: str) -> None:
     if not folder or not there.is_dir():
         raise InputError(f"--output_dir is {folder!r}, expected a folder, or the name of one to make")
     check_folder(there, "--output_dir", folder)
+
+
+def check_hub(config) -> None:
+    """Raises `InputError` unless the repository that --push_to_hub fills is there, or can be made: the trainer does the
+    same when the model is loaded."""
+    from huggingface_hub import HfApi
+
+    if not is_first():
+        return
+    name = config.hub_model_id or Path(config.output_dir).absolute().name
+    try:
+        HfApi().create_repo(name, token=config.hub_token, private=config.hub_private_repo, exist_ok=True)
+    except Exception as error:  # of the network, the hub's answer, a name that it does not take
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        raise InputError(
+            f"--push_to_hub: the hub does not take {name!r} ({reason}): see to the network, to `hf auth login` or "
+            f"HF_TOKEN, and to --hub_model_id; or leave it out and push later, with {push_command(config)}"
+        ) from error
+
+
+def push_command(config) -> str:
+    """The command that pushes a run's folder as --push_to_hub does."""
+    options = ["--private"] if config.hub_private_repo else []
+    options += ["--revision", config.hub_revision] if config.hub_revision else []
+    name = config.hub_model_id or Path(config.output_dir).absolute().name
+    return shlex.join(["hf", "upload", name, config.output_dir, ".", "--exclude", "checkpoint-*", *options])
 
 
 def check_batch(rows: int, config) -> None:

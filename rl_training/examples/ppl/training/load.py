@@ -1,5 +1,6 @@
 """Policy and scorer, the same model with its adapter on and off or two: loaded, and what was trained saved."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +11,10 @@ from ..models import add_lora, load_model
 from ..processes import is_first
 from ..sampling import prompt_ids
 from ..scoring.surprisal import SurprisalScorer
-from .job import Job
+from .job import Job, push_command
 from .merge import save_merged
+
+NOT_PUSHED = 3  # the exit code of a run that is finished and saved, but could not be pushed to the hub
 
 
 class Loaded(NamedTuple):
@@ -93,14 +96,22 @@ def save(trainer, job: Job) -> None:
     trainer.save_model(str(job.output), _internal_call=True)  # not pushed yet: the report is not finished
 
 
-def publish(trainer, job: Job) -> None:
-    """The model card; with --push_to_hub all of the output folder goes to the hub. Several processes must all call."""
+def publish(trainer, job: Job) -> bool:
+    """The model card; with --push_to_hub all of the output folder goes to the hub. Whether that worked: a push that
+    fails is told in one line, since all else is there. Several processes must all call."""
+    pushed = True
     if job.config.push_to_hub:
-        trainer.push_to_hub(revision=job.config.hub_revision)
+        try:
+            trainer.push_to_hub(revision=job.config.hub_revision)
+        except Exception as error:  # whatever the network and the hub may raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+            print(f"error: not pushed to the hub ({reason}); push it with: {push_command(job.config)}", file=sys.stderr)
+            pushed = False
     else:
         trainer.create_model_card(model_name=job.output.name)
     if is_first():
         print(f"Model card: {job.output / 'README.md'}")
+    return pushed
 
 
 def merge(job: Job, policy: Loaded) -> None:

@@ -14,11 +14,20 @@ class BatchPlan(NamedTuple):
     num_generations: int
 
 
-def plan_batches(batch: int, accumulation: int | None, generations: int | None, processes: int = 1) -> BatchPlan:
+def plan_batches(
+    batch: int,
+    accumulation: int | None,
+    generations: int | None,
+    processes: int = 1,
+    sampled_apart: bool = False,
+) -> BatchPlan:
     """Fill in what is None so that batch x processes x accumulation is a multiple of the group size.
 
     Without accumulation, the least one that fits; without a group size, the largest divisor up to `GROUP`.
     Raises `InputError` with the nearest numbers that fit if the given ones do not.
+
+    sampled_apart: --steps_per_generation or --generation_batch_size says how many completions are sampled at once, so
+    TRL tells whether these are whole groups.
     """
     if generations is not None and generations < 2:
         raise InputError(f"--num_generations is {generations}, expected at least 2: GRPO compares within a group")
@@ -32,11 +41,11 @@ def plan_batches(batch: int, accumulation: int | None, generations: int | None, 
         generations = generations or GROUP
         return BatchPlan(least(generations), generations)
     total = per_step * accumulation
-    if generations is not None and total % generations == 0:
+    if generations is not None and (sampled_apart or total % generations == 0):
         return BatchPlan(accumulation, generations)
     divisors = [n for n in range(2, min(total, MOST) + 1) if total % n == 0]
-    if generations is None and divisors:
-        return BatchPlan(accumulation, max((n for n in divisors if n <= GROUP), default=min(divisors)))
+    if generations is None and (sampled_apart or divisors):
+        return BatchPlan(accumulation, max((n for n in divisors if n <= GROUP), default=min(divisors, default=GROUP)))
     wanted = generations or 2
     nearest = min(divisors, key=lambda n: abs(n - wanted), default=None)
     raise InputError(

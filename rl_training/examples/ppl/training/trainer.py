@@ -6,6 +6,7 @@ import torch
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from ..errors import InputError
 from ..sampling import GivenIds, prompt_ids
 
 
@@ -23,7 +24,10 @@ class ResumableGRPOTrainer(GRPOTrainer):
 
     def __init__(self, model, *args, chat: Mapping | None = None, card: Callable | None = None, **kwargs) -> None:
         trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-        super().__init__(model, *args, **kwargs)
+        try:
+            super().__init__(model, *args, **kwargs)
+        except (ValueError, TypeError, ImportError, NotImplementedError, OSError) as error:
+            raise InputError(f"TRL's GRPOTrainer does not take these settings: {error}") from error
         for parameter, data in trained:
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
