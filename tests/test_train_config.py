@@ -204,7 +204,7 @@ def test_what_they_take_is_taken(tmp_path, flags):
 def test_a_remedy_that_is_proposed_is_taken(tmp_path):
     """Each in place of what was given, whatever numbers do not fit."""
     tried = 0
-    for batch, steps, generations in itertools.product((1, 3, 4), (1, 2, 5), (2, 6, 8)):
+    for batch, steps, generations in itertools.product((3, 4), (1, 5), (6, 8)):
         numbers = {"per_device_train_batch_size": batch, "steps_per_generation": steps, "num_generations": generations}
 
         def words(numbers):
@@ -219,4 +219,4 @@ def test_a_remedy_that_is_proposed_is_taken(tmp_path):
                 tried += 1
         else:
             assert batch * steps % generations == 0
-    assert tried > 20
+    assert tried > 8
