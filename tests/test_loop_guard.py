@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import toys
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -278,3 +279,38 @@ def test_the_messages_of_a_chat_are_its_prompt():
     ids = TOKENIZER(said, add_special_tokens=False)["input_ids"]
     assert RepeatedShare(TOKENIZER)([ids], prompts=[prompt]) == [1.0]
     assert RepeatedShare()([ids], prompts=[prompt])[0] < 0.05
+
+
+def test_what_the_reward_skips_the_guard_skips(tmp_path):
+    """Else TRL takes the guard's 0 for the row's reward."""
+    from datasets import Dataset
+    from trl import GRPOConfig
+
+    from ppl.training.trainer import ResumableGRPOTrainer
+
+    prompts = ["The fox ran", "The crow sat"]
+    baselines = {prompts[0]: dict.fromkeys(("word", "phrase", "sentence"), 1e9)}  # which anything is better than
+    reward_fn = MultiLevelPPLRewardFunction(toys.llama(), TOKENIZER, baselines, missing="skip")
+    penalty, weight = loop_guard(tokenizer=TOKENIZER, skips=reward_fn.skips)
+    config = GRPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=4, num_generations=2,
+        report_to="none", max_steps=1, max_completion_length=4, reward_weights=[1.0, weight], logging_steps=1,
+    )  # fmt: skip
+    trainer = ResumableGRPOTrainer(
+        model=toys.llama(), args=config, reward_funcs=[reward_fn, penalty], processing_class=TOKENIZER,
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.log_history[0]["reward"] == 1.0  # 0.5 with a 0 for each of the two skipped completions
+    assert trainer.state.log_history[0]["rewards/loop_penalty/mean"] == 0.0
+
+
+def test_the_guard_asks_anew_where_another_call_was_last():
+    baselines = {"a": dict.fromkeys(("word", "phrase", "sentence"), 10.0)}
+    reward_fn = MultiLevelPPLRewardFunction(toys.llama(), TOKENIZER, baselines, missing="skip")
+    penalty, _ = loop_guard(skips=reward_fn.skips)
+    ids = [list(range(5, 15))] * 2
+    assert penalty(prompts=["a", "b"], completions=["x y", "x z"], completion_ids=ids) == [0.0, None]
+    reward_fn(["b", "a"], ["x y", "x z"])
+    assert penalty(prompts=["a", "b"], completions=["x y", "x z"], completion_ids=ids) == [0.0, None]
+    assert penalty(prompts=["b", "a"], completions=["x y", "x z"], completion_ids=ids) == [None, 0.0]

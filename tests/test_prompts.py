@@ -10,6 +10,7 @@ import toys
 from datasets import Dataset
 
 from ppl import cli
+from ppl.baselines.rows import read_rows
 from ppl.chat import chat_identity, completion_turns, read_template, read_tools, render_prompt
 from ppl.data import (
     Columns,
@@ -20,6 +21,7 @@ from ppl.data import (
     make_row,
     message_text,
     prepare_rows,
+    refuse_unscored,
     stable_id,
 )
 from ppl.definitions import LEVELS
@@ -190,6 +192,107 @@ def test_a_role_that_the_template_refuses_is_one_line(chat):
         render_prompt([{"role": "system", "content": "Tell."}, USER], strict)
     with pytest.raises(InputError, match=r"no chat template.*--chat_template_path"):
         render_prompt([USER], toys.byte_level())
+
+
+PARTS = [{"type": "text", "text": "Tell me about "}, {"type": "text", "text": "the fox."}]
+# As models have them: Llama 3, Gemma 2, ChatML; one that shows any list; Qwen2-VL; SmolVLM, which reads parts alone.
+OF_TEXT = {
+    "llama": "{% for m in messages %}{% set t = '<' + m['role'] + '>' + m['content'] | trim %}{{ t }}{% endfor %}",
+    "gemma": "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] | trim + '\n' }}{% endfor %}",
+    "chatml": "{% for m in messages %}{{ '<' + m['role'] + '>\n' + m['content'] }}{% endfor %}",
+    "plain": "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}",
+    "json": "{% for m in messages %}<{{ m.role }}>{{ m.content | tojson }}{% endfor %}",
+}
+EACH_PART = "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}|{% endif %}{% endfor %}"
+OF_PARTS = {
+    "both": "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+    f"{EACH_PART}{{% endif %}}{{% endfor %}}",
+    "parts": f"{{% for m in messages %}}<{{{{ m.role }}}}>{EACH_PART}{{% endfor %}}",
+}
+
+
+@pytest.fixture
+def through():
+    """Messages through a template."""
+    tokenizer = toys.byte_level()
+
+    def render(template, messages):
+        tokenizer.chat_template = template
+        return render_prompt(messages, tokenizer)
+
+    return render
+
+
+@pytest.mark.parametrize("name", OF_TEXT)
+def test_parts_are_joined_for_a_template_that_takes_strings(through, name):
+    begun = {"role": "assistant", "content": [{"type": "text", "text": "It is"}]}
+    for behind in ([], [begun]):
+        parts = [{"role": "user", "content": PARTS}, *behind]
+        strings = [{**message, "content": message_text([message])} for message in parts]
+        assert through(OF_TEXT[name], parts) == through(OF_TEXT[name], strings)
+    assert "Tell me about the fox." in through(OF_TEXT[name], parts)
+
+
+def test_parts_are_given_as_they_are_to_a_template_that_takes_them(through):
+    parts = [{"role": "user", "content": PARTS}]
+    assert through(OF_PARTS["both"], parts) == through(OF_PARTS["parts"], parts) == "<user>Tell me about |the fox.|"
+    assert through(OF_PARTS["both"], [USER]) == "<user>Tell me about the fox."
+    assert through(OF_PARTS["parts"], [USER]) == "<user>Tell me about the fox.|"  # which a loop over letters loses
+    [row] = Dataset.from_list([{"prompt": [{"role": "user", "content": [{**part, "image": None} for part in PARTS]}]}])
+    assert through(OF_TEXT["llama"], row["prompt"]) == "<user>Tell me about the fox."
+
+
+def test_parts_of_a_completion_are_scored_as_its_text(model, chat):
+    prompt, said = [{"role": "user", "content": PARTS}], [{"role": "assistant", "content": PARTS}]
+    calculator = MultiLevelPPLCalculator(chat)
+    text = calculator.compute_all_levels(model, ["Tell me about the fox."], [[USER]])
+    assert calculator.compute_all_levels(model, [said], [prompt]) == text
+
+
+@pytest.mark.parametrize("part", [{"type": "image"}, {"type": "input_audio", "text": None}, {"text": "no type"}])
+def test_a_part_that_is_no_text_is_refused_by_its_type(chat, part):
+    messages = [{"role": "user", "content": [*PARTS, part]}]
+    with pytest.raises(InputError, match=rf"row 7, column prompt: .*type {part.get('type')!r}, and only text"):
+        make_row({"prompt": messages}, 7, Columns("prompt", None, None), PromptForm())
+    with pytest.raises(InputError, match="only text is read here"):
+        render_prompt(messages, chat)
+
+
+THINKS = (
+    "{% for m in messages %}<{{ m.role }}>{% if loop.last %}({{ m.reasoning_content }}){% endif %}"
+    "{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "name", "images", "tool_calls"])
+def test_a_key_of_a_message_that_the_template_does_not_read_is_refused_by_name(through, key):
+    messages = [USER, {"role": "assistant", "content": "Red.", key: ["hm"]}, USER]
+    with pytest.raises(InputError, match=f"message 1 of a prompt, of the assistant, has the key '{key}', which"):
+        through(OF_TEXT["plain"], messages)
+    assert through(OF_TEXT["plain"], [{**message, key: None} for message in messages]).count("fox") == 2
+
+
+def test_a_key_that_the_template_reads_in_other_places_is_not_refused(through):
+    """Templates leave out what was thought in earlier turns."""
+    thought = {"role": "assistant", "content": "Red.", "reasoning_content": "hm"}
+    assert through(THINKS, [USER, thought]).endswith("<assistant>(hm)Red.")
+    assert "hm" not in through(THINKS, [USER, thought, USER])
+    named = [{**USER, "name": "Ann"}]
+    assert through("{% for m in messages %}{{ m.name }}: {{ m.content }}{% endfor %}", named).startswith("Ann: Tell")
+
+
+def test_a_tools_answer_may_say_again_which_call_it_is_of(chat):
+    assert "It is red." in render_prompt([USER, ASKED, {**TOLD, "name": "look", "tool_call_id": "1"}], chat)
+
+
+def test_what_a_reference_says_beside_its_content_is_refused_where_it_would_be_scored():
+    reference = [{"role": "assistant", "content": "Red.", "thinking": "hm", "name": None}]
+    with pytest.raises(InputError, match="row 3: a message of the reference has the key 'thinking'"):
+        refuse_unscored(reference, 3)
+    refuse_unscored([ASKED, TOLD, {**reference[0], "thinking": ""}], 3)
+    with pytest.raises(InputError, match="'thinking'"):
+        data = Dataset.from_list([{"prompt": "a", "completion": reference}])
+        list(read_rows(data, Columns("prompt", "completion", None), PromptForm(), None, "reference"))
 
 
 def test_what_two_prompts_must_share(chat):

@@ -161,10 +161,12 @@ def test_brackets_and_control_characters_are_shown_and_do_nothing(folder, capsys
 # --- input -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_read_as_it_is_but_for_byte_order_mark_and_line_ends(scored, tmp_path):
-    path = tmp_path / "story.txt"
-    path.write_bytes(b"\xef\xbb\xbfOne \xe2\x80\x94 two.\r\nThree.\n")
-    assert scored("--file", str(path))["text"] == "One — two.\nThree.\n"
+def test_a_file_is_read_as_it_stands_but_for_a_byte_order_mark(scored, tmp_path):
+    """The same characters in a data set have the same number."""
+    path, text = tmp_path / "story.txt", "One — two.\r\nThree.\rFour.\n"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert scored("--file", str(path)) == scored("--text", text)
+    assert scored("--file", str(path))["text"] == text
 
 
 def test_what_is_wrong_with_the_input_is_said_in_one_line(capsys, tmp_path):

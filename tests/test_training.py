@@ -13,6 +13,8 @@ import warm
 from chromium import Chromium
 from training_runs import EXAMPLES, SHORT, log_history, refusal, staircase, train
 
+from ppl.definitions import LEVELS
+
 STEPS = 6
 
 
@@ -278,6 +280,30 @@ def test_baselines_as_columns_need_no_key_and_are_compared_with_the_scorer(tmp_p
     assert entry["reward_word"] != 0  # zero-shot would give 0 at the first visit
     refused = train(*data, *short, "--max_phrase_words", "3", code=2).stderr.strip().splitlines()[-1]
     assert "max_phrase_words 4" in refused and "max_phrase_words 3" in refused
+
+
+def test_what_is_left_out_skipped_or_seen_in_training_is_said_and_counted(tmp_path):
+    rows = [{"prompt": f"The {name} sat by the river and"} for name in ("cat", "dog", "fox", "owl")] * 3
+    (tmp_path / "data").mkdir()
+    for split, of_split in {"train": [*rows, {"prompt": " "}, {"prompt": None}], "test": rows[:4]}.items():
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, of_split)))
+    baselines = {rows[0]["prompt"]: dict.fromkeys(LEVELS, 1e9), rows[1]["prompt"]: dict.fromkeys(LEVELS, 1e9)}
+    (tmp_path / "b.json").write_text(json.dumps(baselines))
+    done = train(
+        "--dataset_name", tmp_path / "data", "--eval_split", "test", "--baselines_path", tmp_path / "b.json",
+        "--missing", "skip", "--output_dir", tmp_path / "out", "--heldout_samples", "1", "--no_unsloth",
+        "--no-load_in_4bit", "--max_steps", "3", "--save_steps", "3", "--logging_steps", "1", "--max_new_tokens", "8",
+        "--num_generations", "2",
+    )  # fmt: skip
+    lines = done.stderr.splitlines()
+    assert "2 of 14 rows of split 'train' are left out: no prompt" in lines
+    assert "2 of 12 rows are not trained on: their prompts are those of held-out rows" in lines
+    assert "3 of 4 rows of --eval_split test have prompts that are trained on" in lines
+    logs = [entry for entry in log_history(tmp_path / "out", 3) if "reward" in entry]
+    assert {entry["diagnostics/missing"] for entry in logs} - {0, 1}  # some calls hold skipped and scored rows
+    for entry in logs:  # both means are over the rows that are scored
+        whole = entry["rewards/multi_level_ppl/mean"] + 20 * entry["rewards/loop_penalty/mean"]
+        assert entry["reward"] == pytest.approx(whole, nan_ok=True)
 
 
 @pytest.mark.parametrize("name", ["a_file", "a_file/below", "/proc/x", ""])

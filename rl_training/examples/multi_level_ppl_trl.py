@@ -106,7 +106,10 @@ def score(args: argparse.Namespace) -> int:
 
 
 def read_text(args: argparse.Namespace) -> str:
-    """The text of --text or --file. Raises `InputError` unless there is exactly one, with something visible in it."""
+    """The text of --text, or of --file as it stands: its line breaks are kept, a byte order mark is no part of it.
+
+    Raises `InputError` unless there is exactly one, with something visible in it.
+    """
     if (args.text is None) == (args.file is None):
         raise InputError("give the text to score with --text TEXT or with --file FILE, one of the two")
     if args.text is not None:
@@ -115,7 +118,7 @@ def read_text(args: argparse.Namespace) -> str:
     else:
         source = f"--file {args.file}"
         try:
-            text = Path(args.file).read_text(encoding="utf-8-sig")
+            text = Path(args.file).read_bytes().decode("utf-8-sig")
         except OSError as error:
             raise InputError(f"{source}: {error.strerror}: expected a text file") from error
         except UnicodeDecodeError as error:

@@ -51,7 +51,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     data.add_argument("--max_samples", type=cli.positive_int, help="use the first rows only (default: all)")
     data.add_argument(
         "--heldout_samples", type=cli.positive_int,
-        help="rows kept out of training and scored before and after it (default: a fifth, at most 16)",
+        help="prompts kept out of training and scored before and after it (default: a fifth, at most 16)",
     )  # fmt: skip
 
     data.add_argument("--eval_split", help="split evaluated while training, for instance test or test[:64]")
@@ -183,7 +183,8 @@ def make_rewards(job, policy, scorer):
         rewards = [(perplexity, 1.0)]
         if guard:
             thresholds, form = job.settings["reward_thresholds"], job.settings["form"]
-            rewards.append(loop_guard(guard, thresholds, form=form, **of_prompts))
+            skips = perplexity.skips if job.args.missing == "skip" else None
+            rewards.append(loop_guard(guard, thresholds, form=form, **of_prompts, skips=skips))
     return rewards
 
 

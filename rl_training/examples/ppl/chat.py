@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .data import Text, message_text, without_none
@@ -31,12 +31,15 @@ def render_prompt(
 
     chat_template_kwargs: more variables of the template, such as `{"enable_thinking": False}`. tools: JSON schemas or
     functions that the template shows the model. Both must be the same wherever the prompt is read.
-    Raises `InputError` for messages if the tokenizer has no chat template, or one that refuses them.
+    Raises `InputError` for messages if the tokenizer has no chat template, one that refuses them, or one that does not
+    read all that they hold.
     """
     if prompt is None or isinstance(prompt, str):
         return prompt or ""
     continued = prompt[-1]["role"] == "assistant"
-    return _through_template(prompt, tokenizer, continued, chat_template_kwargs, tools)
+    rendered = _through_template(prompt, tokenizer, continued, chat_template_kwargs, tools)
+    _refuse_unread(prompt, lambda messages: _through_template(messages, tokenizer, None, chat_template_kwargs, tools))
+    return rendered
 
 
 def refuse_begun(prompts: Sequence[Text | None], trainer: str, remedy: str = "") -> None:
@@ -78,7 +81,8 @@ def completion_turns(
     return Turns(turns or [(opening, "")])
 
 
-def _through_template(messages, tokenizer, continued: bool, chat_template_kwargs, tools) -> str:
+def _through_template(messages, tokenizer, continued: bool | None, chat_template_kwargs, tools) -> str:
+    """continued: whether the last message is; None: neither it is, nor does another turn begin behind it."""
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
@@ -86,22 +90,85 @@ def _through_template(messages, tokenizer, continued: bool, chat_template_kwargs
             "the prompts are chat messages and the tokenizer has no chat template: use an instruction-tuned model's "
             "tokenizer, name a template with --chat_template_path, or give prompts as strings"
         )
-    try:
-        return tokenizer.apply_chat_template(
-            [_as_sent(message) for message in messages],
-            tools=list(tools) if tools else None,
-            tokenize=False,
-            add_generation_prompt=not continued,
-            continue_final_message=continued,
-            **(chat_template_kwargs or {}),
+    contents = [message.get("content") or "" for message in messages]
+    message_text([{"role": "user", "content": one} for one in contents])  # raises for a part that is no text
+    parts = [one if isinstance(one, list) else [{"text": one}] for one in contents]
+    texts = [text for one in parts for part in one if (text := part["text"].strip())]
+    fallback = refusal = None
+    for form, first in _forms(list(map(_as_sent, messages))):
+        try:
+            rendered = tokenizer.apply_chat_template(
+                form,
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=continued is False,
+                continue_final_message=continued is True,
+                **(chat_template_kwargs or {}),
+            )
+        # A template raises what it likes for a role or an order it does not know, and Jinja for None where it wants
+        # text.
+        except (TemplateError, TypeError, ValueError) as error:
+            refusal = refusal or error
+            continue
+        if _MARK not in rendered:
+            if all(text in rendered for text in texts[first:]):
+                return rendered
+            fallback = fallback or rendered
+    if fallback is not None:
+        return fallback
+    roles = ", ".join(str(message.get("role")) for message in messages)
+    raise InputError(
+        f"the chat template refuses messages of {roles}: {' '.join(str(refusal).split())}: change the messages, or "
+        "name another template with --chat_template_path"
+    ) from refusal
+
+
+_MARK = "no_key_of_a_part"
+
+
+def _forms(messages: list[dict]) -> Iterator[tuple[list[dict], int]]:
+    """Messages in the forms that a template may read, each with the first text that must be in what it renders.
+
+    Parts as they came: a template that takes none writes down a list as Python shows it, and then the mark is seen.
+    Strings: of these only the last text must be there, since templates leave out what was thought before. Parts again:
+    some templates of models that see images take nothing else.
+    """
+    contents = [message.get("content") for message in messages]
+    came = [[{**part, _MARK: True} for part in one] if isinstance(one, list) else one for one in contents]
+    strings = [message_text([{"role": "user", "content": one}]) if one else one for one in contents]
+    parts = [[{"type": "text", "text": one, _MARK: True}] if isinstance(one, str) else one for one in came]
+    for form, first in [*([(came, 0)] if came != contents else []), (strings, -1), (parts, 0)]:
+        yield (
+            [
+                {**message, "content": content} if "content" in message else message
+                for message, content in zip(messages, form, strict=True)
+            ],
+            first,
         )
-    # A template raises what it likes for a role or an order it does not know, and Jinja for None where it wants text.
-    except (TemplateError, TypeError, ValueError) as error:
-        roles = ", ".join(str(message.get("role")) for message in messages)
-        raise InputError(
-            f"the chat template refuses messages of {roles}: {' '.join(str(error).split())}: change the messages, or "
-            "name another template with --chat_template_path"
-        ) from error
+
+
+def _refuse_unread(messages, render: Callable[[list], str]) -> None:
+    """Raises `InputError` for a key of a message without which the template renders the same, behind it and behind all
+    messages: it does not read what stands there. The answer of a tool may say again which call it is of."""
+
+    def rendered(messages: list) -> str:
+        try:
+            return render(messages)
+        except InputError as error:
+            return str(error)
+
+    messages = [{**message, "content": message.get("content") or ""} for message in map(_as_sent, messages)]
+    for index, message in enumerate(messages):
+        known = ("role", "content", *(("name", "tool_call_id") if message["role"] == "tool" else ()))
+        for key in (key for key, value in message.items() if value and key not in known):
+            without = {name: value for name, value in message.items() if name != key}
+            before, after = messages[:index], messages[index + 1 :]
+            if all(rendered([*before, message, *end]) == rendered([*before, without, *end]) for end in ([], after)):
+                raise InputError(
+                    f"message {index} of a prompt, of the {message['role']}, has the key {key!r}, which the chat "
+                    "template does not read: drop it, put what it says into the content, or name another template "
+                    "with --chat_template_path"
+                )
 
 
 def _as_sent(message: Mapping) -> dict:

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from .sentences import split_sentences
 TINY_STORIES = Path(__file__).parent.parent / "tiny_stories"
 PROMPT_COLUMNS = ("prompt", "query", "text", "input")
 REFERENCE_COLUMNS = ("reference", "completion")
+MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
+MEDIA_TYPES = ("Image", "Audio", "Video")  # features of `datasets`
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # suffix -> builder of datasets
 
 Text = str | list[dict]  # a string, or chat messages [{"role": ..., "content": ...}, ...]
@@ -45,7 +48,10 @@ def _content(message: dict) -> str:
         return ""
     if isinstance(content, str):
         return content
-    return "".join(part["text"] for part in content if part.get("type") == "text")
+    for part in content:
+        if part.get("type") != "text":
+            raise InputError(f"a message has a part of the type {part.get('type')!r}, and only text is read here")
+    return "".join(part["text"] for part in content)
 
 
 def check_text(value, name: str) -> None:
@@ -68,6 +74,8 @@ def checked_text(value, column: str, index: int) -> Text:
     try:
         message_text([{"role": message["role"], **message} for message in value])
         return value
+    except InputError as error:
+        raise InputError(f"row {index}, column {column}: {error}") from error
     except (TypeError, KeyError, AttributeError) as error:
         raise InputError(
             f"row {index}: column {column} holds {value!r:.60}, expected a string or chat messages, each with role and "
@@ -142,6 +150,17 @@ class PromptForm(NamedTuple):
             before = [{"role": role, "content": text} for role, text in said if text is not None]
             prompt = [*before, {"role": "user" if self.user_prompt is None else "assistant", "content": prompt}]
         return prompt, reference
+
+
+def refuse_unscored(reference: Text, index: int) -> None:
+    """Raises `InputError` for a reference that says something beside the content of its messages: it is not scored."""
+    known = ("role", "content", "name", "tool_calls", "tool_call_id")
+    for message in () if isinstance(reference, str) else reference:
+        if unscored := [key for key, value in message.items() if value and key not in known]:
+            raise InputError(
+                f"row {index}: a message of the reference has the key {unscored[0]!r}, and only its content is scored: "
+                "drop it, or put what it says into the content"
+            )
 
 
 def has_reference(columns: Columns, form: PromptForm) -> bool:
@@ -229,6 +248,8 @@ def check_references(rows, columns: Columns, form: PromptForm, blank_is_wrong: b
             "--target reference needs a column with the text to measure, reference or completion: name it with "
             "--reference_column NAME"
         )
+    for index, reference in enumerate(rows["reference"]):
+        refuse_unscored(reference, index)
     blank = sum(not message_text(text).strip() for text in rows["reference"])
     if blank == len(rows) or (blank and blank_is_wrong):
         raise InputError(
@@ -238,42 +259,57 @@ def check_references(rows, columns: Columns, form: PromptForm, blank_is_wrong: b
         )
 
 
-def load_split(name: str, config: str | None = None, split: str = "train", streaming: bool = False):
-    """One split of a data set: tiny-stories, a folder, a file, or a name on the hub.
+def load_split(
+    name: str,
+    config: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    text_columns: Iterable[str | None] = (),
+):
+    """One split of a data set, or a slice as `datasets` writes it: tiny-stories, a folder, a file, a name on the hub.
 
-    Raises `InputError` if it cannot be had, saying what there is instead. Nothing of a data set is executed.
+    A file, and a saved `Dataset`, has one split, train. text_columns: of a CSV, those that are text whatever stands in
+    them, beside the usual ones. Raises `InputError` if the split cannot be had, saying what there is instead, and for
+    images, sound and video beside the text. Nothing of a data set is executed.
     """
     import datasets
 
+    from . import as_written
+
     datasets.disable_progress_bars()
-    whole = split.partition("[")[0]  # of test[:64]
     path = TINY_STORIES if name == "tiny-stories" else Path(name)
     if not path.exists() and (path.is_absolute() or name.startswith(".") or path.suffix in DATA_FILES):
         raise InputError(f"data set {name!r} does not exist: expected a folder, a file, a hub name, or tiny-stories")
+    source, files, saved = str(path) if path.exists() else name, None, None
+    if path.is_file():
+        if path.suffix not in DATA_FILES:
+            raise InputError(f"{name}: expected a file ending in .json, .jsonl, .csv or .parquet, or a folder")
+        source, files = DATA_FILES[path.suffix], {"train": str(path)}
+    elif name == "tiny-stories":
+        source, files = "json", {one: str(path / f"{one}.json") for one in ("train", "test")}
+    elif name == "wikitext" and not path.exists():  # the seed guide's short name for it
+        source, config = "Salesforce/wikitext", config or "wikitext-2-raw-v1"
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            data = datasets.load_from_disk(str(path))
-            if isinstance(data, datasets.DatasetDict):
-                if split not in data:
-                    raise InputError(f"{name} has no split {split!r}, it has {', '.join(data)}")
-                data = data[split]
-            return data.to_iterable_dataset() if streaming else data
-        if path.is_file():
-            builder = DATA_FILES.get(path.suffix)
-            if builder is None:
-                raise InputError(f"{name}: expected a file ending in .json, .jsonl, .csv or .parquet, or a folder")
-            files = {whole: str(path)}
-            return datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming)
-        if name == "tiny-stories":
-            files = {whole: str(path / f"{whole}.json")}
-            if not (path / f"{whole}.json").exists():
-                raise InputError(f"tiny-stories has no split {split!r}, it has train, test")
-            return datasets.load_dataset("json", data_files=files, split=split, streaming=streaming)
-        if path.is_dir():
-            return datasets.load_dataset(str(path), config, split=split, streaming=streaming)
-        if name == "wikitext":  # the seed guide's short name for it
-            name, config = "Salesforce/wikitext", config or "wikitext-2-raw-v1"
-        return datasets.load_dataset(name, config, split=split, streaming=streaming)
+            saved = datasets.load_from_disk(str(path))
+            saved = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+        there = saved or files
+        asked = [part.partition("[")[0].strip() for part in split.split("+")]
+        if there and (absent := [one for one in asked if one not in there]):
+            raise InputError(f"{name} has no split {absent[0]!r}, it has {', '.join(there)}")
+        if saved:
+            data = _slice(saved, split)
+            data = data.to_iterable_dataset() if streaming else data
+        else:
+            builder = datasets.load_dataset_builder(source, config, data_files=files)
+            texts = {*PROMPT_COLUMNS, *REFERENCE_COLUMNS, "id", *filter(None, text_columns)}
+            options = {**as_written.options(builder, texts), "split": split, "streaming": streaming}
+            data = datasets.load_dataset(source, config, data_files=files, **options)
+            # pandas makes an index of the cells that are too many: each name would be the next column's.
+            if builder.name == "csv" and "__index_level_0__" in column_names(data):
+                raise InputError(f"{name}: its rows have more cells than its header has names: quote cells with commas")
+        _refuse_media(data)
+        return data
     except InputError:
         raise
     # What datasets raises for a wrong name, split or configuration, a damaged file, or a hub that is out of reach.
@@ -287,12 +323,71 @@ def load_split(name: str, config: str | None = None, split: str = "train", strea
         raise InputError(f"cannot load split {split!r} of data set {name!r}: {reason}") from error
 
 
+def _slice(splits: Mapping, spec: str):
+    """Of data sets by the names of their splits, what `datasets.load_dataset(split=spec)` would give of files."""
+    import datasets
+
+    parts = datasets.ReadInstruction.from_spec(spec).to_absolute({name: len(one) for name, one in splits.items()})
+    return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
+def _refuse_media(dataset) -> None:
+    """Raises `InputError` for a column with images, sound or video: neither policy nor scorer would be given it."""
+    for name in column_names(dataset):
+        kind = type((dataset.features or {}).get(name)).__name__
+        if kind in MEDIA_TYPES or (name in MEDIA_COLUMNS and any(row[name] for row in dataset.select_columns([name]))):
+            raise InputError(
+                f"the data set has a column {name!r}, and only text is read here: drop the column if the prompts make "
+                "sense without it"
+            )
+
+
+def column_names(dataset) -> list[str]:
+    """Of a stream, those of its first row, if it does not know them before; [] if it holds no row."""
+    with reading():
+        return dataset.column_names or list(next(iter(dataset), {}))
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Turns what `datasets` raises for damage, which it meets only now in a stream, into an `InputError`."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
+        raise InputError(f"cannot read the data set: {error}") from error
+
+
+def prompt_key(prompt: Text) -> str:
+    """What is equal of prompts that a policy reads as the same: templates strip what a message says."""
+    if isinstance(prompt, str):
+        return prompt
+    said = [{**without_none(message), "content": message_text([message]).strip()} for message in prompt]
+    return json.dumps(said, sort_keys=True)
+
+
 def split_heldout(dataset, samples: int | None, seed: int):
-    """(rows to train on, rows kept out), drawn with the seed. samples: how many; None: a fifth, at most 16."""
-    samples = samples or min(16, max(1, len(dataset) // 5))
-    if samples >= len(dataset):
+    """(rows to train on, rows kept out), drawn with the seed.
+
+    samples: how many prompts are kept out, one row of each; None: a fifth, at most 16. Further rows of a prompt that is
+    kept out are in neither.
+    """
+    import datasets
+
+    rows_of: dict[str, list[int]] = {}
+    for index, prompt in enumerate(dataset["prompt"]):
+        rows_of.setdefault(prompt_key(prompt), []).append(index)
+    samples = samples or min(16, max(1, len(rows_of) // 5))
+    if samples >= len(rows_of):
+        distinct = "" if len(rows_of) == len(dataset) else f", and {len(rows_of)} different prompts"
         raise InputError(
-            f"the data set has {len(dataset)} rows: too few to keep --heldout_samples {samples} out of training"
+            f"the data set has {len(dataset)} rows{distinct}: too few to keep --heldout_samples {samples} out of "
+            "training"
         )
-    parts = dataset.train_test_split(test_size=samples, seed=seed)
-    return parts["train"], parts["test"]
+    groups = datasets.Dataset.from_dict({"rows": list(rows_of.values())})
+    parts = groups.train_test_split(test_size=samples, seed=seed)
+    kept_out = [rows[0] for rows in parts["test"]["rows"]]
+    return dataset.select([row for rows in parts["train"]["rows"] for row in rows]), dataset.select(kept_out)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import cli
-from ..data import Columns, PromptForm, find_columns, has_reference, load_split
+from ..data import Columns, PromptForm, column_names, find_columns, has_reference, load_split
 from ..errors import InputError
 from ..files import check_folder, writable_file
 from ..identity import differences
@@ -17,7 +17,7 @@ from ..retired import retired
 from .file import SUFFIXES
 from .meta import read_meta
 from .parts import Parts
-from .rows import Row, column_names, read_rows
+from .rows import Row, read_rows
 from .scores import generation
 
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
@@ -67,7 +67,8 @@ def prepare(args: argparse.Namespace, survey: bool = True) -> Job:
     if args.output_dataset is not None:
         check_dataset_folder(args, parts)
 
-    dataset = load_split(args.dataset_name, args.dataset_config, args.dataset_split, args.streaming)
+    texts = cli.column_options(args)[:3]
+    dataset = load_split(args.dataset_name, args.dataset_config, args.dataset_split, args.streaming, texts)
     names = column_names(dataset)
     if not names:
         raise InputError(f"split {args.dataset_split!r} of data set {args.dataset_name!r} holds no row")

@@ -3,12 +3,11 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 
-from ..data import Columns, PromptForm, Text, make_row, message_text
+from ..data import Columns, PromptForm, Text, make_row, message_text, reading, refuse_unscored
 from ..errors import InputError
 
 
@@ -58,6 +57,8 @@ def read_rows(dataset, columns: Columns, form: PromptForm, limit: int | None, sc
         rows = []
         for example in batch:
             row = make_row(example, number, columns, form)
+            if scored == "reference":
+                refuse_unscored(row["reference"], number)
             rows.append(Row(number, **row) if message_text(row[scored]).strip() else None)
             number += 1
         with_text = [row for row in rows if row is not None]
@@ -75,30 +76,11 @@ def read_rows(dataset, columns: Columns, form: PromptForm, limit: int | None, sc
                 return
 
 
-def column_names(dataset) -> list[str]:
-    """Of a stream, those of its first row, if it does not know them before; [] if it holds no row."""
-    with reading():
-        return dataset.column_names or list(next(iter(dataset), {}))
-
-
 def _batches(dataset, columns: Columns) -> Iterator[list[dict]]:
     names = list(dict.fromkeys(name for name in columns if name is not None))
     with reading():
         for batch in dataset.select_columns(names).iter(batch_size=1000):
             yield [dict(zip(names, values, strict=True)) for values in zip(*(batch[n] for n in names), strict=True)]
-
-
-@contextmanager
-def reading() -> Iterator[None]:
-    """Turns what `datasets` raises for damage, which it meets only now in a stream, into an `InputError`."""
-    from datasets.exceptions import DatasetsError
-
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, DatasetsError) as error:
-        raise InputError(f"cannot read the data set: {error}") from error
 
 
 def windows(rows: Iterable[Row | None], most_rows: int, most_characters: int) -> Iterator[Window]:

@@ -220,6 +220,14 @@ class MultiLevelPPLRewardFunction:
             one.first_visits = copy.deepcopy(self.first_visits)
         return rewards
 
+    def skips(self, prompts, completions, **columns) -> list[bool]:
+        """Of each completion of a call in TRL's calling convention, whether its row is skipped (`missing="skip"`): what
+        stands beside this function has nothing to say of it, either. Scored anew only where another call was last."""
+        of = (list(prompts), [message_text(completion) for completion in completions])
+        if self._last is None or self._last.of != of:
+            self._timed(prompts, completions, columns)
+        return self._last.skipped.tolist() if self._last else [False] * len(completions)
+
     def _timed(self, prompts, completions, columns: Mapping) -> tuple[list[float], float]:
         """(what `compute_rewards` gives for TRL's columns, seconds it took)"""
         if "trainer_state" in columns and not given_by_trainer(columns):
@@ -299,6 +307,7 @@ class MultiLevelPPLRewardFunction:
         prompts = [None] * n if prompts is None else list(prompts)
         references = [None] * n if references is None else list(references)
         contexts = [self.calculator.render(prompt) for prompt in prompts]
+        of = (prompts, [message_text(text) for text in texts])
         completions = texts if completions is None else completions
         pairs, texts = self.written(prompts, completions, completion_ids, prompt_ids)
 
@@ -332,7 +341,8 @@ class MultiLevelPPLRewardFunction:
             every, mine = of_this(rewards[~skipped].tolist())
             rewards[~skipped] = normalized(np.array(every))[mine]
         extracted = np.array(has_part, dtype=bool) if of_reference else np.ones(n, dtype=bool)
-        self._last = LastCall(details, skipped, ~(skipped | unscorable), first_visit, extracted, one.clipped, vetoed)
+        scored = ~(skipped | unscorable)
+        self._last = LastCall(details, skipped, scored, first_visit, extracted, one.clipped, vetoed, of)
         result = torch.from_numpy(rewards).float().to(self.device)
         return (result, details) if return_details else result
 

@@ -17,6 +17,7 @@ class LastCall(NamedTuple):
     extracted: np.ndarray  # bool [B]: completions that `extract` matches
     clipped: np.ndarray | None  # bool [B]: with form="nats", those whose ratio is beyond NATS_CLIP
     vetoed: Sequence[bool] | None  # [B]: with a veto
+    of: tuple[list, list[str]]  # its prompts and texts
 
 
 def log(call: LastCall, extracts: bool, log_metric, log_extra=None) -> None:
@@ -32,7 +33,7 @@ def log(call: LastCall, extracts: bool, log_metric, log_extra=None) -> None:
         every = from_all(call.clipped[call.scored].tolist())
         log_metric("diagnostics/clipped", sum(every) / len(every) if every else 0.0)
     if call.vetoed is not None:
-        every = from_all(call.vetoed)
+        every = from_all(np.asarray(call.vetoed)[~call.skipped].tolist())
         log_metric("diagnostics/vetoed", sum(every) / len(every) if every else 0.0)
     columns = {f"reward_{level}": call.details["improvements"][level] for level in LEVELS}
     columns |= {f"ppl/{level}": call.details["ppls"][level] for level in LEVELS}

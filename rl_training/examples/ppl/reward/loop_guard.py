@@ -19,6 +19,7 @@ def loop_guard(
     form: str = "thresholds",
     tokenizer=None,
     chat: Mapping | None = None,
+    skips: Callable[..., Sequence[bool]] | None = None,
 ) -> tuple[Callable, float]:
     """(a penalty on repetition, its weight for GRPOConfig's `reward_weights`), to stand beside the perplexity reward.
 
@@ -43,7 +44,9 @@ def loop_guard(
 
     weight: 0 or more. normalized_over: completions in one call of a reward with `normalize=True`, else None.
     tokenizer: the policy's, whose ids the completions are; None: copies of the prompt are free. chat: keywords of
-    `ppl.chat.render_prompt`. Raises `InputError` for a weight that is not finite or below 0.
+    `ppl.chat.render_prompt`. skips: `MultiLevelPPLRewardFunction.skips` of the reward beside it: a row that it skips
+    gets None, so that no 0 of the guard's counts as its reward. Raises `InputError` for a weight that is not finite or
+    below 0.
 
     >>> penalty, weight = loop_guard()
     >>> [weight * share for share in penalty(completion_ids=[list(range(20)), [1, 2, 3, 4] * 5])]
@@ -54,7 +57,7 @@ def loop_guard(
     widest = 2 * NATS_CLIP if form == "nats" else max(values) - min(values)
     if normalized_over:
         widest = math.sqrt(2 * (normalized_over - 1))
-    return LoopPenalty(RepeatedShare(tokenizer, chat)), weight * widest
+    return LoopPenalty(RepeatedShare(tokenizer, chat), skips), weight * widest
 
 
 def loop_veto(weight: float = WEIGHT, tokenizer=None, chat: Mapping | None = None) -> "LoopVeto":
@@ -102,11 +105,17 @@ class LoopPenalty:
 
     __name__ = "loop_penalty"
 
-    def __init__(self, share: RepeatedShare) -> None:
+    def __init__(self, share: RepeatedShare, skips: Callable[..., Sequence[bool]] | None = None) -> None:
         self.share = share
+        self.skips = skips
 
-    def __call__(self, completion_ids, prompts=None, prompt_ids=None, **columns) -> list[float]:
-        return [-share if share else 0.0 for share in self.share(completion_ids, prompts, prompt_ids)]
+    def __call__(self, completion_ids, prompts=None, prompt_ids=None, **columns) -> list[float | None]:
+        shares = self.share(completion_ids, prompts, prompt_ids)
+        skipped = [False] * len(shares)
+        if self.skips is not None:
+            given = {} if prompt_ids is None else {"prompt_ids": prompt_ids}
+            skipped = self.skips(prompts, completion_ids=completion_ids, **given, **columns)
+        return [None if skip else -share if share else 0.0 for share, skip in zip(shares, skipped, strict=True)]
 
 
 class LoopVeto:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from .. import cli
 from ..baselines.file import Baselines
 from ..baselines.meta import read_meta
 from ..baselines.mismatch import check_meta
-from ..data import PromptForm, check_references, find_columns, load_split, prepare_rows, split_heldout
+from ..data import PromptForm, check_references, find_columns, load_split, prepare_rows, prompt_key, split_heldout
 from ..definitions import BASELINE_COLUMNS
 from ..errors import BaselineError, InputError
 from ..files import check_folder
@@ -104,15 +105,26 @@ def prepare(args: argparse.Namespace, rest: list[str], command: list[str], prepa
         expected = {"prompt": form.identity, "definitions": definitions, "target": args.target, "model": scorer}
         check_meta(made, expected)
     policy_load, scorer_load = loading(args, made.meta)
-    rows = load_rows(args, form, args.dataset_split, baselines, prepare_dataset, args.max_samples)
+    notices: list[str] = []
+    rows = load_rows(args, form, args.dataset_split, baselines, prepare_dataset, notices, args.max_samples)
     train_rows, heldout_rows = split_heldout(rows, args.heldout_samples, args.seed)
-    eval_rows = load_rows(args, form, args.eval_split, baselines, prepare_dataset) if args.eval_split else None
+    if left := len(rows) - len(train_rows) - len(heldout_rows):
+        notices.append(f"{left} of {len(rows)} rows are not trained on: their prompts are those of held-out rows")
+    eval_rows = None
+    if args.eval_split:
+        eval_rows = load_rows(args, form, args.eval_split, baselines, prepare_dataset, notices)
+        trained = set(map(prompt_key, train_rows["prompt"]))
+        if seen := sum(prompt_key(prompt) in trained for prompt in eval_rows["prompt"]):
+            of = f"{seen} of {len(eval_rows)} rows of --eval_split {args.eval_split}"
+            notices.append(f"{of} have prompts that are trained on")
     without_unsloth = "--no_unsloth" if args.no_unsloth else import_unsloth()
     config, asked, defaults = grpo_config(args, rest, batches)
     config.eval_on_start = config.eval_on_start and checkpoint is None
     check_batch(len(train_rows), config)
     if config.push_to_hub:
         check_hub(config)
+    if is_first():
+        print("".join(f"{notice}\n" for notice in notices), end="", file=sys.stderr)
     return Job(
         args, command, checkpoint, settings, baselines, column_meta, policy_load, scorer_load, train_rows, heldout_rows,
         eval_rows, without_unsloth, config, asked, defaults,
@@ -169,17 +181,23 @@ def load_rows(
     split: str,
     baselines: Baselines | None,
     prepare_dataset: Callable,
+    notices: list[str],
     most: int | None = None,
 ):
-    """A split's first rows as `prepare_dataset` makes them.
+    """A split's first rows as `prepare_dataset` makes them. How many it left out is added to the notices.
 
     Raises `InputError` if one has no baseline and needs it, or one that is another text's.
     """
-    dataset = load_split(args.dataset_name, args.dataset_config, split)
+    dataset = load_split(args.dataset_name, args.dataset_config, split, text_columns=cli.column_options(args)[:3])
     if most is not None:
         dataset = dataset.select(range(min(most, len(dataset))))
     columns = find_columns(dataset.column_names, *cli.column_options(args))
     rows = prepare_dataset(dataset, columns, form)
+    if not len(rows):
+        raise InputError(f"split {split!r} of data set {args.dataset_name!r} holds no row with a prompt")
+    if len(rows) < len(dataset):
+        left_out = f"{len(dataset) - len(rows)} of {len(dataset)} rows of split {split!r} are left out"
+        notices.append(f"{left_out}: no prompt" + (", or no text behind it" if form.prompt_sentences else ""))
     if set(BASELINE_COLUMNS) & set(dataset.column_names) & set(rows.column_names):
         _check_unedited(rows, prepare_rows(dataset, columns, form), args.dataset_name)
     references = rows["reference"] if args.target == "reference" else None
