@@ -77,7 +77,12 @@ def test_a_resumed_run_takes_up_the_first_visits_of_all_three(tmp_path):
 def test_a_skipped_row_is_none_at_every_level_vetoed_or_not():
     function = reward({" fox": 10.0}, baselines={"x": levels(100)}, missing="skip")
     views = function.per_level(lambda completions, **columns: [True] * len(completions))
-    assert [one(["p"] * 2, [" fox"] * 2, id=["x", "y"]) for one in views] == [[pytest.approx(-0.1), None]] * 3
+    logged = {}
+    columns = {"id": ["x", "y"], "log_metric": logged.__setitem__}
+    assert [one(["p"] * 2, [" fox"] * 2, **columns) for one in views] == [[pytest.approx(-0.1), None]] * 3
+    views = function.per_level(lambda completions, **columns: [False, True])
+    assert [one(["p"] * 2, [" fox"] * 2, **columns)[1] for one in views] == [None] * 3
+    assert logged["diagnostics/vetoed"] == 0  # of the rows that are not skipped
 
 
 def test_what_cannot_be_taken_apart_is_refused():

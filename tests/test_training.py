@@ -292,18 +292,19 @@ def test_what_is_left_out_skipped_or_seen_in_training_is_said_and_counted(tmp_pa
     done = train(
         "--dataset_name", tmp_path / "data", "--eval_split", "test", "--baselines_path", tmp_path / "b.json",
         "--missing", "skip", "--output_dir", tmp_path / "out", "--heldout_samples", "1", "--no_unsloth",
-        "--no-load_in_4bit", "--max_steps", "3", "--save_steps", "3", "--logging_steps", "1", "--max_new_tokens", "8",
-        "--num_generations", "2",
+        "--no-load_in_4bit", "--max_steps", "6", "--save_steps", "6", "--logging_steps", "1", "--max_new_tokens", "8",
+        "--num_generations", "2", "--per_device_train_batch_size", "2", "--num_generations_eval", "2",
     )  # fmt: skip
     lines = done.stderr.splitlines()
     assert "2 of 14 rows of split 'train' are left out: no prompt" in lines
     assert "2 of 12 rows are not trained on: their prompts are those of held-out rows" in lines
     assert "3 of 4 rows of --eval_split test have prompts that are trained on" in lines
-    logs = [entry for entry in log_history(tmp_path / "out", 3) if "reward" in entry]
-    assert {entry["diagnostics/missing"] for entry in logs} - {0, 1}  # some calls hold skipped and scored rows
-    for entry in logs:  # both means are over the rows that are scored
-        whole = entry["rewards/multi_level_ppl/mean"] + 20 * entry["rewards/loop_penalty/mean"]
-        assert entry["reward"] == pytest.approx(whole, nan_ok=True)
+    history = log_history(tmp_path / "out", 6)
+    rewards = [entry["reward"] for entry in history if "reward" in entry]
+    assert len(rewards) == 6 and None in rewards and 1.0 in rewards  # steps of one prompt, with and without a baseline
+    means = [(entry["eval_reward"], entry["eval_diagnostics/missing"]) for entry in history if "eval_reward" in entry]
+    assert means and set(means) == {(1.0, 0.5)}  # half of them are skipped
+    assert "reward none (spread none)" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", ["a_file", "a_file/below", "/proc/x", ""])

@@ -147,7 +147,8 @@ def _points(log_history: Sequence[Mapping]) -> tuple[list[dict], int]:
     steps: dict[float, dict] = {}
     for entry in log_history:
         if "step" in entry:
-            steps.setdefault(entry["step"], {}).update(entry)
+            # TRL logs None where all rows of a step were skipped.
+            steps.setdefault(entry["step"], {}).update({k: v for k, v in entry.items() if v is not None})
     entries = [steps[step] for step in sorted(steps)]
     size = max(1, math.ceil(len(entries) / MOST_POINTS))
     return [_mean(entries[start : start + size]) for start in range(0, len(entries), size)], size

@@ -39,10 +39,10 @@ def plot_training(log_history: list[dict], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    logs = [entry for entry in log_history if "reward" in entry]
+    logs = [entry for entry in log_history if entry.get("reward") is not None]  # None: all rows were skipped
     steps = [entry["step"] for entry in logs]
     reward = [entry["reward"] for entry in logs]
-    spread = [entry.get("reward_std", 0.0) for entry in logs]
+    spread = [entry.get("reward_std") or 0.0 for entry in logs]
     figure = Figure(figsize=(8, 6.5), layout="constrained")
     FigureCanvasAgg(figure)  # and not pyplot's, which is the caller's own
     top, bottom = figure.subplots(2, 1, sharex=True)

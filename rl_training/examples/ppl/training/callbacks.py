@@ -49,10 +49,15 @@ class OneLineProgress(ProgressCallback):
                 levels = ", ".join(f"{level} {logs[f'{prefix}reward_{level}']:+.1f} %" for level in LEVELS)
                 # Unsloth's trainer on a GPU computes none.
                 entropy = f", entropy {logs[f'{prefix}entropy']:.2f}" if f"{prefix}entropy" in logs else ""
+                # None where rows were skipped: the mean of none, the spread of one.
+                reward, spread = (
+                    "none" if (value := logs[f"{prefix}{name}"]) is None else f"{value:.3f}"
+                    for name in ("reward", "reward_std")
+                )
                 self.training_bar.write(
-                    f"step {state.global_step}{', eval' if prefix else ''}: reward {logs[f'{prefix}reward']:.3f} "
-                    f"(spread {logs[f'{prefix}reward_std']:.3f}), {levels}, "
-                    f"{logs[f'{prefix}completions/mean_length']:.0f} tokens{entropy}{in_one_line(logs, prefix)}"
+                    f"step {state.global_step}{', eval' if prefix else ''}: reward {reward} (spread {spread}), "
+                    f"{levels}, {logs[f'{prefix}completions/mean_length']:.0f} tokens{entropy}"
+                    f"{in_one_line(logs, prefix)}"
                 )
 
 
