@@ -16,7 +16,7 @@ files.py              the only place that writes a file
 cli.py                the flags that scripts share, and how a script ends
 notebooks.py          a script's main called in a notebook
 data.py               a data set -> rows of prompt, reference and id
-as_written.py         CSV and JSON files read with their text as it stands there
+splits.py             what datasets gives: text as it is written, slices, no images
 chat.py               chat messages -> text: prompts, and completions of several messages
 sentences.py          text -> where its sentences start; codes of languages
 models.py             model and tokenizer from Unsloth, transformers or the embedded folder

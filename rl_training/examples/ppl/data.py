@@ -3,8 +3,7 @@
 import hashlib
 import json
 import string
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +14,6 @@ from .sentences import split_sentences
 TINY_STORIES = Path(__file__).parent.parent / "tiny_stories"
 PROMPT_COLUMNS = ("prompt", "query", "text", "input")
 REFERENCE_COLUMNS = ("reference", "completion")
-MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
-MEDIA_TYPES = ("Image", "Audio", "Video")  # features of `datasets`
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # suffix -> builder of datasets
 
 Text = str | list[dict]  # a string, or chat messages [{"role": ..., "content": ...}, ...]
@@ -274,7 +271,7 @@ def load_split(
     """
     import datasets
 
-    from . import as_written
+    from . import splits
 
     datasets.disable_progress_bars()
     path = TINY_STORIES if name == "tiny-stories" else Path(name)
@@ -298,17 +295,17 @@ def load_split(
         if there and (absent := [one for one in asked if one not in there]):
             raise InputError(f"{name} has no split {absent[0]!r}, it has {', '.join(there)}")
         if saved:
-            data = _slice(saved, split)
+            data = splits.sliced(saved, split)
             data = data.to_iterable_dataset() if streaming else data
         else:
             builder = datasets.load_dataset_builder(source, config, data_files=files)
             texts = {*PROMPT_COLUMNS, *REFERENCE_COLUMNS, "id", *filter(None, text_columns)}
-            options = {**as_written.options(builder, texts), "split": split, "streaming": streaming}
+            options = {**splits.options(builder, texts), "split": split, "streaming": streaming}
             data = datasets.load_dataset(source, config, data_files=files, **options)
             # pandas makes an index of the cells that are too many: each name would be the next column's.
-            if builder.name == "csv" and "__index_level_0__" in column_names(data):
+            if builder.name == "csv" and "__index_level_0__" in splits.column_names(data):
                 raise InputError(f"{name}: its rows have more cells than its header has names: quote cells with commas")
-        _refuse_media(data)
+        splits.refuse_media(data)
         return data
     except InputError:
         raise
@@ -321,44 +318,6 @@ def load_split(
         elif not path.exists():
             reason += "; without a network use a folder, a .json, .jsonl, .csv or .parquet file, or tiny-stories"
         raise InputError(f"cannot load split {split!r} of data set {name!r}: {reason}") from error
-
-
-def _slice(splits: Mapping, spec: str):
-    """Of data sets by the names of their splits, what `datasets.load_dataset(split=spec)` would give of files."""
-    import datasets
-
-    parts = datasets.ReadInstruction.from_spec(spec).to_absolute({name: len(one) for name, one in splits.items()})
-    return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
-
-
-def _refuse_media(dataset) -> None:
-    """Raises `InputError` for a column with images, sound or video: neither policy nor scorer would be given it."""
-    for name in column_names(dataset):
-        kind = type((dataset.features or {}).get(name)).__name__
-        if kind in MEDIA_TYPES or (name in MEDIA_COLUMNS and any(row[name] for row in dataset.select_columns([name]))):
-            raise InputError(
-                f"the data set has a column {name!r}, and only text is read here: drop the column if the prompts make "
-                "sense without it"
-            )
-
-
-def column_names(dataset) -> list[str]:
-    """Of a stream, those of its first row, if it does not know them before; [] if it holds no row."""
-    with reading():
-        return dataset.column_names or list(next(iter(dataset), {}))
-
-
-@contextmanager
-def reading() -> Iterator[None]:
-    """Turns what `datasets` raises for damage, which it meets only now in a stream, into an `InputError`."""
-    from datasets.exceptions import DatasetsError
-
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, DatasetsError) as error:
-        raise InputError(f"cannot read the data set: {error}") from error
 
 
 def prompt_key(prompt: Text) -> str:

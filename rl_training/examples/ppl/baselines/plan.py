@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import cli
-from ..data import Columns, PromptForm, column_names, find_columns, has_reference, load_split
+from ..data import Columns, PromptForm, find_columns, has_reference, load_split
 from ..errors import InputError
 from ..files import check_folder, writable_file
 from ..identity import differences
 from ..models import model_path
 from ..reference_context import ReferenceContext
 from ..retired import retired
+from ..splits import column_names
 from .file import SUFFIXES
 from .meta import read_meta
 from .parts import Parts

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data import Columns, PromptForm, Text, make_row, message_text, reading, refuse_unscored
+from ..data import Columns, PromptForm, Text, make_row, message_text, refuse_unscored
 from ..errors import InputError
+from ..splits import reading
 
 
 class Row(NamedTuple):
