@@ -18,6 +18,7 @@ import compute_baselines_trl
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
 from ppl.baselines.file import Baselines
 from ppl.sampling import end_tokens, prompt_ids, sample
+from ppl.scoring.decoding import Decoding
 from ppl.scoring.tokens import Sampled, TextEncoder
 from ppl.training.heldout import evaluate, kl_scorers
 from ppl.training.rewards import other_beginning
@@ -424,3 +425,42 @@ def test_the_end_token_of_a_policy_that_is_another_model_is_no_text():
     for written in (ids, [*ids, end], [*ids, other], [*ids, end, tokenizer.pad_token_id]):
         _, details = reward_fn.compute_rewards([text], ["Once upon"], completion_ids=[written], return_details=True)
         assert details["ppls"]["sentence"].item() == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-5)
+
+
+class Counted:
+    """A tokenizer of the `tokenizers` library that counts the tokens it decodes."""
+
+    def __init__(self, backend):
+        self.backend, self.tokens = backend, 0
+
+    def __getattr__(self, name):
+        return getattr(self.backend, name)
+
+    def decode(self, ids, **options):
+        self.tokens += len(ids)
+        return self.backend.decode(ids, **options)
+
+    def decode_batch(self, sequences, **options):
+        self.tokens += sum(map(len, sequences))
+        return self.backend.decode_batch(sequences, **options)
+
+
+@pytest.mark.parametrize("name", ["byte_level", "gpt2_like", "llama2_like", "gemma_like"])
+@pytest.mark.parametrize("cut", [0, 1])
+def test_a_character_in_pieces_is_decoded_once(name, cut):
+    """Each piece was decoded alone and again in every beginning; of a text cut inside a character all of them were."""
+    backend = toys.WRITERS[name]().backend_tokenizer
+    prompt, text = "สวัสดี 中文", "ไทยไทยนั้นสวย中文字符都在这里😀👍🏽" * 8
+    given, ids = (backend.encode(one, add_special_tokens=False).ids for one in (prompt, text))
+    ids = ids[: len(ids) - cut]
+    decoding = Decoding(backend)
+    decoding._learn([given, ids])
+    decoding._backend = counted = Counted(backend)
+    [(found, starts)] = decoding.behind([given], [ids])
+    assert counted.tokens <= 2 * len(given) + len(ids)
+    if not cut:
+        assert found.strip() == text
+        sizes = [len(char.encode()) for char in text]
+        assert starts.tolist()[-sum(sizes) :] == [
+            index for index, size in enumerate(sizes, len(found) - len(text)) for _ in range(size)
+        ]

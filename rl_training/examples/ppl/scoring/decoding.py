@@ -1,13 +1,17 @@
 """Token ids -> their text, and where in it each token begins: what offsets are to a text that was tokenized."""
 
 import functools
+import re
 from collections.abc import Sequence
-from itertools import chain, pairwise
+from itertools import accumulate, chain, groupby, takewhile
 
 import numpy as np
 from tokenizers import Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 _UNFINISHED = "\ufffd"  # what a decoder makes of bytes that are no character (yet)
+_BYTE = re.compile("<0x([0-9A-F]{2})>")  # a byte's token, beside tokens of characters
+_BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}  # in tokens that are all made of bytes
 
 
 class Decoding:
@@ -21,6 +25,10 @@ class Decoding:
         # A token's text depends on what stands before it; for most decoders only on whether anything does.
         self._anchor, self._anchor_text = self._something()
         self._pieces: dict[int, str] = {}
+        self._bytes: dict[int, bytes] = {}  # of tokens that can hold a part of a character
+        # Llama 2's decoder: bytes in a row are characters if all of them are; otherwise none is.
+        byte = backend.token_to_id("<0x41>")
+        self._all_or_none = byte is not None and self._text([byte]) == "A"
 
     @functools.cached_property
     def loses_a_space(self) -> bool:
@@ -39,7 +47,7 @@ class Decoding:
         """
         alone = dict(zip(unique := list(dict.fromkeys(map(tuple, prompts))), self._texts(unique), strict=True))
         whole = self._texts([[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)])
-        self._learn(completions)
+        self._learn([*unique, *completions])
         decoded = []
         for prompt, completion, text in zip(prompts, completions, whole, strict=True):
             border = _common(alone[tuple(prompt)], text)
@@ -59,46 +67,83 @@ class Decoding:
     def _texts(self, sequences: Sequence[Sequence[int]]) -> list[str]:
         return self._backend.decode_batch([list(ids) for ids in sequences], skip_special_tokens=True)
 
-    def _behind_anchor(self, ids: Sequence[int]) -> str:
-        return self._text([*self._anchor, *ids]).removeprefix(self._anchor_text)
-
-    def _learn(self, completions: Sequence[Sequence[int]]) -> None:
-        new = [token for token in {token for ids in completions for token in ids} if token not in self._pieces]
+    def _learn(self, sequences: Sequence[Sequence[int]]) -> None:
+        new = [token for token in set(chain.from_iterable(sequences)) if token not in self._pieces]
         texts = self._texts([[*self._anchor, token] for token in new])
-        self._pieces.update(
-            (token, text.removeprefix(self._anchor_text)) for token, text in zip(new, texts, strict=True)
-        )
+        for token, text in zip(new, texts, strict=True):
+            self._pieces[token] = piece = text.removeprefix(self._anchor_text)
+            name = self._backend.id_to_token(token) or ""
+            if self._all_or_none and (byte := _BYTE.fullmatch(name)):
+                self._bytes[token] = bytes.fromhex(byte[1])
+            elif _UNFINISHED in piece and not self._all_or_none and _BYTE_OF.keys() >= set(name):
+                self._bytes[token] = bytes(_BYTE_OF[letter] for letter in name)
 
     def _starts(self, prompt: Sequence[int], completion: Sequence[int], whole: str, border: int) -> np.ndarray:
-        pieces = self._whole_characters(completion)
-        text, joined = whole[border:], "".join(pieces)
-        starts = np.cumsum([0, *map(len, pieces)])[: len(completion)]
-        if len(joined) == len(text) + 1 and joined.endswith(text):  # behind nothing, the first space is stripped
-            joined, starts = text, np.maximum(starts - 1, 0)
-        if joined != text:
-            # Slow, and for any decoder: a token begins where the text of all before it ceases to be the whole one's.
-            same = _common(joined, text)
-            first = max(0, int(np.searchsorted(starts, same, side="right")) - 1)
-            for index in range(first, len(completion)):
-                before = self._text([*prompt, *completion[:index]])
-                starts[index] = max(_common(before, whole) - border, starts[index - 1] if index else 0)
+        # Bytes that the prompt ends in can be of the completion's first character.
+        open_bytes = [*takewhile(lambda token: token in self._bytes or not self._pieces[token], reversed(prompt))][::-1]
+        text, starts = self._laid_out([*open_bytes, *completion])
+        starts = np.maximum.accumulate(starts[len(open_bytes) :])
+        behind = starts + len(whole) - len(text) - border
+        if text == " " + whole:  # behind nothing, the first space is stripped
+            return np.maximum(behind, 0)
+        if whole.endswith(text) and not behind[:1].any():
+            return behind
+        # Slow, and for any decoder: a token begins where the text of all before it ceases to be the whole one's.
+        same = 0 if open_bytes else _common(text, whole[border:])
+        first = max(0, int(np.searchsorted(starts, same, side="right")) - 1)
+        for index in range(first, len(completion)):
+            before = self._text([*prompt, *completion[:index]])
+            starts[index] = max(_common(before, whole) - border, starts[index - 1] if index else 0)
         return starts
 
-    def _whole_characters(self, completion: Sequence[int]) -> list[str]:
-        """Each token's text; where only several tokens make a character, the last of them has it."""
-        pieces = [self._pieces[token] for token in completion]
-        index = 0
-        while index < len(pieces):
-            start, text = index, pieces[index]
-            while text.endswith(_UNFINISHED) and index + 1 < len(pieces) and _UNFINISHED in pieces[index + 1]:
-                index += 1
-                text = self._behind_anchor(completion[start : index + 1])
-            index += 1
-            if index > start + 1:
-                before = [self._behind_anchor(completion[start:end]) for end in range(start, index)]
-                settled = np.maximum.accumulate([_common(one, text) for one in before] + [len(text)]).tolist()
-                pieces[start:index] = [text[begin:end] for begin, end in pairwise(settled)]
-        return pieces
+    def _laid_out(self, ids: Sequence[int]) -> tuple[str, np.ndarray]:
+        """(the tokens' text, int64 [n], where in it each begins), of which each character is decoded once."""
+        has_text = [index for index, token in enumerate(ids) if self._pieces[token] or token in self._bytes]
+        texts, starts, size = [], [], 0
+        for of_bytes, run in groupby([ids[index] for index in has_text], self._bytes.__contains__):
+            if of_bytes:
+                text, inside = self._of_bytes([self._bytes[token] for token in run])
+            else:
+                pieces = [self._pieces[token] for token in run]
+                text, inside = "".join(pieces), [*accumulate(map(len, pieces), initial=0)][:-1]
+            texts.append(text)
+            starts += [size + start for start in inside]
+            size += len(text)
+        # A token without a text begins where the next one does.
+        following = np.searchsorted(has_text, np.arange(len(ids)))
+        return "".join(texts), np.array([*starts, size])[following]
+
+    def _of_bytes(self, parts: Sequence[bytes]) -> tuple[str, list[int]]:
+        """(the text of tokens that hold bytes, the character in which each begins)"""
+        data = b"".join(parts)
+        begins = [*accumulate(map(len, parts), initial=0)][:-1]
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            if self._all_or_none:  # none of the bytes is part of a character, not even those before the fault
+                settled = {*accumulate(_sizes(data[: error.start].decode(), data), initial=0)}
+                return _UNFINISHED * len(data), [0 if begin in settled else begin for begin in begins]
+            text = data.decode(errors="replace")
+        char_of: list[int] = []  # by byte
+        for index, (char, size) in enumerate(zip(text, _sizes(text, data), strict=True)):
+            # What is no character with fewer of its bytes is none with all of them: the text goes on behind it.
+            char_of += [index] + [index + (char == _UNFINISHED)] * (size - 1)
+        return text, [char_of[begin] for begin in begins]
+
+
+def _sizes(text: str, data: bytes) -> list[int]:
+    """How many of the bytes each character was made of."""
+    sizes, at = [], 0
+    for char in text:
+        size = len(char.encode())
+        if char == _UNFINISHED:
+            try:
+                data[at : at + 4].decode()
+            except UnicodeDecodeError as error:
+                size = size if error.start else error.end
+        sizes.append(size)
+        at += size
+    return sizes
 
 
 def _common(a: str, b: str) -> int:
