@@ -207,6 +207,60 @@ def test_every_sampled_token_is_paid_for_special_ones_too(model, tokenizer):
     assert words == [" said ", "ran"]
 
 
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("special", ["<s>", "<x>"])
+def test_a_special_token_that_is_no_end_cuts_nothing_off(special, ended):
+    """Of "said <x> ran <x>" only "said" was paid for, and "<x> ran <x>" was blank. What trails is left out."""
+    tokenizer, model = toys.byte_level(), toys.llama()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    tokenizer.add_tokens(["<x>"], special_tokens=True)
+    x, end = tokenizer.convert_tokens_to_ids(special), [tokenizer.eos_token_id] * ended
+    given, said, ran = (tokenizer(text)["input_ids"] for text in ("The fox", " said", " ran"))
+    for written, units in (
+        ([*said, x, *ran], [" said ", "ran"]),
+        ([x, *ran], [" ran"]),
+        ([*said, x, x, x, *ran], [" said ", "ran"]),
+        (said, [" said"]),
+    ):
+        for trailing in ([], [x], [x, x]):
+            total, words = scored(model, tokenizer, "The fox", [*written, *trailing, *end])
+            assert total == pytest.approx(sum(surprisals(model, given, written)), rel=1e-5)
+            assert words == units
+    baselines = {"The fox": dict.fromkeys(LEVELS, 1e9)}
+    for blank, reward in (([x, x], 0), ([], 0), ([x, *ran, x], 1)):
+        text = tokenizer.decode(blank, skip_special_tokens=True)
+        found = MultiLevelPPLRewardFunction(model, tokenizer, baselines)(
+            ["The fox"], [text], completion_ids=[[*blank, *end]]
+        )
+        assert found == [pytest.approx(reward)]
+
+
+def test_any_ids_are_paid_for_up_to_what_trails(model, tokenizer):
+    """Ids drawn at random, specials often among them, against one pass a completion and the rule in slow."""
+    draw, given = np.random.default_rng(0), tokenizer("The fox")["input_ids"]
+    special, ends = tokenizer.all_special_ids, end_tokens(model, tokenizer)
+    vocabulary = [*special, *special, *range(60, 80), *range(380, 396)]
+    drawn = [draw.choice(vocabulary, size=draw.integers(1, 20)).tolist() for _ in range(60)]
+    expected, kept = [], []
+    for ids in drawn:
+        first = next((index for index, one in enumerate(ids) if one == tokenizer.eos_token_id), len(ids))
+        ids = ids[:first]
+        while ids and ids[-1] in {*special, *ends}:
+            ids.pop()
+        kept.append(ids)
+        expected.append(np.mean(surprisals(model, given, ids)) if ids else math.nan)
+    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, aggregation="nested")
+    texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
+    upto = [tokenizer.decode(ids, skip_special_tokens=True) for ids in kept]
+    pairs, _ = reward_fn.written(["The fox"] * 60, upto, kept)
+    found = np.log(reward_fn.calculator.score_pairs(model, pairs).prod(axis=1))
+    blank = np.array([not text.strip() for text in upto])
+    assert found[~blank] == pytest.approx(np.array(expected)[~blank], rel=1e-5) and np.isnan(found[blank]).all()
+    reward_fn(["The fox"] * 60, texts, completion_ids=drawn)
+    again = np.log(np.prod([reward_fn._last.details["ppls"][level].numpy() for level in LEVELS], axis=0))
+    assert again == pytest.approx(found, rel=1e-5, nan_ok=True)
+
+
 def test_ids_need_not_be_what_the_tokenizer_makes_of_their_text(model, tokenizer):
     given = tokenizer("The f")["input_ids"]
     letters = tokenizer.convert_tokens_to_ids(list("ox")) + tokenizer.convert_tokens_to_ids(["Ġ", "s", "a", "i", "d"])

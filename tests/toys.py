@@ -216,7 +216,7 @@ def build(model_class, config):
 
 def llama(**changes):
     return build(
-        LlamaForCausalLM, LlamaConfig(**SIZES, num_key_value_heads=2, **{"max_position_embeddings": 512, **changes})
+        LlamaForCausalLM, LlamaConfig(**{**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 512, **changes})
     )
 
 

@@ -174,7 +174,7 @@ def make_rewards(job, policy, scorer):
     from ppl.reward.function import MultiLevelPPLRewardFunction
     from ppl.reward.loop_guard import loop_guard, loop_veto
 
-    perplexity = MultiLevelPPLRewardFunction(*scorer, job.baselines, **job.settings)
+    perplexity = MultiLevelPPLRewardFunction(*scorer, job.baselines, policy=policy, **job.settings)
     guard, of_prompts = job.args.loop_penalty, job.guarded_prompts(policy.tokenizer)
     if job.args.per_level:
         veto = loop_veto(guard, **of_prompts) if guard else None

@@ -96,7 +96,7 @@ class _Row(NamedTuple):
 
 
 def _completion(query: str, prompt: str) -> str:
-    text = completion_of(query, prompt, reward_from_config().tokenizer)
+    text = completion_of(query, prompt, reward_from_config().policy.tokenizer)
     if text is None:
         raise InputError(
             f"the query {query!r:.80} does not begin with its prompt {prompt!r:.80}, nor with the end of it: expected "
@@ -108,7 +108,7 @@ def _completion(query: str, prompt: str) -> str:
 def _score_calls(calls: list[list[_Row]]) -> list[list[dict[str, float]]]:
     """Of each call's rows: `score`, of each level `reward_...`, the improvement in percent, and `score_...`."""
     reward = reward_from_config()
-    special = [token.content for token in reward.tokenizer.added_tokens_decoder.values() if token.special]
+    special = [token.content for token in reward.policy.tokenizer.added_tokens_decoder.values() if token.special]
     # The end of the turn, padding: no part of what was written.
     unwritten = re.compile("|".join(map(re.escape, special))) if special else None
     texts, prompts, references, ids = [], [], [], []

@@ -32,7 +32,7 @@ from ..errors import BaselineError, InputError, one_of, without_retired
 from ..identity import identity
 from ..processes import of_this
 from ..reference_context import ReferenceContext
-from ..sampling import end_tokens, given_by_trainer
+from ..sampling import given_by_trainer
 from ..scoring.calculator import MultiLevelPPLCalculator
 from ..scoring.scorer import Scorer, as_scorer, is_scorer
 from ..scoring.tokens import Sampled
@@ -42,7 +42,7 @@ from .first_visits import FirstVisits
 from .given import given_baselines, refuse, row_baselines
 from .last_call import LastCall, log
 from .references import measured
-from .sampled import as_scored
+from .sampled import Policy, as_scored
 from .thresholds import Thresholds, checked_weights, normalized
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,9 @@ class MultiLevelPPLRewardFunction:
         another model or with other definitions).
     scorer: instead of a baseline_model, something that scores, such as `ppl.scoring.server.ServerScorer`; it may be
         given as baseline_model, too.
+    policy: (model, tokenizer) of what is trained, if it is another model than the scorer: its tokenizer says what the
+        sampled ids are as text, and both say which of them end it. Its ids are scored if the scorer would make the same
+        ids of the prompt and has the same vocabulary, otherwise their text. None: the scorer's own tokenizer.
     extract, template: for references, the part of a completion that counts and how the three texts are put together:
         see `ppl.reference_context.ReferenceContext`.
     Further keywords go to `MultiLevelPPLCalculator`.
@@ -99,6 +102,7 @@ class MultiLevelPPLRewardFunction:
         extract: str | None = None,
         template: str = DEFAULT_TEMPLATE,
         scorer: Scorer | None = None,
+        policy: tuple[Any, Any] | None = None,
         **calculator_options,
     ) -> None:
         self.__name__ = "multi_level_ppl"
@@ -113,6 +117,7 @@ class MultiLevelPPLRewardFunction:
             raise InputError(f"device is {device!r}, but the scorer has a place of its own: leave device out")
         self.calculator = MultiLevelPPLCalculator(tokenizer, **without_retired(calculator_options))
         self.tokenizer = self.calculator.tokenizer
+        self.policy = Policy(self.calculator, self.model, policy)
         self.weights = checked_weights(DEFAULT_WEIGHTS[self.calculator.aggregation] if weights is None else weights)
         self.thresholds = Thresholds(reward_thresholds)
         self.form = one_of("form", form, FORMS)
@@ -280,8 +285,9 @@ class MultiLevelPPLRewardFunction:
 
         baselines: per row, before those of the constructor; None where a row has none. completions: the messages that
         `texts` are of, where there are several in one: only the assistant's are scored, each behind what stood before.
-        completion_ids: what the policy sampled. Where their text is that of `texts`, they are what is scored, up to the
-        end token, behind `prompt_ids` (None: those that GRPOTrainer makes of `prompts`). vetoed: see `per_level`.
+        completion_ids: what the policy sampled. Where they are the scorer's (see `policy`) and their text is that of
+        `texts`, they are scored, up to the end token, behind `prompt_ids` (None: what GRPOTrainer makes of `prompts`).
+        vetoed: see `per_level`.
         details: "ppls" and "baselines", each `{level: float64 [B]}`, nan where there is none; "improvements",
         `{level or "avg": float64 [B]}` in percent, 0 for a completion without a scored token; "rewards", float64 [B],
         before `normalize`, of a level's function the levels' sum by `weights`; "level_rewards", `{level: float64 [B]}`,
@@ -363,16 +369,17 @@ class MultiLevelPPLRewardFunction:
         completion_ids: Sequence[Sequence[int]] | None = None,
         given_ids: Sequence[Sequence[int]] | None = None,
     ) -> tuple[list[Turn | Turns | Sampled], list[str]]:
-        """(what the policy wrote, as it is scored: ids where there are any; the same as text, behind its prompt)"""
-        ends = () if completion_ids is None else end_tokens(self.model, self.tokenizer)
+        """(what the policy wrote, as it is scored: ids where they are the scorer's; the same as text, behind its
+        prompt)"""
         pairs, texts, agree = as_scored(
-            self.calculator, self.model, prompts, completions, completion_ids, given_ids, ends
+            self.calculator, self.model, self.policy, prompts, completions, completion_ids, given_ids
         )
         if not (agree or self._warned_of_ids):
             self._warned_of_ids = True
             logger.warning(
-                "completion_ids are not those of the completions for this tokenizer, so their text is scored: the "
-                "policy has another tokenizer, or the texts were changed"
+                "completion_ids are not the scorer's, or not those of the completions, so their text is scored: the "
+                "policy has another tokenizer or chat template (of which policy=(model, tokenizer) tells the reward), "
+                "or the texts were changed"
             )
         return pairs, texts
 

@@ -16,7 +16,7 @@ def completion_of(query: str, prompt: str, tokenizer=None) -> str | None:
     beginning. So the two are compared by their visible characters, each decomposed. Of a prompt that was cut, it is
     the longest end that the query begins with, of `LEAST` of them or more.
 
-    tokenizer: the scorer's, which mostly is the policy's and then says what becomes of a prompt.
+    tokenizer: the policy's, as far as it is known: it says what becomes of a prompt.
 
     >>> completion_of("<s> [INST] hi [/INST] So.", "<s>[INST] hi [/INST]")
     ' So.'

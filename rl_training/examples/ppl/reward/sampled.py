@@ -1,82 +1,128 @@
-"""What the policy wrote, as it is scored: the ids that were sampled, where the text is that of the ids."""
+"""What the policy wrote, as it is scored: the ids that it sampled, or their text where the scorer has other ids."""
 
-import itertools
 from collections.abc import Sequence
+from itertools import chain
 
-from ..chat import Turn, Turns
+import numpy as np
+
+from ..chat import Turn, Turns, of_text
 from ..data import Text, check_text, message_text
-from ..sampling import prompt_ids, up_to_end
+from ..sampling import end_tokens, prompt_ids, up_to_end
 from ..scoring.calculator import MultiLevelPPLCalculator
-from ..scoring.tokens import Sampled
+from ..scoring.tokens import Sampled, TextEncoder
+
+
+class Policy:
+    """Who wrote the completions: its tokenizer says what their ids are as text, its end tokens where they end.
+
+    calculator, scorer: of the reward. policy: (model, tokenizer); None: it is the scorer, or has its tokenizer.
+    """
+
+    def __init__(self, calculator: MultiLevelPPLCalculator, scorer, policy: tuple | None) -> None:
+        model, tokenizer = policy or (scorer, calculator.tokenizer)
+        self._calculator = calculator
+        self.tokenizer = of_text(tokenizer)
+        self._is_scorers = self.tokenizer is calculator.tokenizer
+        self.encoder = calculator.encoder if self._is_scorers else TextEncoder(self.tokenizer)
+        vocabulary = calculator.tokenizer.get_vocab()
+        self._same_vocabulary = self._is_scorers or self.tokenizer.get_vocab() == vocabulary
+        self._tokens = set(vocabulary.values())
+        # A model can have rows beyond the tokens of its tokenizer, and sample them.
+        of_model = self._is_scorers and hasattr(scorer, "config")
+        self._rows = scorer.config.get_text_config().vocab_size if of_model else 0
+        # Another model may have written with the scorer's tokenizer, and gone on behind what ends a text of the scorer.
+        self._ends = end_tokens(None if policy is None else model, self.tokenizer)
+        self._trailing = {*self.encoder.special_ids, *end_tokens(model, self.tokenizer)}
+
+    def shares_ids(self, prompts: Sequence[Text | None]) -> list[bool]:
+        """Per prompt, whether policy and scorer make the same ids of it, and mean the same tokens by them."""
+        if self._is_scorers or not self._same_vocabulary:
+            return [self._is_scorers] * len(prompts)
+        mine, theirs = (
+            prompt_ids(prompts, one, **self._calculator.chat) for one in (self._calculator.tokenizer, self.tokenizer)
+        )
+        return [one == other for one, other in zip(mine, theirs, strict=True)]
+
+    def read(
+        self,
+        prompts: Sequence[Text | None],
+        texts: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        given_ids: Sequence[Sequence[int]] | None,
+    ) -> list[tuple[Sampled | None, str] | None]:
+        """Per completion (its ids, None if they are not the scorer's; what it adds to its prompt's text); None if the
+        ids are not those of its text, which was then changed on its way here.
+
+        given_ids: what the policy was given as prompts; None: what GRPOTrainer makes of them.
+        """
+        completion_ids = [list(map(int, ids)) for ids in completion_ids]
+        if not completion_ids:  # of which transformers would decode one text
+            return []
+        if given_ids is None:
+            given_ids = prompt_ids(prompts, self.tokenizer, **self._calculator.chat)
+        written = list(map(self._written, completion_ids))
+        # As TRL decodes them; or as they stand behind their prompt, where a space or a mark of continuation is another.
+        alone = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        behind = self.encoder.decoding.texts(given_ids, written)
+        shared = self.shares_ids(prompts)
+        found: list[tuple[Sampled | None, str] | None] = []
+        for index, (prompt, (before, text)) in enumerate(zip(prompts, behind, strict=True)):
+            given, ids = tuple(map(int, given_ids[index])), tuple(written[index])
+            if not any(_is_of(texts[index], one, isinstance(prompt, list)) for one in (alone[index], text)):
+                found.append(None)
+            elif shared[index] and self._tokens.issuperset([*given, *(one for one in ids if one >= self._rows)]):
+                found.append((Sampled(given, ids), text))
+            else:
+                # Words joined by spaces: a decoder writes the one that the prompt's ids have lost.
+                lost = isinstance(prompt, str) and prompt[-1:].isspace() and not before[-1:].isspace()
+                found.append((None, text.removeprefix(" ") if lost else text))
+        return found
+
+    def _written(self, ids: list[int]) -> list[int]:
+        """Up to the first end token; special tokens behind the last text are left out like it."""
+        ids = up_to_end(ids, self._ends)
+        size = next((size for size in range(len(ids), 0, -1) if ids[size - 1] not in self._trailing), 0)
+        return ids[:size]
 
 
 def as_scored(
     calculator: MultiLevelPPLCalculator,
     model,
+    policy: Policy,
     prompts: Sequence[Text | None],
     completions: Sequence[Text],
     completion_ids: Sequence[Sequence[int]] | None,
     given_ids: Sequence[Sequence[int]] | None,
-    ends: Sequence[int],
 ) -> tuple[list[Turn | Turns | Sampled], list[str], bool]:
-    """(each completion behind its prompt: ids where there are any; the completions' texts; whether all ids that were
-    given are those of their text)
+    """(each completion behind its prompt: ids where they are the scorer's; the completions' texts; whether all ids that
+    were given were taken)
 
-    given_ids: what the policy was given as prompts; None: what GRPOTrainer makes of them. ends: end tokens.
+    given_ids: what the policy was given as prompts; None: what GRPOTrainer makes of them.
     """
     for index, completion in enumerate(completions):
         check_text(completion, f"completion {index}")
     texts = [message_text(completion) for completion in completions]
     pairs = list(map(calculator.turns, prompts, completions))
-    one_turn = [index for index, one in enumerate(completions) if isinstance(one, str) or len(one) == 1]
-    sampled = {}
+    read = [None] * len(texts)
     if completion_ids is not None:
-        if given_ids is None:
-            given_ids = prompt_ids(prompts, calculator.tokenizer, **calculator.chat)
-        sampled = those_of(texts, completion_ids, given_ids, prompts, ends, calculator)
-        sampled = {index: sampled[index] for index in one_turn if index in sampled}
-    rest = [index for index in one_turn if index not in sampled]
-    behind = dict(zip(rest, calculator.restore_spaces(model, [pairs[index] for index in rest]), strict=True))
-    for index, text in behind.items():
-        pairs[index] = (pairs[index][0], text)
-    for index, (ids, text) in sampled.items():
-        pairs[index], behind[index] = ids, text
-    agree = completion_ids is None or len(sampled) == len(one_turn)
-    return pairs, [behind.get(index, text) for index, text in enumerate(texts)], agree
-
-
-def those_of(
-    texts: Sequence[str],
-    completion_ids: Sequence[Sequence[int]],
-    given_ids: Sequence[Sequence[int]],
-    prompts: Sequence[Text | None],
-    ends: Sequence[int],
-    calculator: MultiLevelPPLCalculator,
-) -> dict[int, tuple[Sampled, str]]:
-    """By index, the completions whose ids are those of their text, up to the first end token, which is left out; and
-    what they add to their prompt's text.
-
-    The others were written by a policy with another tokenizer, or were edited on their way here. ends: end tokens of
-    the scorer; special tokens in the last places end a text, too: the policy may be another model.
-    """
-    completion_ids = [list(map(int, ids)) for ids in completion_ids]
-    if not completion_ids:  # of which transformers would decode one text
-        return {}
-    every = [
-        Sampled(
-            tuple(map(int, given)),
-            tuple(up_to_end(ids, {*ends, *itertools.takewhile(calculator.special_ids.__contains__, ids[::-1])})),
-        )
-        for given, ids in zip(given_ids, completion_ids, strict=True)
-    ]
-    # As TRL decodes them; or as they stand behind their prompt, where a space or a mark of continuation is another.
-    alone = calculator.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-    views = zip(texts, alone, calculator.written(every), prompts, strict=True)
-    return {
-        index: (every[index], written)
-        for index, (text, decoded, written, prompt) in enumerate(views)
-        if any(_is_of(text, one, isinstance(prompt, list)) for one in (decoded, written))
-    }
+        read = policy.read(prompts, texts, completion_ids, given_ids)
+    one_turn = [isinstance(completion, str) or len(completion) == 1 for completion in completions]
+    agree = True
+    for index in np.flatnonzero(one_turn):
+        if read[index] is not None:
+            ids, texts[index] = read[index]
+            pairs[index] = ids or (pairs[index][0], texts[index])
+        agree &= completion_ids is None or isinstance(pairs[index], Sampled)
+    # The rest came as text, decoded without what stands before it.
+    alone = [index for index, (found, one) in enumerate(zip(read, one_turn, strict=True)) if not (found and one)]
+    turns = [list(pairs[index]) if isinstance(pairs[index], Turns) else [pairs[index]] for index in alone]
+    restored = iter(calculator.restore_spaces(model, list(chain(*turns)), policy.encoder.decoding))
+    for index, of_one in zip(alone, turns, strict=True):
+        whole = Turns((context, next(restored)) for context, _ in of_one)
+        pairs[index] = whole if isinstance(pairs[index], Turns) else whole[0]
+        if one_turn[index]:
+            texts[index] = whole[0][1]
+    return pairs, texts, agree
 
 
 def _is_of(text: str, decoded: str, is_message: bool) -> bool:

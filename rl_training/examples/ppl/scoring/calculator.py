@@ -12,6 +12,7 @@ from ..data import Text, check_text, message_text
 from ..definitions import AGGREGATIONS, DEFAULT_AGGREGATION, DEFAULT_LANGUAGE, DEFAULT_PHRASE_WORDS, LEVELS
 from ..errors import InputError, one_of
 from ..sentences import checked_language
+from .decoding import Decoding
 from .explained import Explained
 from .levels import Scores, level_perplexities, unit_sums
 from .nested import Scopes, nested_perplexities, score_scopes
@@ -199,17 +200,15 @@ class MultiLevelPPLCalculator:
         return explained
 
     @property
-    def special_ids(self) -> set[int]:
-        """The tokens that are no text."""
-        return self._encoder.special_ids
+    def encoder(self) -> TextEncoder:
+        return self._encoder
 
-    def written(self, sampled: Sequence[Sampled]) -> list[str]:
-        """The text of each completion behind its prompt."""
-        return [text for _, text in self._encoder.encode_sampled(sampled)]
+    def restore_spaces(self, model, pairs: Sequence[Turn], decoding: Decoding) -> list[str]:
+        """The targets, each with the space that it may have lost when it was decoded alone: see `ppl.scoring.seams`.
 
-    def restore_spaces(self, model, pairs: Sequence[Turn]) -> list[str]:
-        """The targets, each with the space that it may have lost when it was decoded alone: see `ppl.scoring.seams`."""
-        return restore_spaces(self._encoder, lambda encoded: self._scorer_of(model).score(encoded), pairs)
+        decoding: of the tokenizer that decoded them.
+        """
+        return restore_spaces(self._encoder, lambda encoded: self._scorer_of(model).score(encoded), pairs, decoding)
 
     def _units(self, targets: Sequence[str]) -> Units:
         return segment(targets, self.language, self.max_phrase_words)

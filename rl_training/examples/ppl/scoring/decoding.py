@@ -45,14 +45,19 @@ class Decoding:
         Ascending. A token that begins where the next one does has no text of its own: it is special, or holds some of
         the bytes of a character.
         """
+        texts = self.texts(prompts, completions)
+        self._learn([*prompts, *completions])
+        return [
+            (text, self._starts(prompt, completion, before + text, len(before)))
+            for prompt, completion, (before, text) in zip(prompts, completions, texts, strict=True)
+        ]
+
+    def texts(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[tuple[str, str]]:
+        """Per completion (its prompt's text, what it adds to that)."""
         alone = dict(zip(unique := list(dict.fromkeys(map(tuple, prompts))), self._texts(unique), strict=True))
         whole = self._texts([[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)])
-        self._learn([*unique, *completions])
-        decoded = []
-        for prompt, completion, text in zip(prompts, completions, whole, strict=True):
-            border = _common(alone[tuple(prompt)], text)
-            decoded.append((text[border:], self._starts(prompt, completion, text, border)))
-        return decoded
+        borders = [_common(alone[tuple(prompt)], text) for prompt, text in zip(prompts, whole, strict=True)]
+        return [(text[:border], text[border:]) for text, border in zip(whole, borders, strict=True)]
 
     def _something(self) -> tuple[list[int], str]:
         """(ids of a token that has a text, that text). A vocabulary of whole words may not know the letter a."""

@@ -8,13 +8,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from .decoding import Decoding
 from .tokens import Encoded, TextEncoder
 
 _MOST = 32  # characters of a first word
 
 
 def restore_spaces(
-    encoder: TextEncoder, score: Callable[[list[Encoded]], list[np.ndarray]], pairs: Sequence[tuple[str, str]]
+    encoder: TextEncoder,
+    score: Callable[[list[Encoded]], list[np.ndarray]],
+    pairs: Sequence[tuple[str, str]],
+    decoding: Decoding,
 ) -> list[str]:
     """The targets of (context, target), as they were before decoding took a space from their front.
 
@@ -23,10 +27,10 @@ def restore_spaces(
     spaces, behind nothing, or beside other white space.
 
     score: surprisals of encoded texts. It is asked also for none, since a model that is spread over processes has to be
-    asked in each of them.
+    asked in each of them. decoding: of the tokenizer that decoded the targets.
     """
     targets = [target for _, target in pairs]
-    if not encoder.decoding.loses_a_space:
+    if not decoding.loses_a_space:
         return targets
     open_ones = [
         index

@@ -38,7 +38,9 @@ def weighted(job: Job, rewards: Sequence[Reward]) -> list[Reward]:
         )
     if job.baselines is None and not job.args.allow_baseline_mismatch:
         check_meta(job.column_meta, first.identity)
-    if notice := other_beginning(job.baselines or job.column_meta, job.train_rows["prompt"][0], first.calculator):
+    prompt = job.train_rows["prompt"][0]
+    notice = other_beginning(job.baselines or job.column_meta, prompt, first.calculator)
+    if notice and first.policy.shares_ids([prompt])[0]:  # otherwise texts are scored, as those of the baselines were
         print(notice, file=sys.stderr)
     first.observer = Diagnostics()
     functions = [function for function, _ in rewards]

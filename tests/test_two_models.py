@@ -1,0 +1,272 @@
+"""Policy and scorer are two models: what is scored is what the policy's own tokenizer says that it wrote."""
+
+import numpy as np
+import pytest
+import story_model
+import torch
+import toys
+from datasets import Dataset
+from test_sampled import CHATS, PROMPTS, generate
+
+from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
+from ppl.data import message_text
+from ppl.models import load_model
+from ppl.sampling import end_tokens, prompt_ids
+from ppl.scoring.tokens import Sampled
+from ppl.training.heldout import evaluate
+
+# Those that decode a prompt to itself, so that what is written behind it can be told by hand.
+FAITHFUL = ["byte_level", "llama2_like", "gemma_like", "metaspace", "metaspace_first", "unigram", "prefix_space"]
+SCORERS = {"byte_level": toys.byte_level, "llama2_like": toys.llama2_like}
+
+
+def ppls(reward_fn):
+    """[B, 3] of the last call."""
+    return np.stack([reward_fn._last.details["ppls"][level].numpy() for level in LEVELS], axis=1)
+
+
+def levels(model, tokenizer, prompts, texts):
+    """[B, 3] of texts, by the calculator, which brute force holds in test_levels.py."""
+    found = MultiLevelPPLCalculator(tokenizer).compute_all_levels(model, texts, prompts)
+    return np.stack([found[level].numpy() for level in LEVELS], axis=1)
+
+
+def written(tokenizer, given, ids, ends=()):
+    """By hand: decoded behind the prompt, without its end."""
+    ids = [*given, *(ids[:-1] if ids[-1] in ends else ids)]
+    before, whole = (tokenizer.decode(one, skip_special_tokens=True) for one in (given, ids))
+    assert whole.startswith(before)
+    return whole[len(before) :]
+
+
+def text_of(tokenizer, ids):
+    """As TRL decodes a completion."""
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny-stories")[:2]
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_space_that_the_policys_decoder_strips_is_scored(story, tiny):
+    """Glued to their prompts, completions had two to seven times the perplexity, and the reward turned around."""
+    prompts = story_model.prompts()
+    words = [row["prompt"].split()[7:13] for row in story_model.rows()[:24]]
+    texts = [" " + " ".join(one) for one in words]
+    ids = [story[1].encode(text.strip(), add_special_tokens=False) for text in texts]
+    given = prompt_ids(prompts, story[1])
+    assert texts == [written(story[1], before, one) for before, one in zip(given, ids, strict=True)]
+    alone = [text_of(story[1], one) for one in ids]
+    assert alone == [text.strip() for text in texts]
+    expected = levels(*tiny, prompts, texts)
+    reward_fn = MultiLevelPPLRewardFunction(*tiny, policy=story)
+    reward_fn(prompts, alone, completion_ids=ids)
+    assert ppls(reward_fn) == pytest.approx(expected, rel=1e-5)
+    glued = levels(*tiny, prompts, alone)[:, 0]
+    assert np.median(glued / expected[:, 0]) > 2
+    # Of the text alone the policy's tokenizer says that a space may be lost, and the scorer guesses.
+    reward_fn(prompts, alone)
+    assert (np.abs(ppls(reward_fn) / expected - 1) < 1e-5).all(axis=1).sum() >= 22
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("policy", FAITHFUL)
+def test_training_and_held_out_table_say_the_same_of_a_completion(policy, scorer, model):
+    """Whatever the two tokenizers; ids of the one are often ids of the other, too, and mean something else there."""
+    writes, reads = toys.WRITERS[policy](), SCORERS[scorer]()
+    reward_fn = MultiLevelPPLRewardFunction(model, reads, policy=(model, writes))
+    made = generate(model, writes, PROMPTS, seed=3)
+    ids = [one for _, one, _ in made]
+    reward_fn(PROMPTS, [text_of(writes, one) for one in ids], completion_ids=ids)
+    found = ppls(reward_fn)
+    if writes.get_vocab() != reads.get_vocab():
+        ends = end_tokens(model, writes)
+        texts = [written(writes, given, one, ends) for given, one, _ in made]
+        assert found == pytest.approx(levels(model, reads, PROMPTS, texts), rel=1e-4, nan_ok=True)
+
+    rows = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
+    options = {"num_generations": 1, "max_new_tokens": 24, "seed": 3}
+    held_out = evaluate(model, writes, [(reward_fn, 1.0)], rows, scorers=None, state=None, **options)
+    there = [one for [one] in held_out.completion_ids]
+    reward_fn(PROMPTS, [text_of(writes, one) for one in there], completion_ids=there)
+    for level, values in zip(LEVELS, ppls(reward_fn).T, strict=True):
+        assert held_out.scores[f"{level} PPL"] == pytest.approx(np.nanmean(values), rel=1e-5, nan_ok=True)
+
+
+def test_white_space_that_a_policy_cannot_see_is_not_doubled(model):
+    """Bert's kind loses the space that a prompt ends in, and its decoder writes one between words."""
+    policy, scorer = toys.word_pieces(), toys.byte_level()
+    ids = policy("i am", add_special_tokens=False)["input_ids"]
+    reward_fn = MultiLevelPPLRewardFunction(model, scorer, policy=(model, policy))
+    for prompt, text in (("The fox said: ", "i am"), ("The fox said:", " i am")):
+        reward_fn([prompt], ["i am"], completion_ids=[ids])
+        assert ppls(reward_fn) == pytest.approx(levels(model, scorer, [prompt], [text]), rel=1e-5)
+
+
+def test_an_edited_text_is_scored_as_it_came(story, tiny, caplog):
+    """Its ids are another text's."""
+    prompts, texts = ["Once upon a time there was"] * 2, [" a small fox.", " a big dog."]
+    ids = [story[1](text, add_special_tokens=False)["input_ids"] for text in texts]
+    reward_fn = MultiLevelPPLRewardFunction(*tiny, policy=story)
+    reward_fn(prompts, texts, completion_ids=ids[::-1])
+    assert ppls(reward_fn) == pytest.approx(levels(*tiny, prompts, texts), rel=1e-5)
+    reward_fn(prompts, texts, completion_ids=ids)
+    assert len([one for one in caplog.records if "their text is scored" in one.getMessage()]) == 1
+
+
+def test_several_turns_get_their_spaces_back(story, tiny):
+    """What the policy said between calls of tools was decoded alone as well. The template writes the space."""
+    model, tokenizer = tiny[0], load_model("tiny-stories")[1]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ ' ' if m['role'] == 'assistant' and m['content'][0] != ' ' }}{{ m['content'] }}"
+        "{% endfor %}"
+    )
+    prompt = [{"role": "user", "content": "Once upon a time there was a little girl named"}]
+    turns = {"assistant": "Lily.", "tool": " She liked"}
+    completion = [*({"role": role, "content": text} for role, text in turns.items())]
+    completion.append({"role": "assistant", "content": "to play"})
+    spaced = [{**one, "content": " " + one["content"].strip()} for one in completion]
+    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, policy=story)
+    reward_fn([prompt], [completion])
+    assert ppls(reward_fn) == pytest.approx(levels(model, tokenizer, [prompt], [spaced]), rel=1e-5)
+
+
+# --- ids -------------------------------------------------------------------------------------------------------------
+
+
+def test_ids_of_another_loaded_copy_of_the_tokenizer_are_scored_as_they_are(model):
+    """A policy whose tokenizer was loaded apart, as with --full_finetuning."""
+    one, other = toys.byte_level(), toys.byte_level()
+    letters = one.convert_tokens_to_ids(["Ġ", "s", "a", "i", "d"])
+    reward_fn = MultiLevelPPLRewardFunction(model, one, policy=(model, other))
+    pairs, _ = reward_fn.written(["The fox"], [" said"], [letters])
+    assert pairs == [Sampled(tuple(one("The fox")["input_ids"]), tuple(letters))]
+
+
+def with_chat_tokens(chat_template=True):
+    tokenizer = toys.byte_level(chat=chat_template)
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>", "<|end|>"], special_tokens=True)
+    return tokenizer
+
+
+@pytest.mark.parametrize("rows", ["as many as tokens", "padded"])
+@pytest.mark.parametrize("told", [True, False])
+def test_a_scorer_without_the_policys_chat_tokens_reads_the_text(rows, told):
+    """It ended in an IndexError, or, with rows to spare, the scorer read another prompt."""
+    policy, scorer = with_chat_tokens(), toys.byte_level(chat=True)
+    size = len(scorer) if rows == "as many as tokens" else toys.VOCABULARY
+    model, text = toys.llama(vocab_size=size), " a small fox ran."
+    ids = policy(text, add_special_tokens=False)["input_ids"]
+    [given] = prompt_ids(CHATS[:1], policy)
+    assert max(given) >= len(scorer)
+    reward_fn = MultiLevelPPLRewardFunction(model, scorer, policy=(toys.llama(), policy) if told else None)
+    said = [[{"role": "assistant", "content": text}]]
+    reward_fn(CHATS[:1], said, completion_ids=[[*ids, policy.eos_token_id]], prompt_ids=[given])
+    assert ppls(reward_fn) == pytest.approx(levels(model, scorer, CHATS[:1], [text]), rel=1e-5)
+
+
+def test_an_id_that_the_scorer_has_no_row_for_is_not_looked_up():
+    """The policy's end of turn, of which the reward was not told."""
+    policy, scorer = with_chat_tokens(), toys.byte_level()
+    model, text = toys.llama(vocab_size=len(scorer)), " a small fox ran."
+    ids = [*policy(text, add_special_tokens=False)["input_ids"], policy.convert_tokens_to_ids("<|end|>")]
+    reward_fn = MultiLevelPPLRewardFunction(model, scorer)
+    reward_fn(["The fox"], [text], completion_ids=[ids])
+    assert ppls(reward_fn) == pytest.approx(levels(model, scorer, ["The fox"], [text]), rel=1e-5)
+
+
+def test_behind_another_chat_template_the_text_is_scored(model):
+    """The same vocabulary; the prompt's ids are not those that the scorer's template makes."""
+    policy, scorer = toys.byte_level(chat=True), toys.byte_level(chat=True)
+    scorer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    ids = policy(" ran home.", add_special_tokens=False)["input_ids"]
+    reward_fn = MultiLevelPPLRewardFunction(model, scorer, policy=(model, policy))
+    for given in (None, prompt_ids(CHATS[:1], policy)):
+        reward_fn.compute_rewards([" ran home."], CHATS[:1], completion_ids=[ids], prompt_ids=given)
+        assert ppls(reward_fn) == pytest.approx(levels(model, scorer, CHATS[:1], [" ran home."]), rel=1e-5)
+
+
+# --- ends ------------------------------------------------------------------------------------------------------------
+
+
+def total(reward_fn, prompt, ids, text):
+    [pair], _ = reward_fn.written([prompt], [text], [ids])
+    return sum(unit["surprisal"] for unit in reward_fn.calculator.explain_pair(reward_fn.model, pair)["word"])
+
+
+def by_hand(model, given, ids):
+    with torch.no_grad():
+        logits = model(torch.tensor([given + ids])).logits[0].log_softmax(-1)
+    return -sum(logits[len(given) - 1 + index, token].item() for index, token in enumerate(ids))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_what_ends_a_text_of_the_scorer_does_not_end_the_policys(tokenizer, told):
+    """The scorer's generation settings name the comma; the policy goes on behind one."""
+    scorer, policy = toys.llama(), toys.llama()
+    comma = tokenizer.convert_tokens_to_ids(",")
+    scorer.generation_config.eos_token_id = [tokenizer.eos_token_id, comma]
+    policy.generation_config.eos_token_id = tokenizer.eos_token_id
+    text = " ran, and slept"
+    given, ids = tokenizer("The fox")["input_ids"], tokenizer(text)["input_ids"]
+    assert comma in ids
+    reward_fn = MultiLevelPPLRewardFunction(scorer, tokenizer, policy=(policy, tokenizer) if told else None)
+    assert total(reward_fn, "The fox", ids, text) == pytest.approx(by_hand(scorer, given, ids), rel=1e-5)
+
+
+def test_the_policys_generation_settings_end_a_completion(tokenizer):
+    """Not special, such as Gemma's <end_of_turn>: it ends the completion and is not paid for."""
+    scorer, policy = toys.llama(), toys.llama()
+    dot = tokenizer.convert_tokens_to_ids(".")
+    policy.generation_config.eos_token_id = [tokenizer.eos_token_id, dot]
+    given, ids = tokenizer("The fox")["input_ids"], tokenizer(" ran")["input_ids"]
+    reward_fn = MultiLevelPPLRewardFunction(scorer, tokenizer, policy=(policy, tokenizer))
+    assert total(reward_fn, "The fox", [*ids, dot], " ran.") == pytest.approx(by_hand(scorer, given, ids), rel=1e-5)
+    # Where the policy is the scorer, its own settings say so.
+    reward_fn = MultiLevelPPLRewardFunction(policy, tokenizer)
+    assert total(reward_fn, "The fox", [*ids, dot], " ran.") == pytest.approx(by_hand(policy, given, ids), rel=1e-5)
+
+
+# --- in training -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_level", [False, True])
+def test_a_real_step_of_training_scores_what_the_policy_wrote(story, tiny, tmp_path, per_level):
+    """TRL's ids and TRL's texts; by hand, the policy's decoding behind its prompt."""
+    import copy
+
+    from trl import GRPOConfig
+
+    from ppl.training.trainer import ResumableGRPOTrainer
+
+    calls = []
+
+    class Kept(MultiLevelPPLRewardFunction):
+        def _report(self, prompts, completions, rewards, seconds, columns):
+            calls.append((prompts, completions, columns["completion_ids"], ppls(self)))
+
+    policy = copy.deepcopy(story[0]), story[1]
+    prompts = story_model.prompts()[:4]
+    config = GRPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=8, num_generations=2,
+        report_to="none", max_steps=2, max_completion_length=12, save_strategy="no",
+    )  # fmt: skip
+    reward_fn = Kept(*tiny, policy=policy)
+    trainer = ResumableGRPOTrainer(
+        model=policy[0], args=config, reward_funcs=reward_fn.per_level() if per_level else [reward_fn],
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]), processing_class=policy[1],
+    )  # fmt: skip
+    trainer.train()
+    assert len(calls) == 2
+    glued = 0
+    for prompts, completions, ids, found in calls:
+        given = prompt_ids(prompts, policy[1])
+        ends = [policy[1].eos_token_id]
+        texts = [written(policy[1], before, row, ends) for before, row in zip(given, ids, strict=True)]
+        assert found == pytest.approx(levels(*tiny, prompts, texts), rel=1e-5, nan_ok=True)
+        glued += sum(text != message_text(one) for text, one in zip(texts, completions, strict=True))
+    assert glued >= 8
