@@ -331,3 +331,26 @@ def test_a_prompt_is_known_again_though_its_tokenizer_decodes_it_otherwise(confi
     of_openrlhf = module.reward_func([query], [prompt], [""])["extra_logs"]
     assert [of_verl[f"reward_{level}"] for level in LEVELS] == pytest.approx(expected, rel=1e-4)
     assert [of_openrlhf[f"reward_{level}"].item() for level in LEVELS] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_policy_that_is_another_model_is_named_in_the_file(configure, tmp_path, story, model_and_tokenizer):
+    """Its special tokens are no text, and the first space that its decoder strips is scored."""
+    for part in story:
+        part.save_pretrained(tmp_path / "policy")
+    prompt, text = "Once upon a time there was a little girl named", " Lily. She liked to play."
+    baselines = tmp_path / "baselines.json"
+    baselines.write_text(json.dumps({prompt: dict.fromkeys(LEVELS, 100.0)}))
+    configure(policy="./policy", baselines=str(baselines))
+    module = by_path("reward_func", False)
+    ids = story[1](prompt + text)["input_ids"]
+    query = story[1].decode([*ids, story[1].eos_token_id])
+    assert query.startswith("<s>") and query.endswith("</s>")
+    [direct] = MultiLevelPPLCalculator(model_and_tokenizer[1]).score_pairs(model_and_tokenizer[0], [(prompt, text)])
+    expected = [100 - ppl for ppl in direct]
+    of_verl = module.compute_score("stories", text.strip(), "", {"prompt": prompt})
+    of_openrlhf = module.reward_func([query], [prompt], [""])["extra_logs"]
+    assert [of_verl[f"reward_{level}"] for level in LEVELS] == pytest.approx(expected, rel=1e-4)
+    assert [of_openrlhf[f"reward_{level}"].item() for level in LEVELS] == pytest.approx(expected, rel=1e-4)
+    (tmp_path / "other.yaml").write_text("model_name: tiny-stories\npolicy: ./nowhere\n")
+    with pytest.raises(InputError, match=r"cannot load the tokenizer of '.*nowhere'.*model that is trained"):
+        ppl.reward.config.reward_from_config(tmp_path / "other.yaml")

@@ -50,6 +50,27 @@ def tokenizer_path(name: str) -> str:
     return name
 
 
+def load_tokenizer(name: str, whose: str):
+    """(tokenizer, generation settings or None) of a model that is not loaded. whose: its part in the error's remedy.
+
+    Raises `InputError` if there is no tokenizer.
+    """
+    from transformers import AutoTokenizer, GenerationConfig
+
+    path = tokenizer_path(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"cannot load the tokenizer of {name!r}: {(str(error).splitlines() or [repr(error)])[0]}; expected the "
+            f"folder or the name on the hub {whose}"
+        ) from error
+    try:
+        return tokenizer, GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError):  # many models have none
+        return tokenizer, None
+
+
 def load_model(
     name: str,
     *,

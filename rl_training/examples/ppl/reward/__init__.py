@@ -4,7 +4,7 @@ function.py      the reward function: perplexities, baselines and thresholds put
 given.py         the baselines that a call's rows are given, by columns or by the file
 earned.py        perplexities and their baselines -> what each text earns, as a whole and by level
 last_call.py     what a call found, for the log and for who looks on
-sampled.py       what the policy wrote, as it is scored: the ids that were sampled
+sampled.py       what the policy wrote, as it is scored: the ids that it sampled, or their text
 cache.py         perplexities already computed, for as long as the scorer's weights stay as they are
 first_visits.py  without baselines: a prompt's first completions make its own
 thresholds.py    improvement in percent -> reward

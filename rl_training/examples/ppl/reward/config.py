@@ -6,13 +6,14 @@ import inspect
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import yaml
 
 from ..chat import read_template
 from ..definitions import AGGREGATIONS, DEFAULT_AGGREGATION, DTYPES
 from ..errors import InputError, one_of, without_retired
-from ..models import load_model, model_path
+from ..models import load_model, load_tokenizer, model_path
 from ..scoring.calculator import MultiLevelPPLCalculator
 from .function import MultiLevelPPLRewardFunction
 from .thresholds import Thresholds, checked_weights
@@ -59,6 +60,7 @@ def read_settings(path: str | Path | None = None) -> dict:
     Paths in it are relative to the file's folder. `model_name` is `load_model`'s name; `load_in_4bit`, `dtype`,
     `device` and `max_seq_length` are its keywords, all others those of `MultiLevelPPLRewardFunction`. With
     `scorer_url`, the address of a server of vLLM, `model_name` is what it serves, and only its tokenizer is loaded.
+    `policy` is the model that is trained where that is another one: its tokenizer is loaded, and what ends its texts.
     """
     path = Path(config_path(path))
     try:
@@ -93,8 +95,9 @@ def read_settings(path: str | Path | None = None) -> dict:
         raise InputError(
             f"{path}: scorer_url scores with the model as its server loaded it: leave out {', '.join(idle)}"
         )
-    if str(settings["model_name"]).startswith("."):
-        settings["model_name"] = str(path.parent / settings["model_name"])
+    for name in ("model_name", "policy"):
+        if str(settings.get(name, "")).startswith("."):
+            settings[name] = str(path.parent / settings[name])
     try:
         one_of("aggregation", settings.get("aggregation", DEFAULT_AGGREGATION), AGGREGATIONS)
         if not served:
@@ -132,6 +135,9 @@ def _make(path: str) -> MultiLevelPPLRewardFunction:
 
 def _of(path: str, model, tokenizer, settings: dict) -> MultiLevelPPLRewardFunction:
     try:
+        if name := settings.pop("policy", None):
+            written_by, generation_config = load_tokenizer(str(name), "of the model that is trained")
+            settings["policy"] = SimpleNamespace(generation_config=generation_config), written_by
         return MultiLevelPPLRewardFunction(model, tokenizer, **settings)
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}") from error

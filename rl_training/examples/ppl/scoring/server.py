@@ -22,7 +22,7 @@ import numpy as np
 from ..chat import read_template
 from ..errors import InputError
 from ..identity import BEHIND_AN_ADDRESS, PROBE_NATS, differences
-from ..models import tokenizer_path
+from ..models import load_tokenizer
 from .batching import Row, windows
 from .tokens import Encoded, TextEncoder
 
@@ -309,20 +309,7 @@ def connect(url: str, model_name: str, chat_template_path: str | None = None) ->
     model_name: that model's folder or name on the hub, of which tokenizer and generation settings are read, no weights.
     chat_template_path: a file whose chat template replaces the tokenizer's. Raises `InputError`.
     """
-    from transformers import AutoTokenizer, GenerationConfig
-
-    path = tokenizer_path(model_name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"cannot load the tokenizer of {model_name!r}: {(str(error).splitlines() or [repr(error)])[0]}; expected "
-            f"the folder or the name on the hub of the model that {url} serves"
-        ) from error
+    tokenizer, generation_config = load_tokenizer(model_name, f"of the model that {url} serves")
     if chat_template_path is not None:
         tokenizer.chat_template = read_template(chat_template_path)
-    try:
-        generation_config = GenerationConfig.from_pretrained(path)
-    except (OSError, ValueError):  # many models have none
-        generation_config = None
     return ServerScorer(url, tokenizer, generation_config=generation_config), tokenizer
