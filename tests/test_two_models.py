@@ -235,7 +235,7 @@ def test_the_policys_generation_settings_end_a_completion(tokenizer):
 
 
 @pytest.mark.parametrize("per_level", [False, True])
-def test_a_real_step_of_training_scores_what_the_policy_wrote(story, tiny, tmp_path, per_level):
+def test_a_real_step_of_training_scores_what_the_policy_wrote(story, tiny, tmp_path, caplog, per_level):
     """TRL's ids and TRL's texts; by hand, the policy's decoding behind its prompt."""
     import copy
 
@@ -261,7 +261,8 @@ def test_a_real_step_of_training_scores_what_the_policy_wrote(story, tiny, tmp_p
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]), processing_class=policy[1],
     )  # fmt: skip
     trainer.train()
-    assert len(calls) == 2
+    assert len(calls) == (2 * len(LEVELS) if per_level else 2)
+    assert sum("their text is scored" in one.getMessage() for one in caplog.records) == 1
     glued = 0
     for prompts, completions, ids, found in calls:
         given = prompt_ids(prompts, policy[1])

@@ -142,7 +142,6 @@ class MultiLevelPPLRewardFunction:
         # What the last `compute_rewards` found, for `__call__` to log and to show the observer. It cannot be returned:
         # a subclass may override `compute_rewards` with one that returns a tensor of rewards. Then this stays None.
         self._last: LastCall | None = None
-        self._warned_of_ids = False
         self.level: str | None = None  # of `per_level`: the one whose reward this function gives
         self.veto: Veto | None = None
         self.observer: Any = None  # `ppl.training.diagnostics.Diagnostics`: is shown every call of a trainer
@@ -374,8 +373,8 @@ class MultiLevelPPLRewardFunction:
         pairs, texts, agree = as_scored(
             self.calculator, self.model, self.policy, prompts, completions, completion_ids, given_ids
         )
-        if not (agree or self._warned_of_ids):
-            self._warned_of_ids = True
+        if not (agree or self.policy.warned):
+            self.policy.warned = True
             logger.warning(
                 "completion_ids are not the scorer's, or not those of the completions, so their text is scored: the "
                 "policy has another tokenizer or chat template (of which policy=(model, tokenizer) tells the reward), "

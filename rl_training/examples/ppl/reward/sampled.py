@@ -21,6 +21,7 @@ class Policy:
     def __init__(self, calculator: MultiLevelPPLCalculator, scorer, policy: tuple | None) -> None:
         model, tokenizer = policy or (scorer, calculator.tokenizer)
         self._calculator = calculator
+        self.warned = False  # that text is scored instead of ids
         self.tokenizer = of_text(tokenizer)
         self._is_scorers = self.tokenizer is calculator.tokenizer
         self.encoder = calculator.encoder if self._is_scorers else TextEncoder(self.tokenizer)
