@@ -1,5 +1,7 @@
 """Policy and scorer are two models: what is scored is what the policy's own tokenizer says that it wrote."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import story_model
@@ -9,11 +11,15 @@ from datasets import Dataset
 from test_sampled import CHATS, PROMPTS, generate
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
+from ppl.baselines.file import Baselines
 from ppl.data import message_text
 from ppl.models import load_model
 from ppl.sampling import end_tokens, prompt_ids
 from ppl.scoring.tokens import Sampled
 from ppl.training.heldout import evaluate
+from ppl.training.load import Loaded
+from ppl.training.rewards import weighted
+from train_grpo_multilevel_unsloth import make_rewards
 
 # Those that decode a prompt to itself, so that what is written behind it can be told by hand.
 FAITHFUL = ["byte_level", "llama2_like", "gemma_like", "metaspace", "metaspace_first", "unigram", "prefix_space"]
@@ -63,7 +69,9 @@ def test_the_space_that_the_policys_decoder_strips_is_scored(story, tiny):
     alone = [text_of(story[1], one) for one in ids]
     assert alone == [text.strip() for text in texts]
     expected = levels(*tiny, prompts, texts)
-    reward_fn = MultiLevelPPLRewardFunction(*tiny, policy=story)
+    args = SimpleNamespace(loop_penalty=0, per_level=False)
+    job = SimpleNamespace(baselines=None, settings={}, args=args, guarded_prompts=lambda tokenizer: {})
+    [(reward_fn, _)] = make_rewards(job, Loaded(*story), Loaded(*tiny))
     reward_fn(prompts, alone, completion_ids=ids)
     assert ppls(reward_fn) == pytest.approx(expected, rel=1e-5)
     glued = levels(*tiny, prompts, alone)[:, 0]
@@ -188,6 +196,18 @@ def test_behind_another_chat_template_the_text_is_scored(model):
     for given in (None, prompt_ids(CHATS[:1], policy)):
         reward_fn.compute_rewards([" ran home."], CHATS[:1], completion_ids=[ids], prompt_ids=given)
         assert ppls(reward_fn) == pytest.approx(levels(model, scorer, CHATS[:1], [" ran home."]), rel=1e-5)
+
+
+@pytest.mark.parametrize("scorer", [toys.byte_level, toys.normalizing])
+def test_baselines_of_texts_are_said_to_begin_elsewhere_only_where_ids_are_scored(scorer, model, capsys):
+    """A text that is scored stands behind BOS, as those of the baselines did."""
+    policy = toys.byte_level()
+    made = Baselines({"a": dict.fromkeys(LEVELS, 1.0)}, {"target": "completion", "generated": None}, "b.json")
+    config = SimpleNamespace(multi_objective_aggregation="sum_then_normalize", reward_weights=None)
+    rows, args = {"prompt": ["The fox"]}, SimpleNamespace(allow_baseline_mismatch=True)
+    job = SimpleNamespace(baselines=made, config=config, args=args, train_rows=rows, column_meta=None)
+    weighted(job, [(MultiLevelPPLRewardFunction(model, scorer(), policy=(model, policy)), 1.0)])
+    assert ("behind <s>" in capsys.readouterr().err) == (scorer is toys.byte_level)
 
 
 # --- ends ------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,8 +43,6 @@ from .last_call import LastCall, log
 from .references import measured
 from .sampled import Policy, as_scored
 from .thresholds import Thresholds, checked_weights, normalized
-
-logger = logging.getLogger(__name__)
 
 Veto = Callable[..., Sequence[bool]]  # of the columns that TRL gives a reward function
 
@@ -370,17 +367,7 @@ class MultiLevelPPLRewardFunction:
     ) -> tuple[list[Turn | Turns | Sampled], list[str]]:
         """(what the policy wrote, as it is scored: ids where they are the scorer's; the same as text, behind its
         prompt)"""
-        pairs, texts, agree = as_scored(
-            self.calculator, self.model, self.policy, prompts, completions, completion_ids, given_ids
-        )
-        if not (agree or self.policy.warned):
-            self.policy.warned = True
-            logger.warning(
-                "completion_ids are not the scorer's, or not those of the completions, so their text is scored: the "
-                "policy has another tokenizer or chat template (of which policy=(model, tokenizer) tells the reward), "
-                "or the texts were changed"
-            )
-        return pairs, texts
+        return as_scored(self.calculator, self.model, self.policy, prompts, completions, completion_ids, given_ids)
 
     def perplexities(self, pairs: Sequence[Turn | Turns | Sampled]) -> np.ndarray:
         """float64 [B, 3], from the cache where it has them."""

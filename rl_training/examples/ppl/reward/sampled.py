@@ -1,5 +1,6 @@
 """What the policy wrote, as it is scored: the ids that it sampled, or their text where the scorer has other ids."""
 
+import logging
 from collections.abc import Sequence
 from itertools import chain
 
@@ -11,6 +12,8 @@ from ..sampling import end_tokens, prompt_ids, up_to_end
 from ..scoring.calculator import MultiLevelPPLCalculator
 from ..scoring.tokens import Sampled, TextEncoder
 
+logger = logging.getLogger(__name__)
+
 
 class Policy:
     """Who wrote the completions: its tokenizer says what their ids are as text, its end tokens where they end.
@@ -21,7 +24,7 @@ class Policy:
     def __init__(self, calculator: MultiLevelPPLCalculator, scorer, policy: tuple | None) -> None:
         model, tokenizer = policy or (scorer, calculator.tokenizer)
         self._calculator = calculator
-        self.warned = False  # that text is scored instead of ids
+        self._warned = False
         self.tokenizer = of_text(tokenizer)
         self._is_scorers = self.tokenizer is calculator.tokenizer
         self.encoder = calculator.encoder if self._is_scorers else TextEncoder(self.tokenizer)
@@ -29,7 +32,7 @@ class Policy:
         self._same_vocabulary = self._is_scorers or self.tokenizer.get_vocab() == vocabulary
         self._tokens = set(vocabulary.values())
         # A model can have rows beyond the tokens of its tokenizer, and sample them.
-        of_model = self._is_scorers and hasattr(scorer, "config")
+        of_model = self._same_vocabulary and hasattr(scorer, "config")
         self._rows = scorer.config.get_text_config().vocab_size if of_model else 0
         # Another model may have written with the scorer's tokenizer, and gone on behind what ends a text of the scorer.
         self._ends = end_tokens(None if policy is None else model, self.tokenizer)
@@ -79,6 +82,15 @@ class Policy:
                 found.append((None, text.removeprefix(" ") if lost else text))
         return found
 
+    def warn_once(self) -> None:
+        if not self._warned:
+            logger.warning(
+                "completion_ids are not the scorer's, or not those of the completions, so their text is scored: the "
+                "policy has another tokenizer or chat template (of which policy=(model, tokenizer) tells the reward), "
+                "or the texts were changed"
+            )
+        self._warned = True
+
     def _written(self, ids: list[int]) -> list[int]:
         """Up to the first end token; special tokens behind the last text are left out like it."""
         ids = up_to_end(ids, self._ends)
@@ -94,9 +106,8 @@ def as_scored(
     completions: Sequence[Text],
     completion_ids: Sequence[Sequence[int]] | None,
     given_ids: Sequence[Sequence[int]] | None,
-) -> tuple[list[Turn | Turns | Sampled], list[str], bool]:
-    """(each completion behind its prompt: ids where they are the scorer's; the completions' texts; whether all ids that
-    were given were taken)
+) -> tuple[list[Turn | Turns | Sampled], list[str]]:
+    """(each completion behind its prompt: ids where they are the scorer's; the completions' texts)
 
     given_ids: what the policy was given as prompts; None: what GRPOTrainer makes of them.
     """
@@ -108,12 +119,12 @@ def as_scored(
     if completion_ids is not None:
         read = policy.read(prompts, texts, completion_ids, given_ids)
     one_turn = [isinstance(completion, str) or len(completion) == 1 for completion in completions]
-    agree = True
     for index in np.flatnonzero(one_turn):
         if read[index] is not None:
             ids, texts[index] = read[index]
             pairs[index] = ids or (pairs[index][0], texts[index])
-        agree &= completion_ids is None or isinstance(pairs[index], Sampled)
+        if not (completion_ids is None or isinstance(pairs[index], Sampled)):
+            policy.warn_once()
     # The rest came as text, decoded without what stands before it.
     alone = [index for index, (found, one) in enumerate(zip(read, one_turn, strict=True)) if not (found and one)]
     turns = [list(pairs[index]) if isinstance(pairs[index], Turns) else [pairs[index]] for index in alone]
@@ -123,7 +134,7 @@ def as_scored(
         pairs[index] = whole if isinstance(pairs[index], Turns) else whole[0]
         if one_turn[index]:
             texts[index] = whole[0][1]
-    return pairs, texts, agree
+    return pairs, texts
 
 
 def _is_of(text: str, decoded: str, is_message: bool) -> bool:
