@@ -515,7 +515,16 @@ def test_the_reader_of_python_would_have_run_it(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"model": 3}, {"definitions": ["a"]}, {"longest": "300"}, {"generated": 4}, {"dataset": {"columns": "ab"}}],
+    [
+        {"model": 3},
+        {"definitions": ["a"]},
+        {"longest": "300"},
+        {"generated": 4},
+        {"dataset": {"columns": "ab"}},
+        {"model": {"config": "ab"}},
+        {"model": {"probe": 3}},
+        {"model": {"probe": ["a"]}},
+    ],
 )
 def test_a_meta_file_of_another_shape_is_refused_when_it_is_read(tmp_path, wrong):
     write(tmp_path / "b.json", {"row 0": RECORD}, META)

@@ -174,9 +174,9 @@ def test_a_prompt_beyond_the_models_positions_is_refused_before_training(tokeniz
         check_prompts([fits, longer], policy, policy, job)
 
 
-def adapted(tmp_path, **options):
-    """A trained adapter on a model whose embeddings the LM head shares, and where it was saved."""
-    base = toys.llama(tie_word_embeddings=True)
+def adapted(tmp_path, base=None, **options):
+    """A trained adapter, by default on a model whose embeddings the LM head shares, and where it was saved."""
+    base = base or toys.llama(tie_word_embeddings=True)
     model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **options))
     model.save_pretrained(tmp_path / "adapter")
     return model
@@ -207,6 +207,17 @@ def test_a_merged_gpt2_of_4_bits_is_the_trained_one(tmp_path, tokenizer):
         with model.disable_adapter():
             moved = merged(ids).logits.log_softmax(-1) - model(ids).logits.log_softmax(-1)
     assert difference.abs().mean() < 0.1 * moved.abs().mean()
+
+
+def test_a_model_that_rules_out_a_token_merges(tmp_path, tokenizer):
+    """Minus infinity minus itself is NaN, and no difference."""
+    base = toys.gpt2()
+    with toys.torch.no_grad():
+        base.transformer.wpe.weight[:, 0] = 1e3  # which the last norm makes 8 of, and the head minus infinity
+        base.transformer.wte.weight[3, 0] = -toys.torch.inf
+    model = adapted(tmp_path, base, target_modules=["c_attn"])
+    assert model(input_ids=toys.torch.tensor([[5, 6]])).logits[0, 0, 3] == -toys.torch.inf
+    save_merged(model, tokenizer, tmp_path / "adapter", tmp_path / "merged")
 
 
 def test_a_merged_model_that_is_another_one_is_not_written(tmp_path, tokenizer):

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ppl.errors import InputError
 from ppl.scoring import packed, padded, surprisal
 from ppl.scoring.batching import Group
-from ppl.scoring.head import Head
+from ppl.scoring.head import Head, difference
 from ppl.scoring.surprisal import SurprisalScorer
 from ppl.scoring.tokens import TextEncoder
 
@@ -165,6 +165,47 @@ def test_a_bidirectional_model_is_no_language_model(tokenizer):
     config.is_decoder = True
     causal = toys.build(transformers.BertLMHeadModel, config)
     assert_close(score(causal, tokenizer, MIXED), twin(causal, tokenizer, MIXED))
+
+
+def ruling_out(model, lowest):
+    """The model, with a token that it never writes."""
+    bias = torch.zeros(toys.VOCABULARY)
+    bias[3] = lowest
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(bias if head.bias is None else head.bias.detach() + bias)
+    return model
+
+
+LOWEST = [-np.inf, *(torch.finfo(dtype).min for dtype in (torch.float32, torch.bfloat16, torch.float16)), -1e4]
+
+
+@pytest.mark.parametrize("lowest", LOWEST)
+def test_a_token_that_is_ruled_out_hides_no_look_at_later_tokens(lowest, tokenizer):
+    """Minus infinity minus itself is NaN, and the lowest numbers make every other difference small."""
+    bert = toys.build(transformers.BertLMHeadModel, transformers.BertConfig(**toys.SIZES))
+    with pytest.raises(InputError, match="BertLMHeadModel is not causal"):
+        score(ruling_out(bert, lowest), tokenizer, MIXED)
+
+
+@pytest.mark.parametrize("lowest", LOWEST)
+def test_a_causal_model_that_rules_out_a_token_is_scored_the_fast_way(lowest, tokenizer, caplog):
+    model = ruling_out(toys.llama(), lowest)
+    scorer = SurprisalScorer(model)
+    assert_close(score(model, tokenizer, GROUP, scorer), twin(model, tokenizer, GROUP))
+    assert scorer._head_agrees and scorer._packs_agree and not scorer._by_length and not caplog.records
+
+
+def test_how_far_logits_are_from_others():
+    b = torch.tensor([[1.0, 2.0, 3.0, 6.0]])
+    assert difference(b + 7, b) == pytest.approx(0, abs=1e-6)
+    assert difference(b * 1.1, b) == pytest.approx(0.1, rel=1e-5)
+    ruled_out = torch.tensor([[1.0, -np.inf, 3.0, 6.0]])
+    assert difference(ruled_out * 1.1, ruled_out) == pytest.approx(0.1, rel=1e-5)
+    for wrong in (torch.nan, -np.inf, np.inf):
+        assert difference(torch.tensor([[1.0, 2.0, wrong, 6.0]]), b) == np.inf
+        assert difference(b, torch.tensor([[1.0, 2.0, wrong, 6.0]])) == np.inf
+    for both in (torch.nan, np.inf):
+        assert difference(torch.full((1, 4), both), torch.full((1, 4), both)) == np.inf
 
 
 def test_a_probe_that_raises_is_a_probe_that_does_not_pass(tokenizer, monkeypatch):

@@ -3,9 +3,10 @@
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 
 import torch
-from accelerate.utils import patch_environment
+from accelerate.utils import extract_model_from_parallel, patch_environment
 
 from .errors import InputError
 
@@ -93,30 +94,44 @@ def check_weights_only(model: torch.nn.Module) -> None:
             )
 
 
+def base_of(model: torch.nn.Module) -> torch.nn.Module:
+    """The transformers model under wrappers of accelerate, torch.compile and PEFT."""
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def base_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The modules that the frozen model computes with, all but those of adapters; one that is in two places, twice."""
+    wrapped = {id(layer): name for layer, name in _tuner_layers(model)}
+
+    def walk(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+        yield module
+        for child in [getattr(module, wrapped[id(module)])] if id(module) in wrapped else module.children():
+            yield from walk(child)
+
+    return walk(base_of(model))
+
+
 def base_parameters(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
-    """The parameters the frozen model computes with: all but those of adapters."""
-    adapter = {
-        id(parameter)
-        for layer in _tuner_layers(model)
-        for name in layer.adapter_layer_names
-        if isinstance(getattr(layer, name, None), torch.nn.Module)
-        for parameter in getattr(layer, name).parameters()
-    }
-    return (parameter for parameter in model.parameters() if id(parameter) not in adapter)
+    """The parameters that the frozen model computes with: all but those of adapters."""
+    of_modules = (module._parameters.values() for module in base_modules(model))
+    return iter({id(one): one for one in chain.from_iterable(of_modules) if one is not None}.values())
 
 
-def _tuner_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """By layer, since adapters that were injected in place come without a PeftModel around them."""
+def _tuner_layers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
+    """(a layer with adapters, where it keeps the model's own one). By layer, since adapters that were injected in place
+    come without a PeftModel around them."""
     if "peft" not in sys.modules:
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    names = {BaseTunerLayer: "base_layer", AuxiliaryTrainingWrapper: "original_module"}
+    return [(module, name) for module in model.modules() for kind, name in names.items() if isinstance(module, kind)]
 
 
 def _enabled_adapters(model: torch.nn.Module) -> list[torch.nn.Module]:
-    layers = _tuner_layers(model)
+    layers = [layer for layer, _ in _tuner_layers(model)]
     if any(getattr(layer, "merged", False) for layer in layers):
         raise InputError("the model's adapter is merged into its weights: call model.unmerge_adapter() before scoring")
     return [layer for layer in layers if not layer.disable_adapters]

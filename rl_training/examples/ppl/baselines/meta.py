@@ -37,8 +37,14 @@ def read_meta(path: str | Path) -> dict:
     if not isinstance(meta, dict):
         raise BaselineError(f"{meta_path(path)}: expected a JSON object, found {type(meta).__name__}")
     wrong = {key: meta[key] for key, types in _META_TYPES.items() if key in meta and not isinstance(meta[key], types)}
-    if not wrong and not isinstance(columns := meta.get("dataset", {}).get("columns", {}), dict):
-        wrong = {"columns": columns}
+    if not wrong:
+        model, columns = meta.get("model", {}), meta.get("dataset", {}).get("columns", {})
+        wrong |= {} if isinstance(columns, dict) else {"columns": columns}
+        wrong |= {} if isinstance(config := model.get("config", {}), dict) else {"config": config}
+        numbers = isinstance(probe := model.get("probe", []), list) and all(
+            isinstance(one, int | float) for one in probe
+        )
+        wrong |= {} if numbers else {"probe": probe}
     for key, value in wrong.items():
         raise BaselineError(f"{meta_path(path)}: {key} is {value!r:.80}: delete it or recompute the baselines")
     return meta

@@ -67,7 +67,7 @@ def _compute(args: argparse.Namespace, load: Callable[..., Scorer], processes: P
     if args.output_dataset is not None:
         check_other_splits(args, scorer.identity)
     settings = {**job.settings, **{key: scorer.identity[key] for key in ("model", "tokenizer", "unsloth", "versions")}}
-    # A server's numbers of a fixed text are the same but for rounding.
+    # The surprisals of the fixed text are the same but for rounding.
     settings["model"] = {name: value for name, value in settings["model"].items() if name != "probe"}
     check_probe(job.parts, scorer.identity["model"])
     if processes.is_main:
@@ -103,13 +103,13 @@ def _compute(args: argparse.Namespace, load: Callable[..., Scorer], processes: P
 
 
 def check_probe(parts: Parts, model: dict) -> None:
-    """Raises `InputError` if the parts were scored by another model behind an address of that name."""
+    """Raises `InputError` if the parts were scored by a model, of the same name and weights, with other numbers."""
     kept = parts.settings().get("probe") if parts.look() else None
-    if kept and (differing := differences({"model": {"probe": kept}}, {"model": model})):
+    if kept and (differing := differences({"model": {**model, "probe": kept}}, {"model": model})):
         before, now = differing["probe"]
         raise InputError(
-            f"{parts.folder} was scored by another model behind an address: a fixed text had {before}, now it has "
-            f"{now}: serve that model again, or delete the folder to start anew"
+            f"{parts.folder} was scored by another model: a fixed text had {before}, now it has {now}: load or serve "
+            "that model again, or delete the folder to start anew"
         )
 
 

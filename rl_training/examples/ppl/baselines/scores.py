@@ -106,7 +106,7 @@ def _scorer_of(args: argparse.Namespace, columns: Columns, server, model, tokeni
 
     made_with = {
         **identity(
-            as_scorer(scoring),
+            as_scorer(scoring, tokenizer),
             tokenizer,
             name=args.model_name,
             target=args.target,

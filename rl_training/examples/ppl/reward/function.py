@@ -167,7 +167,7 @@ class MultiLevelPPLRewardFunction:
     def identity(self) -> dict:
         """What a baselines file must have been made with to be compared with this reward's numbers."""
         return identity(
-            as_scorer(self.model),
+            as_scorer(self.model, self.tokenizer),
             self.tokenizer,
             name=getattr(getattr(self.model, "config", None), "_name_or_path", ""),
             target=self.target,

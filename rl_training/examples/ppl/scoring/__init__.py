@@ -11,6 +11,7 @@ surprisal.py   the only forward pass: which way it goes, and what it gives each 
 results.py     what the rows gave, a text's values put together
 window.py      how many tokens a model takes at once
 packed.py      rows end to end in one sequence, each blind to its neighbours
+probe.py       the fixed text whose surprisals tell one scorer from another
 scorer.py      what calculator and reward know of a scorer, in this process or behind an address
 server.py      the scorer behind an address: a server of vLLM
 padded.py      where a model cannot be packed: rows in a padded batch, behind a cache of their prefix

@@ -1,10 +1,14 @@
 """Hidden states -> surprisals: the LM head and the log-sum-exp, a piece of the vocabulary at a time."""
 
+import math
+
 import torch
 
 # Bytes of a piece of the logits that stays in a core's caches; a GPU's pieces are as large as they may be.
 _CACHED = {"cpu": 4 << 20}
 _LEAST = torch.finfo(torch.float32).min
+# Logits from here on down are of tokens that a model never writes: minus infinity, a dtype's lowest number, -10,000.
+_RULED_OUT = -9_999.0
 
 
 class Head:
@@ -88,7 +92,15 @@ def surprisal(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """How far logits [..., V] are from others, as a share of how much those vary over the vocabulary."""
-    a, b = (x.float() - x.float().mean(-1, keepdim=True) for x in (a, b))
+    """How far logits [..., V] are from others, as a share of how much those vary over the vocabulary.
+
+    A token that both rule out says nothing. One that only one of them rules out, and NaN, is infinitely far.
+    """
+    a, b = a.float(), b.float()
+    ruled_out = (a <= _RULED_OUT) & (b <= _RULED_OUT)
+    count = (~ruled_out).sum(-1, keepdim=True)
+    a, b = (x.masked_fill(ruled_out, 0.0) for x in (a, b))
+    a, b = ((x - x.sum(-1, keepdim=True) / count).masked_fill(ruled_out, 0.0) for x in (a, b))
     difference, size = float((a - b).norm()), float(b.norm())
-    return difference / size if size else difference
+    found = difference / size if size else difference
+    return math.inf if math.isnan(found) else found

@@ -21,15 +21,16 @@ class Scorer(Protocol):
 
     @property
     def identity(self) -> dict:
-        """What tells it from another scorer: see `ppl.identity.differences`."""
+        """What tells it from another scorer, the surprisals of a fixed text among it (`ppl.scoring.probe`): see
+        `ppl.identity.differences`."""
 
     def score(self, texts: list[Encoded]) -> list[np.ndarray]:
         """float64 [n] per text: -ln p(token | all before it) in nats, for its scored tokens in order."""
 
 
-def as_scorer(model) -> Scorer:
-    """The scorer that a model in this process is; a scorer as it is."""
-    return model if is_scorer(model) else SurprisalScorer(model)
+def as_scorer(model, tokenizer=None) -> Scorer:
+    """The scorer that a model in this process is, with its tokenizer; a scorer as it is."""
+    return model if is_scorer(model) else SurprisalScorer(model, tokenizer=tokenizer)
 
 
 def is_scorer(model) -> bool:

@@ -24,14 +24,11 @@ from ..errors import InputError
 from ..identity import BEHIND_AN_ADDRESS, PROBE_NATS, differences
 from ..models import load_tokenizer
 from .batching import Row, windows
-from .tokens import Encoded, TextEncoder
+from .probe import PROBE, encode_probe, probe_row
+from .tokens import Encoded
 
 logger = logging.getLogger(__name__)
 
-PROBE = (
-    'Once upon a time, in the year 1850, there was a small fox. "Why," she asked, "is the sea so far from here?" '
-    "Nobody knew, so she packed bread and cheese, and walked north until the river became a road."
-)
 _TOKEN_NATS = 10 * PROBE_NATS  # how far a single token may be off, in another order of requests
 _REQUESTS = 16  # at a time
 _ROWS, _TOKENS = 64, 4096  # of one request at most
@@ -57,7 +54,7 @@ class ServerScorer:
         self.generation_config = generation_config
         self._timeout, self._patience = timeout, patience
         self._lock = threading.Lock()
-        [self._probe] = TextEncoder(tokenizer, eos_for_bos=True).encode([""], [PROBE])
+        self._probe = encode_probe(tokenizer)
         self._name, self._most = self._model()
         self._check_tokenizer(tokenizer)
         self._check_order()
@@ -239,7 +236,7 @@ class ServerScorer:
         of which one begins alike. Its first tokens are shuffled, since an earlier run may have filled the cache with
         the probe; the probe itself is compared, too.
         """
-        [row] = list(windows(self._probe, self.window, 0))[:1]
+        row = probe_row(self._probe, self.window)
         probe = np.append(row.inputs, row.labels[-1])
         text, half = probe.copy(), len(probe) // 2
         np.random.default_rng().shuffle(text[1:9])  # the first may be BOS
@@ -266,7 +263,7 @@ class ServerScorer:
         return self._score(rows, check=False)
 
     def _identity(self) -> dict:
-        [values] = self._score(list(windows(self._probe, self.window, 0))[:1], check=False)
+        [values] = self._score([probe_row(self._probe, self.window)], check=False)
         return {"name": self._name, "weights": BEHIND_AN_ADDRESS, "probe": [round(one, 4) for one in values.tolist()]}
 
     def _check_same(self) -> None:

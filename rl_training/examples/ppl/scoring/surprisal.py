@@ -7,16 +7,16 @@ length share a padded batch, and rows with a common prefix its keys and values.
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import extract_model_from_parallel
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..errors import InputError
-from ..frozen import check_weights_only, frozen
+from ..frozen import base_of, check_weights_only, frozen
 from ..models import describe_model
 from ..processes import in_step, is_sharded
 from .batching import Group, Pack, Row, batches, lay_out, packs, share_prefixes, windows
@@ -25,6 +25,7 @@ from .head import Head, difference, surprisal
 from .onednn import fast_products
 from .packed import can_pack, run_packed, would_pack
 from .padded import cache_name, can_continue, run_padded, run_prefix
+from .probe import encode_probe, probe_row
 from .results import Results
 from .tokens import Encoded
 from .window import window_of
@@ -51,16 +52,23 @@ class SurprisalScorer:
 
     `model`: plain, PEFT-wrapped, bitsandbytes or Unsloth. `batch_size`: most texts in one forward pass (None: as many
     as fit). `max_batch_tokens`: most tokens in one, padding included; halved for good when memory runs out.
-    `adapters`: leave them on; raises `InputError` for those that are no part of the weights.
+    `adapters`: leave them on; raises `InputError` for those that are no part of the weights. `tokenizer`: the model's,
+    for the fixed text of its identity.
     """
 
     def __init__(
-        self, model, batch_size: int | None = None, max_batch_tokens: int | None = None, adapters: bool = False
+        self,
+        model,
+        batch_size: int | None = None,
+        max_batch_tokens: int | None = None,
+        adapters: bool = False,
+        tokenizer=None,
     ) -> None:
         if adapters:
             check_weights_only(model)
         self.model = model
         self.adapters = adapters
+        self.tokenizer = tokenizer
         self.batch_size = batch_size
         self._sizes = _SIZES.get(model.device.type, _SIZES["cuda"])
         self.max_batch_tokens = max_batch_tokens or self._sizes.most
@@ -96,8 +104,24 @@ class SurprisalScorer:
 
     @property
     def identity(self) -> dict:
-        """What tells the model from another: see `ppl.models.describe_model`."""
-        return describe_model(self.model)
+        """What tells the model from another: see `ppl.models.describe_model`; and, where its tokenizer is known, the
+        surprisals of a fixed text, by one forward pass of the model's own.
+
+        Raises `InputError` if they are NaN.
+        """
+        described = describe_model(self.model)
+        if self.tokenizer is None:
+            return described
+        row = probe_row(encode_probe(self.tokenizer), self.window)
+        with frozen(self.model, self.adapters):
+            logits = self._read([row], model=self.model if is_sharded(self.model) else self._base)
+            values = surprisal(logits, _labels([row], logits.device)).tolist()
+        if any(map(math.isnan, values)):
+            raise InputError(
+                f"the logits of {type(self._base).__name__} in {described['dtype']} are NaN for a plain text: load it "
+                "with --dtype float32 or bfloat16, or check its weights"
+            )
+        return {**described, "probe": [round(one, 4) for one in values]}
 
     @property
     def window(self) -> int | None:
@@ -128,12 +152,8 @@ class SurprisalScorer:
 
     @functools.cached_property
     def _base(self):
-        """The transformers model under wrappers of accelerate, torch.compile and PEFT.
-
-        Looked up once: accelerate visits every module for it, 10 ms of an 8B model with adapters.
-        """
-        model = extract_model_from_parallel(self.model, keep_torch_compile=False)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        # Looked up once: accelerate visits every module for it, 10 ms of an 8B model with adapters.
+        return base_of(self.model)
 
     @property
     def _decoder(self):
