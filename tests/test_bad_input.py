@@ -83,6 +83,7 @@ CASES = [
     (COMPUTE, "--model_name without_weights", "model folder 'without_weights' holds no weights"),
     (COMPUTE, "--model_name damaged_weights", "cannot load model 'damaged_weights'"),
     (COMPUTE, "--model_name slow", "'slow' has a slow tokenizer, CTRLTokenizer"),
+    (COMPUTE, "--model_name more_tokens", "'more_tokens' has more tokens", "'<more 119>' is number 515", "0 to 511"),
     (COMPUTE, "--model_name model --dataset_name messages.jsonl", "the tokenizer has no chat template"),
     (COMPUTE, "--device cuda", "--device is 'cuda', which PyTorch has not here: leave it out"),
     (COMPUTE, "--device meta", "--device is 'meta', which PyTorch has not here"),
@@ -123,8 +124,9 @@ def files(tmp_path_factory):
 
     toys.llama().save_pretrained(folder / "model")
     toys.byte_level().save_pretrained(folder / "model")
-    for name in ("without_weights", "damaged_weights", "slow"):
+    for name in ("without_weights", "damaged_weights", "slow", "more_tokens"):
         shutil.copytree(folder / "model", folder / name)
+    toys.with_tokens(120).save_pretrained(folder / "more_tokens")
     (folder / "without_weights" / "model.safetensors").unlink()
     (folder / "damaged_weights" / "model.safetensors").write_bytes(b"\x10" + bytes(200))
     (folder / "slow" / "tokenizer.json").unlink()

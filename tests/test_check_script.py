@@ -9,12 +9,15 @@ from pathlib import Path
 import brute_force
 import pytest
 import toys
+from tokenizers import models
 from torch.nn.functional import dropout
+from transformers import PreTrainedTokenizerFast
 from waiting import PATIENCE
 
 import test_multilevel_ppl_trl as script
 from ppl import checks
-from ppl.models import load_model
+from ppl.errors import InputError
+from ppl.models import check_vocabulary, load_model
 from ppl.reward import function
 from ppl.reward.function import MultiLevelPPLRewardFunction
 from ppl.reward.thresholds import Thresholds
@@ -112,6 +115,39 @@ def test_a_model_that_cannot_be_loaded_is_bad_input_and_no_failed_check(capsys, 
     assert script.main(["--model_name", str(tmp_path / "none")]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "does not exist" in line
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_when_it_is_loaded(tmp_path, capsys, special):
+    toys.llama().save_pretrained(tmp_path)
+    toys.with_tokens(116, special).save_pretrained(tmp_path)
+    assert max(load_model(str(tmp_path))[1].get_vocab().values()) == 511  # as many as there are rows
+    toys.with_tokens(117, special).save_pretrained(tmp_path)
+    assert script.main(["--model_name", str(tmp_path), "--device", "cpu"]) == 2
+    output, error = capsys.readouterr()
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "'<more 116>' is number 512, and the embedding has rows for 0 to 511" in lines[0]
+    assert "All tests passed" not in output
+
+
+def test_the_highest_id_counts_and_not_how_many_tokens_there_are(check):
+    tokenizer = toys.whole_words()
+    tokenizer.backend_tokenizer.model = models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, "fox": 512}, "<unk>")
+    code, marks, said = check(toys.llama(), tokenizer)
+    assert code == 1 and marks["units partition the tokens"] == "✗"
+    assert "'fox' is number 512" in said["units partition the tokens"]
+
+
+def test_a_placeholder_for_an_image_needs_no_row():
+    """Gemma 3's text models have 262,144 rows, and <image_soft_token> is number 262,144."""
+    backend, options = toys.with_tokens(116).backend_tokenizer, {"eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=["<sound>"], **options)
+    with pytest.raises(InputError, match="'<sound>' is number 512"):
+        check_vocabulary(toys.llama(), tokenizer, "toy")
+    backend, extra = toys.with_tokens(116).backend_tokenizer, {"image_token": "<image_soft_token>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=extra, **options)
+    assert tokenizer.convert_tokens_to_ids("<image_soft_token>") == 512
+    check_vocabulary(toys.llama(), tokenizer, "toy")
 
 
 def test_pytest_collects_nothing_from_it():

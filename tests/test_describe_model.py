@@ -110,7 +110,7 @@ def test_norms_cast_for_training_are_the_same_norms():
     assert model.model.norm.weight.dtype == torch.float32 and weights(model) == before
 
 
-# --- the same model ----------------------------------------------------------------------------------------------------
+# --- the same model --------------------------------------------------------------------------------------------------
 
 
 def reloaded(model, folder):
@@ -176,7 +176,7 @@ def test_what_it_costs():
     assert passes[1:] == [511]  # what the last token would predict is not read
 
 
-# --- another one -------------------------------------------------------------------------------------------------------
+# --- another one -----------------------------------------------------------------------------------------------------
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
@@ -341,5 +341,5 @@ def test_a_model_without_numbers_is_refused_in_one_line():
     model = toys.llama().half()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("inf"))
-    with pytest.raises(InputError, match="LlamaForCausalLM in float16 are NaN for a plain text.*--dtype float32"):
+    with pytest.raises(InputError, match=r"LlamaForCausalLM in float16 are NaN for a plain text.*--dtype float32"):
         SurprisalScorer(model, tokenizer=TOKENIZER).identity  # noqa: B018

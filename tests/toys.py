@@ -43,6 +43,13 @@ def byte_level(bos=True, pad=True, trim_offsets=None, chat=False):
     )
 
 
+def with_tokens(count, special=False):
+    """`byte_level`, whose highest id is 395, with so many added tokens: more than 116 are more than a toy model has."""
+    tokenizer = byte_level()
+    tokenizer.add_tokens([f"<more {number}>" for number in range(count)], special_tokens=special)
+    return tokenizer
+
+
 def llama2_like(strip=True, chat=False, sentences=None, vocab_size=400):
     """SentencePiece's BPE as Llama 2 has it: spaces become ▁, one more in front, unknown characters become bytes, and
     the decoder strips the first space of whatever it is given. `strip=False`: as Gemma has it, without both."""

@@ -7,7 +7,7 @@ import torch
 
 from .definitions import DEFAULT_THRESHOLDS, LEVELS
 from .frozen import frozen
-from .models import precision
+from .models import check_vocabulary, precision
 from .reward.function import MultiLevelPPLRewardFunction
 from .scoring.calculator import MultiLevelPPLCalculator
 
@@ -64,6 +64,7 @@ def fast_path_equals_brute_force(model, tokenizer) -> str:
 
 
 def units_partition_the_tokens(model, tokenizer) -> str:
+    check_vocabulary(model, tokenizer, getattr(tokenizer, "name_or_path", ""))
     calculator = MultiLevelPPLCalculator(tokenizer)
     total = 0
     for context, text in SAMPLES:

@@ -90,7 +90,7 @@ def load_model(
     a CPU; on a GPU what Unsloth chooses, without it the checkpoint's own. full_finetuning: for Unsloth to know.
     chat_template_path: a file whose chat template replaces the tokenizer's.
     max_seq_length: the window; at most as long as the model's own, which is the default (with Unsloth at most 2,048).
-    Raises `InputError` if it cannot be loaded.
+    Raises `InputError` if it cannot be loaded, and for a tokenizer with more tokens than the model has.
     """
     path = model_path(name)
     if is_gguf(Path(path)):
@@ -109,7 +109,27 @@ def load_model(
         model.max_seq_length = max_seq_length  # the name Unsloth gives it: the same window on both ways
     if template is not None:
         tokenizer.chat_template = template
+    check_vocabulary(model, tokenizer, name)
     return model, tokenizer, reason
+
+
+def check_vocabulary(model, tokenizer, name: str) -> None:
+    """Raises `InputError` if the tokenizer makes an id that the model has no row for.
+
+    Rows without a token are padding. A placeholder for an image or a sound needs no row: Gemma 3's text models have
+    none for theirs.
+    """
+    layers = filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))
+    rows = min((_shape(layer.weight)[0] for layer in layers), default=None)
+    placeholders = [getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "audio", "video")]
+    ids = {token: index for token, index in tokenizer.get_vocab().items() if token not in placeholders}
+    highest = max(ids, key=ids.__getitem__)
+    if rows is not None and ids[highest] >= rows:
+        raise InputError(
+            f"the tokenizer of {name!r} has more tokens than the model: {highest!r} is number {ids[highest]}, and the "
+            f"embedding has rows for 0 to {rows - 1}: take the model's own tokenizer, or resize the model "
+            "(model.resize_token_embeddings(len(tokenizer))) and train the new rows first"
+        )
 
 
 def check_base(path: str) -> None:

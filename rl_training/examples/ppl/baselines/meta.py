@@ -39,12 +39,11 @@ def read_meta(path: str | Path) -> dict:
     wrong = {key: meta[key] for key, types in _META_TYPES.items() if key in meta and not isinstance(meta[key], types)}
     if not wrong:
         model, columns = meta.get("model", {}), meta.get("dataset", {}).get("columns", {})
-        wrong |= {} if isinstance(columns, dict) else {"columns": columns}
-        wrong |= {} if isinstance(config := model.get("config", {}), dict) else {"config": config}
-        numbers = isinstance(probe := model.get("probe", []), list) and all(
-            isinstance(one, int | float) for one in probe
-        )
-        wrong |= {} if numbers else {"probe": probe}
+        config, probe = model.get("config", {}), model.get("probe", [])
+        numbers = isinstance(probe, list) and all(isinstance(one, int | float) for one in probe)
+        right = {"columns": isinstance(columns, dict), "config": isinstance(config, dict), "probe": numbers}
+        inner = {"columns": columns, "config": config, "probe": probe}
+        wrong = {key: value for key, value in inner.items() if not right[key]}
     for key, value in wrong.items():
         raise BaselineError(f"{meta_path(path)}: {key} is {value!r:.80}: delete it or recompute the baselines")
     return meta
