@@ -9,6 +9,7 @@ import torch
 import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import models
 from transformers import ByT5Tokenizer
 
 from ppl.scoring.tokens import TextEncoder
@@ -142,6 +143,13 @@ def test_ordinary_added_tokens_are_scored():
     tokenizer = toys.byte_level()
     tokenizer.add_tokens(["fennec"])
     assert scored(tokenizer, "The fennec") == [("The", 0), ("Ġ", 4), ("fennec", 4)]
+
+
+def test_ids_need_not_be_numbered_through():
+    tokenizer = toys.whole_words()
+    tokenizer.backend_tokenizer.model = models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 9, "fox": 511}, "<unk>")
+    assert encode(tokenizer, "fox </s> fox").ids.tolist() == [0, 511, 1, 511]
+    assert scored(tokenizer, "fox </s> fox") == [("fox", 0), ("fox", 9)]
 
 
 def test_the_special_tokens_of_the_tokenizers_own_template_are_left_out():

@@ -73,8 +73,7 @@ class TextEncoder:
         # Those included that were added as special and have no role of their own.
         added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
         self.special_ids = {*added, *tokenizer.all_special_ids}
-        self._special = np.zeros(max([len(tokenizer), *self.special_ids]) + 1, dtype=bool)
-        self._special[list(self.special_ids)] = True
+        self._special = np.array(sorted(self.special_ids), dtype=np.int64)
 
     def encode_pairs(self, pairs: Sequence[Pair]) -> tuple[list[Encoded], list[str]]:
         """(each pair as the model reads it, the targets as text)"""
@@ -131,7 +130,7 @@ class TextEncoder:
         starts = target_starts[text]
         spans += (starts - np.array([len(context) for context in contexts])[text])[:, None]
         # A token that straddles the border ends in the target and so belongs to it.
-        scored = (spans[:, 1] > starts) & ~self._special[ids]
+        scored = (spans[:, 1] > starts) & ~np.isin(ids, self._special)
         first_token = np.cumsum(sizes) - sizes
         prepend = np.full(len(targets), self.start is not None)
         prepend[sizes > 0] &= ids[first_token[sizes > 0]] != self.start
