@@ -8,7 +8,10 @@ import torch
 import toys
 from peft import PeftModel
 from training_runs import EXAMPLES, SHORT, log_history, refusal, train
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration, pipeline
+
+from ppl import models
+from ppl.errors import InputError
 
 TINY = EXAMPLES / "tiny_stories"
 STEP = [*SHORT, "--learning_rate", "1e-2", "--save_steps", "1", "--heldout_samples", "1"]
@@ -156,3 +159,50 @@ def test_what_does_not_go_together_is_refused_before_loading(tmp_path, flags, wo
     line = refusal(*flags, "--output_dir", tmp_path / "out")
     for word in words:
         assert word in line
+
+
+# --- models that see, too ---------------------------------------------------------------------------------------------
+
+
+def t5():
+    return T5ForConditionalGeneration(T5Config(vocab_size=512, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+
+
+def linear(model):
+    return {name for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)}
+
+
+@pytest.mark.parametrize("renamed", [False, True], ids=["seven projections", "all linear layers"])
+def test_adapters_are_in_the_text_model_only(renamed, monkeypatch):
+    """An adapter in the vision tower gets no gradient from a text, and DDP dies of it."""
+    model = toys.gemma3()
+    if renamed:
+        monkeypatch.setattr(models, "LORA_TARGETS", ["c_attn", "c_proj"])
+    text = {name for name in linear(model) if name.startswith("model.language_model.")}
+    seeing = linear(model) - text - {"lm_head"}
+    assert len(text) == 14 and any("q_proj" in name for name in seeing)
+    adapted = models.add_lora(model, 4, 8, 0, unsloth=False)
+    found = {name.partition(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name}
+    assert {name.removeprefix("base_model.model.") for name in found} == text
+    adapted(input_ids=torch.tensor([[5, 6, 7]])).logits.sum().backward()
+    assert all(one.grad is not None for one in adapted.parameters() if one.requires_grad)
+
+
+def test_all_weights_are_those_that_a_text_passes_through():
+    for model in (toys.gemma3(), toys.llama(), toys.gpt2()):
+        models.train_text_only(model)
+        model(input_ids=torch.tensor([[5, 6, 7]])).logits.sum().backward()
+        frozen = {name for name, one in model.named_parameters() if not one.requires_grad}
+        assert all((one.grad is not None) == one.requires_grad for one in model.parameters())
+        assert frozen == {name for name, _ in model.named_parameters() if "vision" in name or "projector" in name}
+
+
+@pytest.mark.parametrize("make", [toys.qwen2_5_vl, t5])
+def test_what_is_no_causal_language_model_is_called_by_its_name(make, tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    toys.byte_level().save_pretrained(tmp_path)
+    kind = "a vision-language model" if make is toys.qwen2_5_vl else "no causal language model"
+    with pytest.raises(InputError, match=f"is {type(model).__name__}, {kind}: expected a model that transformers") as e:
+        models.load_model(str(tmp_path))
+    assert "\n" not in str(e.value)

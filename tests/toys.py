@@ -6,7 +6,17 @@ import json
 import torch
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 VOCABULARY = 512  # of every toy model; no toy tokenizer has more
 
@@ -230,6 +240,25 @@ def llama(**changes):
 def gpt2(**changes):
     sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "bos_token_id": 0, "eos_token_id": 0}
     return build(GPT2LMHeadModel, GPT2Config(vocab_size=VOCABULARY, **{**sizes, **changes}))
+
+
+SEES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+
+
+def gemma3():
+    """A model that sees, too: transformers loads it as a causal language model, vision tower and all."""
+    vision = {**SEES, "num_attention_heads": 2}
+    text = {**SIZES, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=511)
+    return build(Gemma3ForConditionalGeneration, config)
+
+
+def qwen2_5_vl():
+    """One that transformers does not load so."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    config = Qwen2_5_VLConfig(text_config={**SIZES, "rope_parameters": rope}, vision_config=vision)
+    return build(Qwen2_5_VLForConditionalGeneration, config)
 
 
 def uniform():

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from .chat import read_template
+from .chat import of_text, read_template
 from .data import TINY_STORIES
 from .errors import InputError
 from .gguf import check_package, is_gguf, plain_folder, smollm2_file
@@ -113,6 +113,28 @@ def load_model(
     return model, tokenizer, reason
 
 
+def check_causal(path: str, name: str) -> None:
+    """Raises `InputError` for a model of a kind that transformers has no causal language model for."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    try:
+        config = AutoConfig.from_pretrained(base_of_adapter(path) or path)
+    except (OSError, ValueError, KeyError):  # what is wrong with it is said when it is loaded
+        return
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        kind = "a vision-language model" if sees else "no causal language model"
+        raise InputError(
+            f"{name!r} is {(config.architectures or [type(config).__name__])[0]}, {kind}: expected a model that "
+            "transformers loads as a causal language model (AutoModelForCausalLM)"
+            + (", such as the text model that this one was made of" if sees else "")
+        )
+
+
 def check_vocabulary(model, tokenizer, name: str) -> None:
     """Raises `InputError` if the tokenizer makes an id that the model has no row for.
 
@@ -121,6 +143,7 @@ def check_vocabulary(model, tokenizer, name: str) -> None:
     """
     layers = filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))
     rows = min((_shape(layer.weight)[0] for layer in layers), default=None)
+    tokenizer = of_text(tokenizer)
     placeholders = [getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "audio", "video")]
     ids = {token: index for token, index in tokenizer.get_vocab().items() if token not in placeholders}
     highest = max(ids, key=ids.__getitem__)
@@ -152,14 +175,14 @@ def import_unsloth() -> str | None:
 
 
 def add_lora(model, r: int, alpha: int, seed: int, unsloth: bool):
-    """The model with a new LoRA adapter on its seven projections, or on all linear layers where it has other names.
+    """The model with a new LoRA adapter on its seven projections, or on all linear layers where it has other names; of a
+    model that sees or hears as well, on those of its text model.
 
     A model that was loaded with an adapter keeps that one.
     """
     if hasattr(model, "peft_config"):
         return model
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    targets = LORA_TARGETS if names.issuperset(LORA_TARGETS) else "all-linear"
+    targets = _lora_targets(model)
     if unsloth:
         from unsloth import FastLanguageModel
 
@@ -180,6 +203,32 @@ def add_lora(model, r: int, alpha: int, seed: int, unsloth: bool):
     return get_peft_model(
         model, LoraConfig(r=r, target_modules=targets, lora_alpha=alpha, lora_dropout=0, task_type="CAUSAL_LM")
     )
+
+
+def train_text_only(model) -> None:
+    """Freeze what a model has beside its text model: a text does not pass through what sees or hears, so that it would
+    get no gradient, which ends DDP."""
+    if model.config.get_text_config(decoder=True) is not model.config:
+        model.requires_grad_(False)
+        for part in filter(None, (model.get_decoder(), model.get_output_embeddings())):
+            part.requires_grad_(True)
+
+
+def _lora_targets(model) -> list[str] | str:
+    """As LoRA takes them: the last parts of names, a word for all linear layers, or a pattern for whole names."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    text = model.get_decoder()
+    names = {name.rpartition(".")[2] for name, _ in text.named_modules()}
+    targets = LORA_TARGETS if names.issuperset(LORA_TARGETS) else "all-linear"
+    if model.config.get_text_config(decoder=True) is model.config:
+        return targets
+    linear = {
+        name.rpartition(".")[2] for name, one in text.named_modules() if isinstance(one, torch.nn.Linear | Conv1D)
+    }
+    place = next(name for name, module in model.named_modules() if module is text)
+    return rf"{re.escape(place)}\..*\b({'|'.join(sorted(linear) if targets == 'all-linear' else targets)})"
 
 
 def _from_unsloth(
@@ -237,6 +286,7 @@ def _from_transformers(path: str, name: str, load_in_4bit: bool, dtype: str, dev
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
         )
+    check_causal(path, name)
     loader, tokenizer_path = AutoModelForCausalLM, path
     if Path(path, "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM

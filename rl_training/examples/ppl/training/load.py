@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ..chat import render_prompt
 from ..data import Text, message_text
 from ..errors import InputError
-from ..models import add_lora, load_model
+from ..models import add_lora, load_model, train_text_only
 from ..processes import is_first
 from ..sampling import prompt_ids
 from ..scoring.surprisal import SurprisalScorer
@@ -44,7 +44,9 @@ def load_policy_and_scorer(job: Job) -> tuple[Loaded, Loaded]:
     if is_first():
         way = f"Training with transformers and PEFT: {reason}" if reason else "Training with Unsloth"
         print(way, flush=True)
-    if not args.full_finetuning:
+    if args.full_finetuning:
+        train_text_only(model)
+    else:
         model = add_lora(model, args.lora_r, args.lora_alpha, args.seed, unsloth=reason is None)
     policy = scorer = Loaded(model, tokenizer)  # its adapter is off while it scores
     if args.scorer_url:
