@@ -14,7 +14,6 @@ import train_grpo_multilevel_unsloth
 from multi_level_ppl_trl import MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
 from ppl.baselines.file import Baselines
 from ppl.baselines.mismatch import check_meta
-from ppl.baselines.parts import Parts
 from ppl.baselines.plan import prepare
 from ppl.errors import BaselineError, InputError
 from ppl.reward.config import read_settings
@@ -102,23 +101,6 @@ def test_baselines_of_a_part_of_the_references_tokens_are_refused_and_of_all_of_
     check_meta(made_of("all"), identity)
     with pytest.raises(BaselineError, match=r"with reference_tokens hard;.*has reference_tokens all: make the right"):
         check_meta(made_of("hard"), identity)
-
-
-@pytest.mark.parametrize("tokens", ["all", "hard"])
-def test_parts_of_before_are_finished_only_if_they_are_of_all_tokens(tmp_path, tokens, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    flags = ["--target", "reference", "--num_samples", "2"]
-    args = compute_baselines_trl.parse_args(flags)
-    job = prepare(args)
-    parts = Parts(Path("baselines.pkl"))
-    parts.make()
-    parts.start({**job.settings, "reference_tokens": tokens}, run="of before")
-    parts.write(0, {}, [])
-    if tokens == "all":
-        prepare(args)
-    else:
-        with pytest.raises(InputError, match=r'reference_tokens "hard", now it is "all".*delete the folder'):
-            prepare(args)
 
 
 def test_baselines_as_parquet(tmp_path, monkeypatch):

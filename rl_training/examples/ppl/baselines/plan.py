@@ -61,7 +61,6 @@ def prepare(args: argparse.Namespace, survey: bool = True) -> Job:
     flags += ("num_samples", "target", "template", "max_phrase_words", "language", "aggregation")
     flags += ("chat_template_path", "chat_template_kwargs", "tools")
     settings = {**{name: getattr(args, name) for name in flags}, "generated": generation(args), **form.identity}
-    settings["reference_tokens"] = "all"  # parts of version 0.1 can be of fewer
     parts.check(settings)
     if output.exists() and not args.overwrite and not is_complete(parts, output):
         raise InputError(f"{output} exists: replace it with --overwrite, or choose another --output_path")
