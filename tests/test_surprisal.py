@@ -1,7 +1,12 @@
 """The forward pass against the slow twin: architectures, windows, shared prefixes, adapters, dtypes, memory."""
 
 import functools
+import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import brute_force
 import numpy as np
@@ -10,11 +15,14 @@ import pytest
 import torch
 import toys
 import transformers
+import zoo
+from training_runs import EXAMPLES
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ppl.errors import InputError
+from ppl.identity import differences
 from ppl.scoring import packed, padded, surprisal
 from ppl.scoring.batching import Group
 from ppl.scoring.head import Head, difference
@@ -555,6 +563,30 @@ def test_a_nan_from_the_model_is_an_error_that_names_the_text(tokenizer):
         model.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids("Ġfox")] = torch.nan
     with pytest.raises(FloatingPointError, match="NaN for text 1 "):
         score(model, tokenizer, [("", "The end."), ("", "The fox said.")], scorer)
+
+
+@pytest.mark.slow
+def test_a_model_beside_unsloth_has_the_numbers_that_it_has_alone(tmp_path):
+    """Unsloth patches transformers when it is imported, when it loads a model and when it adds adapters."""
+    names = ("llama", "qwen3", "gemma2", "mistral")
+    for name in names:
+        zoo.toy(name).save_pretrained(tmp_path / name)
+        toys.byte_level().save_pretrained(tmp_path / name)
+    folders = ["tiny-stories", *(str(tmp_path / name) for name in names)]
+    found = []
+    for where in ("alone", "beside"):
+        script = Path(__file__).with_name("score_beside_unsloth.py")
+        environment = {**os.environ, "PYTHONPATH": str(EXAMPLES)}
+        command = [sys.executable, script, where, *folders]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    assert [list(one) for one in found] == [folders, folders]
+    for folder in folders:
+        alone, beside = (one[folder] for one in found)
+        assert_close(alone["surprisals"], beside["surprisals"])
+        assert alone["packs"] == beside["packs"]
+        assert differences({"model": alone["identity"]}, {"model": beside["identity"]}) == {}
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -175,8 +175,9 @@ def import_unsloth() -> str | None:
 
 
 def add_lora(model, r: int, alpha: int, seed: int, unsloth: bool):
-    """The model with a new LoRA adapter on its seven projections, or on all linear layers where it has other names; of a
-    model that sees or hears as well, on those of its text model.
+    """The model with a new LoRA adapter on its seven projections, or on all linear layers where it has other names.
+
+    Of a model that sees or hears as well, they are those of its text model.
 
     A model that was loaded with an adapter keeps that one.
     """
@@ -224,11 +225,11 @@ def _lora_targets(model) -> list[str] | str:
     targets = LORA_TARGETS if names.issuperset(LORA_TARGETS) else "all-linear"
     if model.config.get_text_config(decoder=True) is model.config:
         return targets
-    linear = {
-        name.rpartition(".")[2] for name, one in text.named_modules() if isinstance(one, torch.nn.Linear | Conv1D)
-    }
+    if targets == "all-linear":
+        linear = (name for name, one in text.named_modules() if isinstance(one, torch.nn.Linear | Conv1D))
+        targets = sorted({name.rpartition(".")[2] for name in linear})
     place = next(name for name, module in model.named_modules() if module is text)
-    return rf"{re.escape(place)}\..*\b({'|'.join(sorted(linear) if targets == 'all-linear' else targets)})"
+    return rf"{re.escape(place)}\..*\b({'|'.join(targets)})"
 
 
 def _from_unsloth(
