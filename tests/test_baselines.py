@@ -472,7 +472,8 @@ def test_what_differs_is_refused_with_both_values_and_a_command(path, value, fla
 @pytest.mark.parametrize("target", ["completion", "reference"])
 def test_baselines_of_the_models_own_writing_are_made_again_as_such(target):
     """The references' would be others; and for references nothing is generated."""
-    generated = {"generate": 4, "max_new_tokens": 64, "temperature": 0.9, "seed": 7}
+    generated = {"generate": 4, "max_new_tokens": 64, "temperature": 0.9, "seed": 7, "top_p": 0.5, "min_p": None}
+    generated["generation_kwargs"] = {"no_repeat_ngram_size": 2}
     baselines = Baselines({}, {**META, "generated": generated}, "b.pkl")
     with pytest.raises(BaselineError) as caught:
         check_meta(baselines, {**_changed("definitions.aggregation", "nested"), "target": target})

@@ -4,14 +4,16 @@ import json
 import math
 
 import brute_force
+import numpy as np
 import pytest
 import torch
 import toys
 from datasets import Dataset
 
 from ppl import cli
+from ppl.baselines.file import Baselines
 from ppl.baselines.rows import read_rows
-from ppl.chat import chat_identity, completion_turns, read_template, read_tools, render_prompt
+from ppl.chat import chat_identity, completion_turns, read_template, read_tools, render_prompt, say_once
 from ppl.data import (
     Columns,
     PromptForm,
@@ -27,8 +29,12 @@ from ppl.data import (
 from ppl.definitions import LEVELS
 from ppl.errors import InputError
 from ppl.reward.function import MultiLevelPPLRewardFunction
+from ppl.sampling import prompt_ids, sample
 from ppl.scoring.calculator import MultiLevelPPLCalculator
+from ppl.scoring.tokens import Sampled
 from ppl.scoring.units import segment
+from ppl.training.heldout import evaluate
+from ppl.training.rewards import other_beginning
 
 USER = {"role": "user", "content": "Tell me about the fox."}
 CALL = {"type": "function", "function": {"name": "look", "arguments": "{}"}}
@@ -414,15 +420,16 @@ def test_the_reward_scores_the_turns_and_says_the_text(model, chat):
     assert Lengths(model, chat)([[USER]], [SAID]) == [len("Let me look, wait.\nIt is red.\nThe fox ran home.")]
 
 
-def grpo(kind, tmp_path, prompts, reward_fn, **options):
+def grpo(kind, tmp_path, prompts, reward_fn, tokenizer=None, **options):
     from trl import GRPOConfig
 
     config = GRPOConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=2, num_generations=2,
         report_to="none", max_steps=1, max_completion_length=4,
     )  # fmt: skip
-    tokenizer = toys.byte_level()
-    tokenizer.chat_template = TEMPLATE
+    if tokenizer is None:
+        tokenizer = toys.byte_level()
+        tokenizer.chat_template = TEMPLATE
     rows = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
     return kind(
         model=toys.llama(), args=config, reward_funcs=[reward_fn], train_dataset=rows, processing_class=tokenizer,
@@ -515,3 +522,145 @@ def test_sampling_renders_as_the_scorer_does(model, chat, monkeypatch):
     options = {"chat_template_kwargs": {"enable_thinking": False}, "tools": [CALL]}
     sampling.sample_completions(model, chat, [[USER]], max_new_tokens=1, **options)
     assert seen == [MultiLevelPPLCalculator(chat, **options).render([USER])]
+
+
+# --- what a tokenizer or a template puts behind a prompt, or before it -----------------------------------------------
+
+
+def adding(before="", behind="", cut=False, bos=True):
+    """A byte-level tokenizer that puts special tokens around a text; `cut`: saved with padding and truncation."""
+    from tokenizers import processors
+
+    tokenizer = toys.byte_level(bos=bos)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[SEP]", "[gMASK]", "<sop>"]})
+    tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in f"{before} {behind}".split()]
+    backend = tokenizer.backend_tokenizer
+    if tokens:
+        single = f"{before} $A {behind}".strip()
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)
+    if cut:
+        backend.enable_truncation(2)
+        backend.enable_padding(length=64, pad_id=2, pad_token="<pad>")
+        tokenizer.model_max_length = 2
+    return tokenizer
+
+
+APPENDING = {
+    "EOS": {"before": "<s>", "behind": "</s>"},
+    "SEP": {"before": "<s>", "behind": "[SEP]"},
+    "several": {"before": "<s>", "behind": "[SEP] </s> </s>"},
+    "nothing before": {"behind": "</s>"},
+    "no BOS": {"behind": "</s>", "bos": False},
+    "cut": {"before": "<s>", "behind": "</s>", "cut": True},
+}
+STRINGS = ["Once upon a time", "The fox said: ", "<s>The </s> fox", ""]
+
+
+@pytest.fixture(params=APPENDING)
+def appending(request):
+    """(a tokenizer that puts something behind a text, the same without it)"""
+    options = APPENDING[request.param]
+    return adding(**options), adding(**{**options, "behind": "", "cut": False})
+
+
+def test_a_policy_is_not_asked_to_write_behind_its_own_end(appending, caplog):
+    tokenizer, plain = appending
+    say_once.cache_clear()
+    given = prompt_ids(STRINGS, tokenizer)
+    assert prompt_ids(STRINGS, tokenizer) == given == prompt_ids(STRINGS, plain)
+    written = list(map(list, plain(STRINGS)["input_ids"]))  # what the plain tokenizer itself makes of them
+    assert given[:3] == written[:3] and given[3] == (written[3] or ([] if plain.bos_token is None else [0]))
+    assert len([one for one in caplog.records if "behind a text: left out" in one.message]) == 1
+    asked = {"num_generations": 2, "max_new_tokens": 8}
+    assert sample(toys.llama(), tokenizer, STRINGS[:3], **asked) == sample(toys.llama(), plain, STRINGS[:3], **asked)
+
+
+def test_completions_and_baselines_are_scored_behind_the_same_context(appending, model):
+    """The numbers are those that the plain tokenizer gives, and by hand."""
+    tokenizer, plain = appending
+    prompt, text = "Once upon a time", " the fox ran."
+    ids = plain(text, add_special_tokens=False)["input_ids"]
+    [before] = prompt_ids([prompt], plain)
+    logs = model(torch.tensor([before + ids])).logits[0].double().log_softmax(-1)
+    by_hand = -sum(logs[len(before) - 1 + at, one].item() for at, one in enumerate(ids)) / len(ids)
+    for kind in (tokenizer, plain):
+        reward_fn = MultiLevelPPLRewardFunction(model, kind, aggregation="nested")
+        of_ids = reward_fn.compute_rewards([text], [prompt], completion_ids=[[*ids, 1]], return_details=True)[1]
+        assert sum(math.log(of_ids["ppls"][level]) for level in LEVELS) == pytest.approx(by_hand, rel=1e-4)
+        of_text = MultiLevelPPLCalculator(kind, aggregation="nested").score_pairs(model, [(prompt, text)])
+        if before[:1] == [0] or plain.bos_token is None:  # else the text stands behind BOS, as it always does
+            assert np.log(of_text).sum() == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_the_trainer_asks_its_policy_with_those_ids(tmp_path):
+    from trl import GRPOTrainer
+
+    from ppl.training.trainer import ResumableGRPOTrainer
+
+    class Kept(MultiLevelPPLRewardFunction):
+        def __call__(self, prompts, completions, **columns):
+            seen.extend(zip(prompts, columns["prompt_ids"], strict=True))
+            return super().__call__(prompts, completions, **columns)
+
+    seen, tokenizer = [], adding(**APPENDING["EOS"])
+    reward_fn = Kept(toys.llama(), tokenizer)
+    trainer = grpo(ResumableGRPOTrainer, tmp_path, STRINGS[:1], reward_fn, tokenizer)
+    asked, generate = [], trainer.model.generate
+    trainer.model.generate = lambda **inputs: asked.append(inputs["input_ids"].tolist()) or generate(**inputs)
+    trainer.train()
+    given = prompt_ids(STRINGS[:1], adding("<s>"))
+    assert asked == [given * 2] and seen == [(STRINGS[0], given[0])] * 2
+
+    plain = grpo(GRPOTrainer, tmp_path, STRINGS[:1], MultiLevelPPLRewardFunction(toys.llama(), tokenizer), tokenizer)
+    assert plain._tokenize_prompts(STRINGS[:1])[0][0][-1] == tokenizer.eos_token_id  # once no longer, refuse nothing
+    with pytest.raises(InputError, match=r"puts </s> behind a text.*ResumableGRPOTrainer, or set .*add_eos_token"):
+        plain.train()
+
+
+@pytest.mark.parametrize("before", ["[gMASK] <sop>", "<s> [gMASK]", "[gMASK]"])
+def test_what_a_tokenizer_puts_before_a_text_stands_before_what_is_scored(model, before):
+    """ChatGLM's kind: whatever it is, a text and a completion are read behind the same ids."""
+    tokenizer = adding(before, bos="<s>" in before)
+    prompt, text = "Once upon a time", " the fox ran."
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    [given] = prompt_ids([prompt], tokenizer)
+    assert given == tokenizer(prompt)["input_ids"]
+    calculator = MultiLevelPPLCalculator(tokenizer)
+    of_ids = calculator.score_pairs(model, [Sampled(tuple(given), tuple(ids))])
+    assert calculator.score_pairs(model, [(prompt, text)]) == pytest.approx(of_ids, rel=1e-5)
+    assert other_beginning(Baselines({}, {"target": "completion"}, "b.pkl"), prompt, calculator) is None
+
+
+@pytest.mark.parametrize("tail", ["</s>", "</s>\n", "</s></s>"])
+def test_a_template_that_ends_the_turn_that_it_opens_is_read_without_that_end(tail, caplog):
+    say_once.cache_clear()
+    ending, plain = toys.byte_level(), toys.byte_level()
+    plain.chat_template = TEMPLATE
+    ending.chat_template = TEMPLATE + tail.replace("\n", "{{ '\\n' }}")
+    for prompt in ([USER], [USER, ASKED, TOLD], BEGUN):
+        assert render_prompt(prompt, ending) == render_prompt(prompt, plain)
+    assert prompt_ids([[USER], BEGUN], ending) == prompt_ids([[USER], BEGUN], plain)
+    assert completion_turns([USER], SAID, ending) == completion_turns([USER], SAID, plain)
+    assert len([one for one in caplog.records if "the chat template writes </s>" in one.message]) == 1
+
+
+def test_an_end_that_a_template_without_an_opening_puts_behind_the_users_turn_stays():
+    """DialoGPT's: the policy has learned to write behind it."""
+    tokenizer = toys.byte_level()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    assert render_prompt([USER], tokenizer) == "Tell me about the fox.</s>"
+
+
+@pytest.mark.parametrize("prompt", [BEGUN, "Once upon a time"])
+def test_held_out_rewards_per_level_know_what_the_policy_was_given(prompt):
+    """As in training: otherwise a begun answer, or a tokenizer that appends, would be taken for TRL's own reading."""
+    tokenizer = adding(**APPENDING["EOS"])
+    tokenizer.chat_template = TEMPLATE
+    model = toys.llama()
+    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)
+    rewards = [(function, 1.0) for function in reward_fn.per_level()]
+    rows = Dataset.from_list([{"prompt": prompt, "id": "a"}])
+    held_out = evaluate(
+        model, tokenizer, rewards, rows, scorers=None, state=object(), num_generations=2, max_new_tokens=4
+    )
+    assert len(held_out.completions[0]) == 2

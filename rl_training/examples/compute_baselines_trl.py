@@ -12,10 +12,8 @@ import sys
 
 from ppl import cli
 from ppl.definitions import (
-    DEFAULT_MAX_NEW_TOKENS,
     DEFAULT_SEED,
     DEFAULT_TARGET,
-    DEFAULT_TEMPERATURE,
     TARGETS,
 )
 from ppl.notebooks import script
@@ -40,12 +38,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--batch_size", type=cli.positive_int, help="most texts in one forward pass (default: as many as fit)"
     )
-    own = parser.add_argument_group("baselines of the model's own writing")
+    own = parser.add_argument_group("baselines of the model's own writing (sampled as in training: the same flags)")
     own.add_argument(
         "--generate", type=cli.positive_int, metavar="N", help="sample N completions a prompt and take their mean"
     )
-    own.add_argument("--max_new_tokens", type=cli.positive_int, default=DEFAULT_MAX_NEW_TOKENS, help="as in training")
-    own.add_argument("--temperature", type=cli.positive, default=DEFAULT_TEMPERATURE, help="as in training")
+    cli.add_sampling_flags(own)
     own.add_argument("--seed", type=cli.seed, default=DEFAULT_SEED, help="of the sampling")
     cli.add_server_flag(parser)
     parser.add_argument("--streaming", action="store_true", help="read the data set as it is scored, and keep no copy")

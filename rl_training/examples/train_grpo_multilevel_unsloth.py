@@ -12,10 +12,8 @@ import sys
 from ppl import cli
 from ppl.data import prepare_rows
 from ppl.definitions import (
-    DEFAULT_MAX_NEW_TOKENS,
     DEFAULT_SEED,
     DEFAULT_TARGET,
-    DEFAULT_TEMPERATURE,
     DEFAULT_WEIGHTS,
     FORMS,
     MISSING,
@@ -102,10 +100,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     training.add_argument(
         "--num_generations", type=cli.positive_int, help="completions a prompt (default: 8 if it fits)"
     )
-    training.add_argument(
-        "--max_new_tokens", type=cli.positive_int, default=DEFAULT_MAX_NEW_TOKENS, help="longest completion"
-    )
-    training.add_argument("--temperature", type=cli.positive, default=DEFAULT_TEMPERATURE, help="of sampling")
+    cli.add_sampling_flags(training)
     training.add_argument("--learning_rate", type=float, default=5e-5, help="peak")
     training.add_argument("--lora_r", type=cli.positive_int, default=16, help="rank of the adapter")
     training.add_argument("--lora_alpha", type=cli.positive_int, default=16, help="scale of the adapter")

@@ -23,6 +23,7 @@ models.py             model and tokenizer from Unsloth, transformers or the embe
 gguf.py               a GGUF file -> a folder that they load
 frozen.py             adapters off, eval mode, no gradient, and back
 sampling.py           completions of the model as it stands
+sampling_settings.py  how completions are sampled, in training as for baselines
 processes.py          several processes of one run, weights spread over them
 identity.py           what two numbers must share to be compared
 reference_context.py  what stands before a reference that is scored

@@ -1,13 +1,20 @@
 """Chat messages as a model reads them: one function renders prompts, for policy, scorer, baselines and sampling."""
 
+import functools
 import hashlib
 import inspect
 import json
+import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from tokenizers import Tokenizer, models
+
 from .data import Text, message_text, without_none
 from .errors import InputError
+
+logger = logging.getLogger(__name__)
 
 Turn = tuple[str, str]  # what stands before an assistant's text as the model reads it, and that text
 
@@ -21,13 +28,30 @@ def of_text(tokenizer):
     return getattr(tokenizer, "tokenizer", tokenizer)
 
 
+def added_ids(tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer's post-processor puts before a text, such as BOS, and behind it, such as EOS."""
+    # With a vocabulary of one token, so that the tokenizer's own padding and truncation are neither used nor changed.
+    alone = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    if (added := of_text(tokenizer).backend_tokenizer.post_processor) is not None:
+        alone.post_processor = added
+    encoded = alone.encode("a")
+    own = encoded.sequence_ids.index(0)
+    return encoded.ids[:own], encoded.ids[own + 1 :]
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    logger.warning(message)
+
+
 def render_prompt(
     prompt: Text | None, tokenizer, chat_template_kwargs: Mapping | None = None, tools: Sequence | None = None
 ) -> str:
     """A prompt as the model reads it: a string as it is, chat messages through the tokenizer's template.
 
     As TRL's `apply_chat_template`: a prompt that ends with an assistant's message is continued, any other one opens
-    the assistant's turn.
+    the assistant's turn. An EOS token that the template writes behind that opening is left out, which a warning says
+    once: nobody writes behind its own end.
 
     chat_template_kwargs: more variables of the template, such as `{"enable_thinking": False}`. tools: JSON schemas or
     functions that the template shows the model. Both must be the same wherever the prompt is read.
@@ -37,7 +61,7 @@ def render_prompt(
     if prompt is None or isinstance(prompt, str):
         return prompt or ""
     continued = prompt[-1]["role"] == "assistant"
-    rendered = _through_template(prompt, tokenizer, continued, chat_template_kwargs, tools)
+    rendered = _opened(prompt, tokenizer, continued, chat_template_kwargs, tools)
     _refuse_unread(prompt, lambda messages: _through_template(messages, tokenizer, None, chat_template_kwargs, tools))
     return rendered
 
@@ -73,12 +97,23 @@ def completion_turns(
     for index, message in enumerate(completion):
         if message["role"] == "assistant":
             if text := message_text([message]):
-                context = _through_template(before, tokenizer, False, chat_template_kwargs, tools) if index else opening
+                context = _opened(before, tokenizer, False, chat_template_kwargs, tools) if index else opening
                 turns.append((context, text))
             if index == 0 and before[-1]["role"] == "assistant":  # it goes on with what the prompt began
                 message = {**message, "content": message_text([before.pop()]) + text}
         before.append(message)
     return Turns(turns or [(opening, "")])
+
+
+def _opened(messages, tokenizer, continued: bool, chat_template_kwargs, tools) -> str:
+    rendered = _through_template(messages, tokenizer, continued, chat_template_kwargs, tools)
+    eos = of_text(tokenizer).eos_token
+    end = re.search(rf"(?:{re.escape(eos)}\s*)*\Z", rendered)[0] if eos and not continued else ""
+    # A template that opens no turn (DialoGPT's) ends the user's with EOS, and a completion follows on that.
+    if not end or rendered == _through_template(messages, tokenizer, None, chat_template_kwargs, tools):
+        return rendered
+    say_once(f"the chat template writes {end.strip()} behind the opening of the assistant's turn: left out of prompts")
+    return rendered.removesuffix(end)
 
 
 def _through_template(messages, tokenizer, continued: bool | None, chat_template_kwargs, tools) -> str:

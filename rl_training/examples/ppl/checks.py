@@ -173,11 +173,15 @@ def _scored_tokens(tokenizer, context: str, text: str) -> tuple[list[int], list[
     whole = context + text
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     ids, spans = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-    if tokenizer.bos_token_id is not None:
-        ids, spans = [tokenizer.bos_token_id, *ids], [(0, 0), *spans]
+    # What the tokenizer itself puts before a text, else BOS.
+    as_given = tokenizer(whole)
+    before = as_given["input_ids"][: as_given.sequence_ids(0).index(0)]
+    if not before and tokenizer.bos_token_id is not None:
+        before = [tokenizer.bos_token_id]
+    ids, spans = [*before, *ids], [(0, 0)] * len(before) + spans
     scored: list[tuple[int, int]] = []
     blank: list[int] = []  # tokens of white space, until the next visible one
-    for index in range(1, len(ids)):
+    for index in range(max(1, len(before)), len(ids)):
         start, end = spans[index]
         if end <= len(context) or ids[index] in tokenizer.all_special_ids:
             continue

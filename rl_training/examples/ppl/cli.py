@@ -22,6 +22,7 @@ from .definitions import (
 from .errors import InputError
 from .notebooks import CellError, in_kernel, script_name
 from .retired import SETTINGS, retired
+from .sampling_settings import GENERATION_KWARGS, Sampling
 from .sentences import checked_language
 
 
@@ -132,6 +133,29 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
         help="variables of the chat template, such as '{\"enable_thinking\": false}'",
     )  # fmt: skip
     group.add_argument("--tools", metavar="FILE", help="JSON list of tools' schemas that the chat template shows")
+
+
+def add_sampling_flags(group) -> None:
+    """The fields of `Sampling`, with the names that GRPOConfig has for them."""
+    usual = Sampling()
+    group.add_argument("--max_new_tokens", type=positive_int, default=usual.max_new_tokens, help="longest completion")
+    group.add_argument("--temperature", type=positive, default=usual.temperature, help="of sampling")
+    group.add_argument("--top_p", type=float, default=usual.top_p, help="share of probability to sample from")
+    group.add_argument("--top_k", type=int, default=usual.top_k, help="sample from so many tokens (0: from all)")
+    group.add_argument("--min_p", type=float, help="drop tokens below this share of the likeliest one's probability")
+    group.add_argument(
+        "--repetition_penalty", type=float, default=usual.repetition_penalty,
+        help="divides the logits of what stands before (a loop's penalty in training is --loop_penalty)",
+    )  # fmt: skip
+    group.add_argument(
+        "--generation_kwargs", type=_json_object, metavar="JSON",
+        help=f"more of transformers' GenerationConfig: {', '.join(GENERATION_KWARGS)}",
+    )  # fmt: skip
+
+
+def sampling(args: argparse.Namespace) -> Sampling:
+    """What `add_sampling_flags` says. Raises `InputError` if it makes no sense."""
+    return Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
 
 
 def add_definition_flags(parser: argparse.ArgumentParser) -> None:

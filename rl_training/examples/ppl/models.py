@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from .chat import of_text, read_template
+from .chat import added_ids, of_text, read_template
 from .data import TINY_STORIES
 from .errors import InputError
 from .gguf import check_package, is_gguf, plain_folder, smollm2_file
@@ -442,5 +442,5 @@ def tokenizer_fingerprint(tokenizer) -> str:
     """A hash of what turns a text into ids: vocabulary, merges, normalisation, added tokens."""
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     kept = {key: settings[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
-    kept["bos"] = tokenizer.bos_token
+    kept["bos"] = " ".join(tokenizer.convert_ids_to_tokens(added_ids(tokenizer)[0])) or tokenizer.bos_token
     return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8).hexdigest()

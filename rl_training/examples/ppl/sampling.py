@@ -1,16 +1,23 @@
 """Completions sampled from a model as it stands, adapters and all: for held-out texts and for baselines."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
+from transformers import GenerationConfig
 
-from .chat import of_text, render_prompt
+from .chat import added_ids, of_text, render_prompt, say_once
 from .data import Text
 from .errors import InputError
 from .frozen import frozen
 from .processes import is_first
+from .sampling_settings import Sampling
+from .scoring.head import difference
 
 
 class Completion(NamedTuple):
@@ -24,23 +31,36 @@ class Completion(NamedTuple):
 
 
 def prompt_ids(prompts: Sequence[Text], tokenizer, **chat) -> list[list[int]]:
-    """The ids that a policy is given for each prompt, by GRPOTrainer and here: without padding.
+    """The ids that a policy is given for each prompt, in training and here: without padding.
 
-    chat: keywords of `ppl.chat.render_prompt`.
+    Before a text stands what the tokenizer puts there; what it puts behind one (EOS, [SEP]) is left out, which a
+    warning says once: nobody writes behind its own end. chat: keywords of `ppl.chat.render_prompt`.
     """
     if not prompts:
         return []
     tokenizer = of_text(tokenizer)
+    before, behind = added_ids(tokenizer)
+    if behind and any(isinstance(prompt, str) for prompt in prompts):
+        say_once(f"the tokenizer puts {tokenizer.decode(behind)} behind a text: left out behind every prompt")
     rendered = [render_prompt(prompt, tokenizer, **chat) for prompt in prompts]
-    # A chat template writes the special tokens itself.
-    plain = [isinstance(prompt, str) for prompt in prompts]
-    prompt_ids = tokenizer(rendered, add_special_tokens=True)["input_ids"] if any(plain) else rendered
-    if not all(plain):
-        of_chats = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        prompt_ids = [one if text else other for one, other, text in zip(prompt_ids, of_chats, plain, strict=True)]
     # Nothing cannot be continued.
     nothing = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return [list(ids) or nothing for ids in prompt_ids]
+    # A chat template writes the special tokens itself.
+    return [
+        (before if isinstance(prompt, str) else []) + list(ids) or nothing
+        for prompt, ids in zip(prompts, tokenizer(rendered, add_special_tokens=False)["input_ids"], strict=True)
+    ]
+
+
+def refuse_appended(prompts: Sequence[Text], tokenizer) -> None:
+    """Raises `InputError` for a tokenizer that puts something behind a text, for a trainer of TRL's, which leaves it
+    behind the prompt (`prompt_ids` does not)."""
+    tokenizer = of_text(tokenizer)
+    if any(isinstance(prompt, str) for prompt in prompts) and (behind := added_ids(tokenizer)[1]):
+        raise InputError(
+            f"the tokenizer puts {tokenizer.decode(behind)} behind a text, so GRPOTrainer has the policy write behind "
+            "its own end: train with ppl.training.trainer.ResumableGRPOTrainer, or set tokenizer.add_eos_token = False"
+        )
 
 
 class GivenIds(list):
@@ -84,61 +104,112 @@ def sample(
     prompts: Sequence[Text],
     *,
     num_generations: int = 1,
-    max_new_tokens: int = 128,
-    temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 32,
     progress: str | None = None,
-    **chat,
+    chat_template_kwargs: Mapping | None = None,
+    tools: Sequence | None = None,
+    **sampling,
 ) -> list[list[Completion]]:
-    """Per prompt `num_generations` completions, as GRPOTrainer would sample them: no top-k, top-p 1.
+    """Per prompt `num_generations` completions, as GRPOTrainer samples them.
 
     Seeded on its own: the caller's random state, and the model's train/eval flags, are left as they were.
-    progress: label of a progress bar; None: no bar. chat: keywords of `ppl.chat.render_prompt`.
+    progress: label of a progress bar; None: no bar. chat_template_kwargs, tools: see `ppl.chat.render_prompt`.
+    sampling: fields of `ppl.sampling_settings.Sampling`.
     """
-    tokenizer = of_text(tokenizer)
+    tokenizer, settings = of_text(tokenizer), Sampling(**sampling)
     jobs = [prompt for prompt in prompts for _ in range(num_generations)]
+    given = prompt_ids(jobs, tokenizer, chat_template_kwargs=chat_template_kwargs, tools=tools)
+    # A model that reads the padding gets none: a batch then holds prompts of one length.
+    padded = len(set(map(len, given))) < 2 or ignores_padding(model)
+    runs = [given] if padded else [list(run) for _, run in itertools.groupby(given, key=len)]
+    batches = [run[start : start + batch_size] for run in runs for start in range(0, len(run), batch_size)]
     completions: list[Completion] = []
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _generating(model):
+        torch.manual_seed(seed)
+        for batch in tqdm(batches, desc=progress, unit="batch", disable=progress is None or not is_first()):
+            completions.extend(_sample(model, tokenizer, batch, settings))
+    return [completions[index : index + num_generations] for index in range(0, len(completions), num_generations)]
+
+
+@contextmanager
+def own_settings(model) -> Iterator[None]:
+    """Within it, of the model's generation settings (generation_config.json) its special tokens alone are in force.
+
+    transformers takes from them what a call leaves open: `min_p`, `num_beams`, `no_repeat_ngram_size`, ...
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            if (settings := vars(module).get("generation_config")) is not None:
+                tokens = {name: getattr(settings, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+                stack.callback(setattr, module, "generation_config", settings)
+                module.generation_config = GenerationConfig(**tokens)
+        yield
+
+
+@contextmanager
+def _generating(model) -> Iterator[None]:
+    """The model as it stands, adapters and all, without dropout, gradients and generation settings of its own."""
     # Unsloth's generate switches it off and, for a model in eval mode, leaves it so.
     checkpointing = [
         (module, module.gradient_checkpointing)
         for module in model.modules()
         if getattr(module, "gradient_checkpointing", False)
     ]
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), frozen(model, adapters=True):
-        torch.manual_seed(seed)
+    with frozen(model, adapters=True), own_settings(model):
         try:
-            starts = range(0, len(jobs), batch_size)
-            for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None or not is_first()):
-                given = prompt_ids(jobs[start : start + batch_size], tokenizer, **chat)
-                completions.extend(_sample(model, tokenizer, given, max_new_tokens, temperature))
+            yield
         finally:
             for module, kind in checkpointing:
                 module.gradient_checkpointing = kind
-    return [completions[index : index + num_generations] for index in range(0, len(completions), num_generations)]
 
 
-def _sample(model, tokenizer, given: list[list[int]], max_new_tokens: int, temperature: float) -> list[Completion]:
-    ends = end_tokens(model, tokenizer)
-    padding = next(token for token in (tokenizer.pad_token_id, *ends, 0) if token is not None)
+def _generate(model, given: list[list[int]], padding: int, settings: Mapping, **options):
+    """What the model generates for prompts that are padded on the left, as GRPOTrainer pads them.
+
+    settings: of `GenerationConfig`. options: other ones of `generate`.
+    """
     longest = max(map(len, given))
     ids = torch.tensor([[padding] * (longest - len(one)) + one for one in given])
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in given])
-    output = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,  # not that of the model's generation settings
-        max_new_tokens=max_new_tokens,
-        use_cache=True,  # gradient checkpointing switches it off in the model's configuration
-        pad_token_id=padding,
-        eos_token_id=ends or None,
-    )
-    rows = output[:, longest:].tolist()
+    # Gradient checkpointing switches the cache off in the model's configuration.
+    config = GenerationConfig(**settings, pad_token_id=padding, use_cache=True, disable_compile=True)
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    return model.generate(**inputs, generation_config=config, **options)
+
+
+_IGNORES_PADDING: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def ignores_padding(model) -> bool:
+    """Whether a prompt is continued beside a longer one as it is alone; asked once of each model.
+
+    Recurrent models (Rwkv) read the padding on the left as text; others (Bart's kind of decoder) count it as positions.
+    """
+    if model not in _IGNORES_PADDING:
+        ids = torch.linspace(1, model.get_input_embeddings().weight.shape[0] // 2, 24).long().tolist()
+        settings = {"do_sample": False, "max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
+        with _generating(model):
+            outputs = [
+                _generate(model, rows, 0, settings, prefix_allowed_tokens_fn=lambda row, _: ids[6:7])
+                for rows in ([ids[6:], ids[:6]], [ids[:6]])
+            ]
+        beside, alone = (torch.stack([step[-1] for step in output.logits]) for output in outputs)
+        # As two lengths of a text are compared before anything is scored (`ppl.scoring.surprisal`).
+        quantized = getattr(model.config, "quantization_config", None) is not None
+        rounding = torch.finfo(torch.bfloat16 if quantized else model.dtype).eps
+        _IGNORES_PADDING[model] = difference(beside, alone) <= max(1e-3, 12 * rounding)
+    return _IGNORES_PADDING[model]
+
+
+def _sample(model, tokenizer, given: list[list[int]], sampling: Sampling) -> list[Completion]:
+    ends = end_tokens(model, tokenizer)
+    padding = next(token for token in (tokenizer.pad_token_id, *ends, 0) if token is not None)
+    settings = asdict(sampling)
+    settings |= settings.pop("generation_kwargs") or {}
+    output = _generate(model, given, padding, {"do_sample": True, "eos_token_id": ends or None, **settings})
+    rows = output[:, max(map(len, given)) :].tolist()
     written = [up_to_end(row, ends) for row in rows]
     whole = tokenizer.batch_decode(list(map(list.__add__, given, written)), skip_special_tokens=True)
     before = tokenizer.batch_decode(given, skip_special_tokens=True)

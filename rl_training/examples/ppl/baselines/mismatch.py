@@ -64,7 +64,10 @@ def _command(baselines: Baselines, expected: Mapping, differing: Iterable[str]) 
     if made_from.get("num_samples"):
         flags["num_samples"] = made_from["num_samples"]
     if expected.get("target") != "reference":  # of the model's own writing, again
-        flags |= dict(baselines.meta.get("generated") or {})
+        generated = dict(baselines.meta.get("generated") or {})
+        if generated.get("generation_kwargs"):
+            generated["generation_kwargs"] = json.dumps(generated["generation_kwargs"])
+        flags |= {name: value for name, value in generated.items() if value is not None}
     usual = {
         "target": DEFAULT_TARGET,
         "max_phrase_words": DEFAULT_PHRASE_WORDS,

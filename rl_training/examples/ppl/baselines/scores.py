@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,8 +80,7 @@ def _scorer_of(args: argparse.Namespace, columns: Columns, server, model, tokeni
             tokenizer,
             [row.prompt for row in rows],
             num_generations=args.generate,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
+            **asdict(cli.sampling(args)),
             seed=args.seed + rows[0].number,  # the same wherever an earlier run stopped
             **chat,
         )
@@ -124,8 +124,7 @@ def _scorer_of(args: argparse.Namespace, columns: Columns, server, model, tokeni
 
 def generation(args: argparse.Namespace) -> dict | None:
     """How completions are sampled for baselines of the model's own writing; None for those of the data set's texts."""
-    names = ("generate", "max_new_tokens", "temperature", "seed")
-    return {name: getattr(args, name) for name in names} if args.generate else None
+    return {"generate": args.generate, "seed": args.seed, **asdict(cli.sampling(args))} if args.generate else None
 
 
 def is_4bit(name: str) -> bool:

@@ -31,7 +31,7 @@ from ..errors import BaselineError, InputError, one_of, without_retired
 from ..identity import identity
 from ..processes import of_this
 from ..reference_context import ReferenceContext
-from ..sampling import given_by_trainer
+from ..sampling import given_by_trainer, refuse_appended
 from ..scoring.calculator import MultiLevelPPLCalculator
 from ..scoring.scorer import Scorer, as_scorer, is_scorer
 from ..scoring.tokens import Sampled
@@ -233,6 +233,7 @@ class MultiLevelPPLRewardFunction:
         """(what `compute_rewards` gives for TRL's columns, seconds it took)"""
         if "trainer_state" in columns and not given_by_trainer(columns):
             refuse_begun(prompts, "GRPOTrainer", "train with ppl.training.trainer.ResumableGRPOTrainer, or ")
+            refuse_appended(prompts, self.policy.tokenizer)
         texts = [message_text(completion) for completion in completions]
         arguments = {
             "prompts": prompts,

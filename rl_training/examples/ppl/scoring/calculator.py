@@ -74,7 +74,7 @@ class MultiLevelPPLCalculator:
         self.chat = {"chat_template_kwargs": chat_template_kwargs, "tools": tools}
         nested = aggregation == "nested"
         self._encoder = TextEncoder(tokenizer, eos_for_bos=nested)
-        if nested and self._encoder.start is None:
+        if nested and not self.encoder.start:
             raise InputError(
                 "aggregation='nested' scores units alone, behind a BOS or EOS token, and the tokenizer has neither: "
                 "expected another tokenizer, or aggregation='geometric'"
@@ -219,7 +219,7 @@ class MultiLevelPPLCalculator:
         scorer = self._scorer_of(model)
         if self.aggregation == "nested":
             units = self._units(targets)
-            return units, score_scopes(scorer, encoded, units, self._encoder.start)
+            return units, score_scopes(scorer, encoded, units, self.encoder.start)
         # A GPU computes while the units are found.
         read = scorer.start(encoded) if isinstance(scorer, SurprisalScorer) else partial(scorer.score, encoded)
         units = self._units(targets)

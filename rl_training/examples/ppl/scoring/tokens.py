@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..chat import Turn, of_text
+from ..chat import Turn, added_ids, of_text
 from ..errors import InputError
 from .decoding import Decoding
 from .units import code_points
@@ -51,7 +51,7 @@ class TextEncoder:
     token, its EOS token stands before a text without a context. Raises `InputError` for a slow tokenizer, which has no
     character offsets.
 
-    start: the id of the token that stands before a text without a context, None if there is none.
+    start: the ids that stand before a text: what the tokenizer itself puts there, else BOS, if it has one.
     """
 
     def __init__(self, tokenizer, eos_for_bos: bool = False) -> None:
@@ -68,8 +68,11 @@ class TextEncoder:
         self._backend.no_padding()
         self._backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
         self.decoding = Decoding(self._backend)
-        self._bos = tokenizer.bos_token_id
-        self.start = tokenizer.eos_token_id if self._bos is None and eos_for_bos else self._bos
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.start = added_ids(tokenizer)[0] or ([] if bos is None else [bos])
+        self._eos_for_bos = eos_for_bos and not self.start and eos is not None
+        if self._eos_for_bos:
+            self.start = [eos]
         # Those included that were added as special and have no role of their own.
         added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
         self.special_ids = {*added, *tokenizer.all_special_ids}
@@ -104,7 +107,7 @@ class TextEncoder:
         )
         result = []
         for index, one in enumerate(sampled):
-            before = list(one.prompt) or ([] if self.start is None else [self.start])
+            before = list(one.prompt or self.start)
             # Nothing stands before the first of all tokens, so it has no probability.
             scored = np.flatnonzero((chars[index] >= 0) & (np.arange(sizes[index]) + len(before) > 0))
             ids = np.array([*before, *one.completion], dtype=np.int64)
@@ -132,9 +135,9 @@ class TextEncoder:
         # A token that straddles the border ends in the target and so belongs to it.
         scored = (spans[:, 1] > starts) & ~np.isin(ids, self._special)
         first_token = np.cumsum(sizes) - sizes
-        prepend = np.full(len(targets), self.start is not None)
-        prepend[sizes > 0] &= ids[first_token[sizes > 0]] != self.start
-        if self._bos is None:
+        prepend = np.full(len(targets), len(self.start) > 0)
+        prepend[sizes > 0] &= ids[first_token[sizes > 0]] != (self.start or [-1])[0]
+        if self._eos_for_bos:
             prepend &= np.array([not context for context in contexts])
         # Nothing stands before the first of all tokens, so it has no probability.
         scored[first_token[(sizes > 0) & ~prepend]] = False
@@ -147,10 +150,10 @@ class TextEncoder:
         for index, (start, size) in enumerate(zip(first_token.tolist(), sizes.tolist(), strict=True)):
             mine = slice(cuts[index], cuts[index + 1])
             own = ids[start : start + size]
-            shift = int(prepend[index])
+            shift = len(self.start) * int(prepend[index])
             result.append(
                 Encoded(
-                    ids=np.concatenate([[self.start], own]) if shift else own,
+                    ids=np.concatenate([self.start, own]) if shift else own,
                     positions=scored[mine] - start + shift,
                     chars=chars[mine] - target_starts[index],
                 )

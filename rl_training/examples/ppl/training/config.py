@@ -22,10 +22,9 @@ _BOUNDS = (
     *((name, 1, math.inf) for name in ("num_iterations", "generation_batch_size", "steps_per_generation")),
     *((name, 1, math.inf) for name in ("num_generations_eval", "per_device_eval_batch_size")),
     *((name, 0, math.inf) for name in ("learning_rate", "beta", "epsilon", "epsilon_high", "delta", "max_grad_norm")),
-    *((name, 0, math.inf) for name in ("top_k", "weight_decay", "warmup_steps", "dataloader_num_workers")),
-    *((name, 0, 1) for name in ("top_p", "min_p")),
+    *((name, 0, math.inf) for name in ("weight_decay", "warmup_steps", "dataloader_num_workers")),
 )
-_ABOVE_0 = ("repetition_penalty", "num_train_epochs", "logging_steps", "save_steps", "eval_steps")
+_ABOVE_0 = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")
 
 REPORTERS = ("none", "wandb", "tensorboard", "trackio")
 
@@ -160,6 +159,11 @@ def grpo_config(args: argparse.Namespace, rest: list[str], plan):
     check_values(config)
     check_evaluation(config, asked, args.eval_split)
     check_settings(config)
+    if config.use_vllm and config.generation_kwargs:
+        raise InputError(
+            "--generation_kwargs are transformers' names, and --use_vllm has names of its own, which the held-out "
+            "completions would not follow: drop one of them"
+        )
     if config.remove_unused_columns:
         raise InputError(
             "--remove_unused_columns true takes id and reference from the rows, which the reward needs: leave it out"

@@ -22,9 +22,9 @@ PAID = 5.0  # %, how far a level's improvement rises, and another's falls below 
 LEAST_KL, MOST_KL = 0.02, 0.5  # nats a token; runs of which the texts stayed what they were ended at 0.05 to 0.35
 
 REMEDY = {
-    "saturated": "Measure against the model's own writing (compute_baselines_trl.py --generate 4), sample at "
-    "--temperature 1, or set stricter --reward_thresholds. If a run has come there by itself, it has earned all that "
-    "there is: stop, or begin anew with a lower --learning_rate.",
+    "saturated": "Measure against the model's own writing (compute_baselines_trl.py --generate 4, with this run's "
+    "sampling flags), sample at --temperature 1 and --top_p 1, or set stricter --reward_thresholds. If a run has come "
+    "there by itself, it has earned all that there is: stop, or begin anew with a lower --learning_rate.",
     "no baseline": "The data set and the baselines do not belong together: compute them on this data set and split.",
     "first visit": "Each prompt's first completions only make its baseline: train for more epochs "
     "(--num_train_epochs 3), or give --baselines_path.",

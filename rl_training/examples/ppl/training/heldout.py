@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..files import without_nan, write_text
 from ..processes import from_all, is_first, is_sharded, share
 from ..reward.given import row_baselines
-from ..sampling import end_tokens, prompt_ids, sample, up_to_end
+from ..sampling import GivenIds, end_tokens, prompt_ids, sample, up_to_end
 from ..scoring.surprisal import SurprisalScorer
 from ..scoring.tokens import Sampled, TextEncoder
 from ..variety import described
@@ -50,9 +50,8 @@ class HeldOutPrompts:
         self.path = job.output / "heldout.json"
         self.sampling = {
             "num_generations": 4,
-            "max_new_tokens": job.config.max_completion_length,
-            "temperature": job.config.temperature,
             "seed": job.config.seed,
+            **asdict(job.sampling),
         }
         # As JSON has it, to be compared with what a file says.
         weights = [[name_of(function), weight] for function, weight in rewards]
@@ -129,6 +128,7 @@ def evaluate(
     groups = _of_all_rows(indices, [[(one.text, one.ids) for one in group] for group in sampled], len(rows))
 
     columns = {name: [value for value in column for _ in range(num_generations)] for name, column in columns.items()}
+    columns["prompt_ids"] = [GivenIds(one.prompt_ids) for group in sampled for one in group]  # as the trainer has it
     own = [one for index in indices for one in groups[index]]
     scores = _scores(rewards, columns, own, state)
     if reward_fn.target == "reference" and len(rows) > 1:

@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..files import check_folder
 from ..identity import of_target
 from ..models import import_unsloth, model_path
 from ..processes import is_first
+from ..sampling_settings import Sampling
 from .config import check_reporters, grpo_config, loading, reward_settings
 from .flags import CONFIG_FILE, write_config
 from .plan import plan_batches
@@ -32,6 +33,7 @@ class Job:
     command: list[str]  # the command line's words after the script's name
     checkpoint: str | None  # to go on from
     settings: dict  # keywords of the reward
+    sampling: Sampling
     baselines: Baselines | None
     column_meta: Baselines  # no rows: how the data set's columns `baseline_...` were made, if it says so
     policy_load: dict  # keywords of `load_model`
@@ -83,7 +85,7 @@ def prepare(args: argparse.Namespace, rest: list[str], command: list[str], prepa
     # What a server scores with is not loaded here.
     for name in filter(None, (args.model_name, None if args.scorer_url else args.scorer_model)):
         model_path(name)
-    form = cli.prompt_form(args)
+    form, sampling = cli.prompt_form(args), cli.sampling(args)
     check_output(args.output_dir)
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     settings = reward_settings(args)
@@ -125,9 +127,10 @@ def prepare(args: argparse.Namespace, rest: list[str], command: list[str], prepa
         check_hub(config)
     if is_first():
         print("".join(f"{notice}\n" for notice in notices), end="", file=sys.stderr)
+    sampling = replace(sampling, max_new_tokens=config.max_completion_length)
     return Job(
-        args, command, checkpoint, settings, baselines, column_meta, policy_load, scorer_load, train_rows, heldout_rows,
-        eval_rows, without_unsloth, config, asked, defaults,
+        args, command, checkpoint, settings, sampling, baselines, column_meta, policy_load, scorer_load, train_rows,
+        heldout_rows, eval_rows, without_unsloth, config, asked, defaults,
     )  # fmt: skip
 
 

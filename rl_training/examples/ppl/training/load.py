@@ -9,7 +9,7 @@ from ..data import Text, message_text
 from ..errors import InputError
 from ..models import add_lora, load_model, train_text_only
 from ..processes import is_first
-from ..sampling import prompt_ids
+from ..sampling import ignores_padding, prompt_ids
 from ..scoring.surprisal import SurprisalScorer
 from .job import Job, push_command
 from .merge import save_merged
@@ -59,6 +59,7 @@ def load_policy_and_scorer(job: Job) -> tuple[Loaded, Loaded]:
         scorer.model.requires_grad_(False)
     for rows in filter(None, (job.train_rows, job.heldout_rows, job.eval_rows)):
         check_prompts(rows["prompt"], policy, scorer, job)
+    check_padding(policy, job)
     return policy, scorer
 
 
@@ -90,6 +91,25 @@ def check_prompts(prompts: Sequence[Text], policy: Loaded, scorer: Loaded, job: 
                 f"a prompt of {len(ids)} tokens, {message_text(prompts[index])!r:.60}, and a completion of up to "
                 f"{longest} are more than the model's {window} positions: shorten or drop it, lower --max_new_tokens, "
                 "or raise --max_seq_length if the model has more"
+            )
+
+
+def check_padding(policy: Loaded, job: Job) -> None:
+    """Raises `InputError` for a policy that reads padding, if batches hold prompts of several lengths: TRL pads them on
+    the left, to sample and to train."""
+    config = job.config
+    batches = [(job.train_rows, config.generation_batch_size // config.num_generations)]
+    if job.eval_rows is not None:
+        of_eval = config.num_generations_eval or config.num_generations
+        batches.append((job.eval_rows, config.per_device_eval_batch_size // of_eval))
+    for rows, prompts in batches:
+        lengths = set(map(len, prompt_ids(list(rows["prompt"]), policy.tokenizer, **job.chat)))
+        if prompts > 1 and len(lengths) > 1 and not ignores_padding(policy.model):
+            raise InputError(
+                f"{policy.model.config.model_type} reads the padding before a prompt, and a batch has {prompts} of "
+                f"{min(lengths)} to {max(lengths)} tokens: train with one prompt a batch "
+                f"(--per_device_train_batch_size {config.num_generations} --gradient_accumulation_steps 1), with "
+                "prompts of equal length, or with another model"
             )
 
 

@@ -16,6 +16,7 @@ from ..definitions import LEVELS
 from ..errors import InputError
 from ..reward.function import MultiLevelPPLRewardFunction
 from ..sampling import prompt_ids
+from ..sampling_settings import Sampling
 from ..scoring.calculator import MultiLevelPPLCalculator
 from .diagnostics import Diagnostics
 from .job import Job
@@ -38,8 +39,10 @@ def weighted(job: Job, rewards: Sequence[Reward]) -> list[Reward]:
         )
     if job.baselines is None and not job.args.allow_baseline_mismatch:
         check_meta(job.column_meta, first.identity)
-    prompt = job.train_rows["prompt"][0]
-    notice = other_beginning(job.baselines or job.column_meta, prompt, first.calculator)
+    prompt, made = job.train_rows["prompt"][0], job.baselines or job.column_meta
+    if notice := other_sampling(made, job.sampling):
+        print(notice, file=sys.stderr)
+    notice = other_beginning(made, prompt, first.calculator)
     if notice and first.policy.shares_ids([prompt])[0]:  # otherwise texts are scored, as those of the baselines were
         print(notice, file=sys.stderr)
     first.observer = Diagnostics()
@@ -67,15 +70,28 @@ def other_beginning(baselines: Baselines, prompt: Text, calculator: MultiLevelPP
     ids it was given, and GPT-2's kind of tokenizer puts no BOS before them. With SmolLM2-135M and 16 stories behind
     two sentences the perplexities with and without it differ by 1.7 % (standard deviation), 3.8 % at most.
     """
-    bos = calculator.tokenizer.bos_token
+    start = calculator.encoder.start
     of_texts = baselines.meta.get("target") == "completion" and baselines.meta.get("generated") is None
     given = prompt_ids([prompt], calculator.tokenizer, **calculator.chat)[0]
-    if bos is None or not of_texts or given[:1] == [calculator.tokenizer.bos_token_id]:
+    if not start or not of_texts or given[:1] == start[:1]:
         return None
     return (
-        f"{baselines.source}: these baselines are of texts behind {bos}, which this tokenizer does not put before a "
-        "prompt, so completions are scored without it, some percent higher or lower: baselines of the model's own "
-        "writing, compute_baselines_trl.py --generate 4, are scored as completions are"
+        f"{baselines.source}: these baselines are of texts behind {calculator.tokenizer.decode(start)}, which this "
+        "tokenizer does not put before a prompt, so completions are scored without it, some percent higher or lower: "
+        "baselines of the model's own writing, compute_baselines_trl.py --generate 4, are scored as completions are"
+    )
+
+
+def other_sampling(baselines: Baselines, sampling: Sampling) -> str | None:
+    """What to say if the baselines are of completions that were sampled otherwise than the run samples."""
+    made = baselines.meta.get("generated")
+    differing = sampling.differences(made) if made else {}
+    if not differing:
+        return None
+    theirs, mine = (", ".join(f"{name} {both[side]}" for name, both in differing.items()) for side in (0, 1))
+    return (
+        f"{baselines.source}: these baselines are of completions sampled with {theirs}, and this run samples with "
+        f"{mine}, so that what it earns is the difference in sampling, too: make them again with this run's flags"
     )
 
 

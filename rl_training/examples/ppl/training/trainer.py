@@ -7,13 +7,14 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from ..errors import InputError
-from ..sampling import GivenIds, prompt_ids
+from ..sampling import GivenIds, own_settings, prompt_ids
 
 
 class ResumableGRPOTrainer(GRPOTrainer):
-    """Six differences: prompts are read as the scorer reads them, reward functions get the `prompt_ids` that the policy
-    was given, adapters keep their precision, an epoch's order follows from its number, a resumed run with `beta` takes
-    up the trained adapter, too, the model card says what the run was.
+    """Seven differences: prompts are read as the scorer reads them, of the model's generation_config.json only the
+    special tokens act on the sampling, reward functions get the `prompt_ids` that the policy was given, adapters keep
+    their precision, an epoch's order follows from its number, a resumed run with `beta` takes up the trained adapter,
+    too, the model card says what the run was.
 
     chat: what the chat template is given, keywords of `ppl.chat.render_prompt`. card: called with the trainer's state
     when TRL has written README.md into the output folder.
@@ -37,13 +38,13 @@ class ResumableGRPOTrainer(GRPOTrainer):
             self.processing_class.chat_template = self.chat_template
 
     def _tokenize_prompts(self, prompts: list):
-        # An environment brings tools of its own for each prompt.
-        if isinstance(prompts[0], str) or self.environment_factories is not None:
+        if self.environment_factories is not None:  # it brings tools of its own for each prompt
             return super()._tokenize_prompts(prompts)
         return prompt_ids(prompts, self.processing_class, **self.chat), None, {}
 
     def _generate(self, prompts: list):
-        generated = super()._generate(prompts)
+        with own_settings(self.model):
+            generated = super()._generate(prompts)
         self._given_ids = generated[0]  # also where a `rollout_func` makes other ones of the prompts
         return generated
 
