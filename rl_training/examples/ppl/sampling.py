@@ -17,7 +17,6 @@ from .errors import InputError
 from .frozen import frozen
 from .processes import is_first
 from .sampling_settings import Sampling
-from .scoring.head import difference
 
 
 class Completion(NamedTuple):
@@ -195,11 +194,12 @@ def ignores_padding(model) -> bool:
                 _generate(model, rows, 0, settings, prefix_allowed_tokens_fn=lambda row, _: ids[6:7])
                 for rows in ([ids[6:], ids[:6]], [ids[:6]])
             ]
-        beside, alone = (torch.stack([step[-1] for step in output.logits]) for output in outputs)
+        logits = (torch.stack([step[-1].float() for step in output.logits]) for output in outputs)
+        beside, alone = (one - one.mean(-1, keepdim=True) for one in logits)
         # As two lengths of a text are compared before anything is scored (`ppl.scoring.surprisal`).
         quantized = getattr(model.config, "quantization_config", None) is not None
         rounding = torch.finfo(torch.bfloat16 if quantized else model.dtype).eps
-        _IGNORES_PADDING[model] = difference(beside, alone) <= max(1e-3, 12 * rounding)
+        _IGNORES_PADDING[model] = bool((beside - alone).norm() <= max(1e-3, 12 * rounding) * alone.norm())
     return _IGNORES_PADDING[model]
 
 

@@ -235,11 +235,7 @@ class MultiLevelPPLRewardFunction:
             refuse_begun(prompts, "GRPOTrainer", "train with ppl.training.trainer.ResumableGRPOTrainer, or ")
             refuse_appended(prompts, self.policy.tokenizer)
         texts = [message_text(completion) for completion in completions]
-        arguments = {
-            "prompts": prompts,
-            "references": columns.get("reference"),
-            "ids": columns.get("id"),
-        }
+        arguments = {"prompts": prompts, "references": columns.get("reference"), "ids": columns.get("id")}
         if any(not isinstance(completion, str) and len(completion) > 1 for completion in completions):
             arguments["completions"] = completions
         if self.veto is not None:
