@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import brute_force
@@ -16,6 +17,7 @@ import torch
 import toys
 import transformers
 import zoo
+from peft.tuners.lora import LoraLayer
 from training_runs import EXAMPLES
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
@@ -450,6 +452,20 @@ def test_scoring_between_two_calls_of_continuous_batching_changes_neither(tokeni
     assert_close(score(model, tokenizer, GROUP), scored)
     assert generated() == expected
     assert_close(score(model, tokenizer, GROUP), scored)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_threads_that_score_with_one_model_at_once_change_no_number(tokenizer, attention):
+    """As AsyncGRPO calls rewards. While it scores, a model has its adapters off and another attention."""
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(toys.llama(), peft.LoraConfig(**LORA)).train()
+    adapted.base_model.model.set_attn_implementation(attention)
+    expected = score(adapted, tokenizer, GROUP)
+    scorer = SurprisalScorer(adapted)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: score(adapted, tokenizer, GROUP, scorer), range(24)):
+            assert_close(found, expected, rtol=1e-6)
+    assert adapted.training and not any(one.disable_adapters for one in adapted.modules() if isinstance(one, LoraLayer))
 
 
 def test_references_behind_a_prompt_and_different_plans_equal_the_slow_twin(model, tokenizer):

@@ -170,6 +170,8 @@ EVALUATED = ["--eval_split", "test"]
         (["--gradient_checkpointing_kwargs", '{"foo": 1}'], ["--gradient_checkpointing_kwargs", "foo"]),
         (["--gradient_checkpointing_kwargs", "foo"], ["--gradient_checkpointing_kwargs", "JSON object"]),
         (["--tf32", "true"], ["--tf32"]),
+        (["--dataloader_persistent_workers", "true"], ["--dataloader_num_workers 0", "persistent_workers"]),
+        (["--pad_to_multiple_of", "0"], ["--pad_to_multiple_of is 0"]),
         (["--auto_find_batch_size", "true"], ["auto_find_batch_size"]),
     ],
 )  # fmt: skip

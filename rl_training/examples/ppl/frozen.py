@@ -1,6 +1,7 @@
 """A model as its own frozen reference: adapters off, eval mode, no gradient, and put back exactly as it was."""
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
@@ -13,6 +14,9 @@ from .errors import InputError
 # Unsloth reads these at every forward pass. GRPO sets the second for its own passes, and logits are then hidden states.
 _UNSLOTH = {"UNSLOTH_RETURN_LOGITS": "1", "UNSLOTH_RETURN_HIDDEN_STATES": "0"}
 
+# A second thread would find the model changed, and turn its adapters on while the first still computes.
+_ONE_THREAD = threading.RLock()
+
 # Ways in which PEFT lets LoRA begin (`init_lora_weights`) that subtract it from the weights it is added to.
 _CHANGE_THE_MODEL = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
@@ -24,12 +28,13 @@ def frozen(model: torch.nn.Module, adapters: bool = False) -> Iterator[None]:
     adapters: leave them as they are instead: the model as it stands, without dropout or gradients.
 
     Restores, also after an exception: train/eval of every module, which adapters are on, `requires_grad`, the attention
-    implementation, the environment. Raises `InputError` for an adapter that cannot be turned off: one that is merged
-    into the weights, or that trains the model's own biases.
+    implementation, the environment. One thread at a time: the others wait. Raises `InputError` for an adapter that
+    cannot be turned off: one that is merged into the weights, or that trains the model's own biases.
     """
     if not adapters:
         _check_adapters(model)
     with ExitStack() as stack:
+        stack.enter_context(_ONE_THREAD)
         stack.enter_context(patch_environment(**_UNSLOTH))
         training = [module for module in model.modules() if module.training]
         stack.callback(lambda: [setattr(module, "training", True) for module in training])

@@ -20,7 +20,7 @@ from .trl_settings import REFUSALS, check_evaluation, check_settings, counts_ref
 # (field of GRPOConfig, least, most): beyond these TRL trains nothing, or fails once a model is loaded.
 _BOUNDS = (
     *((name, 1, math.inf) for name in ("num_iterations", "generation_batch_size", "steps_per_generation")),
-    *((name, 1, math.inf) for name in ("num_generations_eval", "per_device_eval_batch_size")),
+    *((name, 1, math.inf) for name in ("num_generations_eval", "per_device_eval_batch_size", "pad_to_multiple_of")),
     *((name, 0, math.inf) for name in ("learning_rate", "beta", "epsilon", "epsilon_high", "delta", "max_grad_norm")),
     *((name, 0, math.inf) for name in ("weight_decay", "warmup_steps", "dataloader_num_workers")),
 )

@@ -89,11 +89,11 @@ def check_settings(config) -> None:
             raise InputError(f"--{name} needs the package {package}: install it, or leave --{name} out")
     if config.fsdp and config.world_size == 1:
         raise InputError(f"--fsdp {config.fsdp} needs several processes: start the script with accelerate launch")
-    _check_optimizer(config)
+    _check_made(config)
 
 
-def _check_optimizer(config) -> None:
-    """Raises `InputError` if the optimizer, its schedule or the checkpointing of gradients cannot be made."""
+def _check_made(config) -> None:
+    """Raises `InputError` if the optimizer, its schedule, checkpoints of gradients or the loader cannot be made."""
     import torch
     from torch.utils.checkpoint import checkpoint
     from transformers import Trainer, get_scheduler
@@ -119,6 +119,13 @@ def _check_optimizer(config) -> None:
         flags = f"--gradient_checkpointing_kwargs {config.gradient_checkpointing_kwargs}"
         if config.gradient_checkpointing:
             checkpoint(torch.neg, parameter, **{"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})})
+        flags = f"--dataloader_num_workers {config.dataloader_num_workers}"
+        torch.utils.data.DataLoader(
+            [0],
+            num_workers=config.dataloader_num_workers,
+            persistent_workers=config.dataloader_persistent_workers,
+            prefetch_factor=config.dataloader_prefetch_factor,
+        )
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"{flags}: {error}") from error
     except AttributeError:  # GaLore and its kind ask for the model, which is not loaded
