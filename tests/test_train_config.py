@@ -159,7 +159,7 @@ EVALUATED = ["--eval_split", "test"]
         (["--fsdp", "full_shard"], ["--fsdp", "accelerate launch"]),
         (["--deepspeed", "missing.json"], ["deepspeed"]),
         (["--optim", "foo"], ["--optim", "'foo'", "adamw_torch"]),
-        (["--optim", "lomo"], ["--optim OptimizerNames.LOMO", "lomo"]),
+        (["--optim", "lomo"], ["--optim lomo", "lomo"]),
         (["--optim", "galore_adamw"], ["galore"]),
         (["--optim_args", "lr"], ["--optim"]),
         (["--adam_beta1", "2"], ["--optim", "beta"]),

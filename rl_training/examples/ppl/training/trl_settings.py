@@ -61,9 +61,7 @@ def check_evaluation(config, asked: Mapping, split: str | None) -> None:
     needs = {
         "eval_strategy": asked["eval_strategy"] if config.eval_strategy != "no" else None,
         "save_strategy": "best" if config.save_strategy == "best" else None,
-        **{
-            name: asked[name] for name in ("num_generations_eval", "do_eval", "eval_on_start", "load_best_model_at_end")
-        },
+        **{name: asked[name] for name in ("num_generations_eval", "eval_on_start", "load_best_model_at_end")},
     }
     for name, value in needs.items():
         if value and split is None:
@@ -98,7 +96,7 @@ def _check_made(config) -> None:
     from torch.utils.checkpoint import checkpoint
     from transformers import Trainer, get_scheduler
 
-    parameter, flags = torch.nn.Parameter(torch.zeros(2, 2)), f"--optim {config.optim}"
+    parameter, flags = torch.nn.Parameter(torch.zeros(2, 2)), f"--optim {config.optim.value}"
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(config)
         # One that is made of a whole model is left to the trainer.
@@ -106,9 +104,8 @@ def _check_made(config) -> None:
             isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and "optimizer_dict" not in options
         )
         optimizer = kind([parameter], **options) if is_plain else torch.optim.SGD([parameter])
-        flags = (
-            f"--lr_scheduler_type {config.lr_scheduler_type} with --lr_scheduler_kwargs {config.lr_scheduler_kwargs}"
-        )
+        flags = f"--lr_scheduler_type {config.lr_scheduler_type.value}"
+        flags += f" with --lr_scheduler_kwargs {config.lr_scheduler_kwargs}"
         get_scheduler(
             config.lr_scheduler_type,
             optimizer,
