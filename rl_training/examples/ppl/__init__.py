@@ -21,6 +21,7 @@ chat.py               chat messages -> text: prompts, and completions of several
 sentences.py          text -> where its sentences start; codes of languages
 models.py             model and tokenizer from Unsloth, transformers or the embedded folder
 gguf.py               a GGUF file -> a folder that they load
+gguf_tokenizer.py     the tokenizer of such a file
 frozen.py             adapters off, eval mode, no gradient, and back
 sampling.py           completions of the model as it stands
 sampling_settings.py  how completions are sampled, in training as for baselines

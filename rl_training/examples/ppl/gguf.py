@@ -58,8 +58,8 @@ def plain_folder(file: Path) -> str:
 
     from .processes import is_first
 
-    # What transformers makes of a file can change between its versions.
-    digest = hashlib.blake2b(transformers.__version__.encode(), digest_size=8)
+    # What is made of a file can change with transformers, and with this code: then count on.
+    digest = hashlib.blake2b(f"{transformers.__version__} 2".encode(), digest_size=8)
     with open(file, "rb") as content:
         while chunk := content.read(1 << 24):
             digest.update(chunk)
@@ -100,13 +100,15 @@ def _convert(file: Path, folder: Path) -> None:
 def _read(file: Path):
     """(the model, without a trace of its quantization, its tokenizer)"""
     from accelerate import init_empty_weights
-    from tokenizers import decoders
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    options = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    from .gguf_tokenizer import read_tokenizer
+
     try:
-        read, about = AutoModelForCausalLM.from_pretrained(**options, dtype="float32", output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(**options)
+        read, about = AutoModelForCausalLM.from_pretrained(
+            str(file.parent), gguf_file=file.name, dtype="float32", output_loading_info=True
+        )
+        tokenizer = read_tokenizer(file, read.config)
     # A file is taken at its word wherever it can be: what is wrong with it shows as any kind of error.
     except Exception as error:
         reason = (str(error).splitlines() or [repr(error)])[0]
@@ -128,24 +130,6 @@ def _read(file: Path):
         plain = type(read)(config)
     plain.load_state_dict(read.state_dict(), strict=False, assign=True)
     plain.tie_weights()
-    _name_special_tokens(tokenizer, config)
-    backend = tokenizer.backend_tokenizer
-    if "ByteLevel" in str(backend.pre_tokenizer):  # what transformers reads can strip the first space of a text
-        backend.decoder = decoders.ByteLevel()
     plain.generation_config = read.generation_config
     plain.config.pad_token_id = plain.generation_config.pad_token_id = tokenizer.pad_token_id
     return plain, tokenizer
-
-
-def _name_special_tokens(tokenizer, config) -> None:
-    """As the file numbers them. What transformers reads can have BOS as EOS, and no padding.
-
-    Padding is another token than EOS, or Unsloth looks for one itself.
-    """
-    ids = {name: getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
-    for name, token_id in ids.items():
-        if isinstance(token_id, int):
-            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
-    if tokenizer.pad_token in (None, tokenizer.eos_token):
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    tokenizer.clean_up_tokenization_spaces = False  # a text is what its tokens say

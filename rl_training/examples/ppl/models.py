@@ -55,7 +55,7 @@ def tokenizer_path(name: str) -> str:
 def load_tokenizer(name: str, whose: str):
     """(tokenizer, generation settings or None) of a model that is not loaded. whose: its part in the error's remedy.
 
-    Raises `InputError` if there is no tokenizer.
+    Raises `InputError` if there is none, or one that `check_words` refuses.
     """
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -67,6 +67,7 @@ def load_tokenizer(name: str, whose: str):
             f"cannot load the tokenizer of {name!r}: {(str(error).splitlines() or [repr(error)])[0]}; expected the "
             f"folder or the name on the hub {whose}"
         ) from error
+    check_words(tokenizer, name)
     try:
         return tokenizer, GenerationConfig.from_pretrained(path)
     except (OSError, ValueError):  # many models have none
@@ -109,6 +110,7 @@ def load_model(
         model.max_seq_length = max_seq_length  # the name Unsloth gives it: the same window on both ways
     if template is not None:
         tokenizer.chat_template = template
+    check_words(tokenizer, name)
     check_vocabulary(model, tokenizer, name)
     return model, tokenizer, reason
 
@@ -152,6 +154,20 @@ def check_vocabulary(model, tokenizer, name: str) -> None:
             f"the tokenizer of {name!r} has more tokens than the model: {highest!r} is number {ids[highest]}, and the "
             f"embedding has rows for 0 to {rows - 1}: take the model's own tokenizer, or resize the model "
             "(model.resize_token_embeddings(len(tokenizer))) and train the new rows first"
+        )
+
+
+def check_words(tokenizer, name: str) -> None:
+    """Raises `InputError` for a tokenizer that divides the words in its own vocabulary into letters."""
+    backend = of_text(tokenizer).backend_tokenizer
+    size = backend.get_vocab_size()
+    pieces = backend.decode_batch([[index] for index in range(0, size, size // 4000 + 1)])
+    words = [word for piece in pieces if len(word := piece.strip()) > 3 and word.isalpha()]
+    letters, tokens = sum(map(len, words)), sum(map(len, backend.encode_batch(words, add_special_tokens=False)))
+    if letters < 1.5 * tokens:
+        raise InputError(
+            f"the tokenizer of {name!r} makes {tokens} tokens of {letters} letters, of words that its own vocabulary "
+            f"has ({words[0]!r}, ...): its merges or scores were lost; take another conversion of the model"
         )
 
 
