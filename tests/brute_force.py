@@ -1,6 +1,7 @@
 """DESIGN in its slowest words: one forward pass a token, one character at a time. The twin the fast path must equal."""
 
 import copy
+import functools
 import math
 
 import regex
@@ -14,6 +15,65 @@ LINE_BREAKS = {"\n", "\v", "\f", "\r", "\x85", "\u2028", "\u2029"}
 def has_word(text: str) -> bool:
     """Letters and digits as the newest Unicode has them: `str.isalnum` knows those of its Python's year."""
     return any(regex.match(r"[\p{L}\p{N}]", char) for char in text)
+
+
+IGNORED, LINE_ENDS = {"Extend", "Format", "ZWJ"}, {"CR", "LF", "Newline"}
+KINDS = [*IGNORED, *LINE_ENDS, "ALetter", "Hebrew_Letter", "Numeric", "Katakana", "ExtendNumLet", "MidLetter"]
+KINDS += ["MidNumLet", "MidNum", "Single_Quote", "Double_Quote", "WSegSpace", "Regional_Indicator"]
+
+
+@functools.cache
+def kind_of(char: str) -> str:
+    return next((kind for kind in KINDS if regex.match(rf"\p{{WB={kind}}}", char)), "Other")
+
+
+def word_segments(text: str) -> list[str]:
+    """Between two boundaries of Unicode's UAX #29, section 4.1.1, asked for one place at a time."""
+    kinds = [kind_of(char) for char in text]
+    seen = [i for i, kind in enumerate(kinds) if kind not in IGNORED or i == 0 or kinds[i - 1] in LINE_ENDS]
+    segments = [text[:1]] if text else []
+    for at in range(1, len(text)):
+        if word_boundary(text, kinds, seen, at):
+            segments.append("")
+        segments[-1] += text[at]
+    return segments
+
+
+def word_boundary(text: str, kinds: list[str], seen: list[int], at: int) -> bool:
+    left, right = kinds[at - 1], kinds[at]
+    if left == "CR" and right == "LF":  # WB3
+        return False
+    if left in LINE_ENDS or right in LINE_ENDS:  # WB3a, 3b
+        return True
+    if left == "ZWJ" and regex.match(r"\p{Extended_Pictographic}", text[at]):  # WB3c
+        return False
+    if left == right == "WSegSpace" or right in IGNORED:  # WB3d, 4
+        return False
+    place = seen.index(at)
+    left, left2 = kinds[seen[place - 1]], kinds[seen[place - 2]] if place > 1 else ""
+    right2 = kinds[seen[place + 1]] if place + 1 < len(seen) else ""
+    flags = 0
+    while flags < place and kinds[seen[place - 1 - flags]] == "Regional_Indicator":
+        flags += 1
+    letters = {"ALetter", "Hebrew_Letter"}
+    in_word, in_number = {"MidLetter", "MidNumLet", "Single_Quote"}, {"MidNum", "MidNumLet", "Single_Quote"}
+    alone = {*letters, "Numeric", "Katakana"}
+    return not (
+        (left in letters and right in letters)  # WB5
+        or (left in letters and right in in_word and right2 in letters)  # WB6
+        or (left2 in letters and left in in_word and right in letters)  # WB7
+        or (left == "Hebrew_Letter" and right == "Single_Quote")  # WB7a
+        or (left == "Hebrew_Letter" and right == "Double_Quote" and right2 == "Hebrew_Letter")  # WB7b
+        or (left2 == "Hebrew_Letter" and left == "Double_Quote" and right == "Hebrew_Letter")  # WB7c
+        or (left in {*letters, "Numeric"} and right == "Numeric")  # WB8, 9
+        or (left == "Numeric" and right in letters)  # WB10
+        or (left2 == "Numeric" and left in in_number and right == "Numeric")  # WB11
+        or (left == "Numeric" and right in in_number and right2 == "Numeric")  # WB12
+        or (left == "Katakana" and right == "Katakana")  # WB13
+        or (left in {*alone, "ExtendNumLet"} and right == "ExtendNumLet")  # WB13a
+        or (left == "ExtendNumLet" and right in alone)  # WB13b
+        or (right == "Regional_Indicator" and flags % 2 == 1)  # WB15, 16
+    )
 
 
 def units(text: str, language: str = "en", max_phrase_words: int = 4) -> dict[str, list[tuple[int, int]]]:
@@ -39,7 +99,7 @@ def units(text: str, language: str = "en", max_phrase_words: int = 4) -> dict[st
     for piece in pieces:
         found["sentence"].append((start, start + len(piece)))
         words = []  # (text in front and word, what trails it)
-        for part in regex.split(r"(?V1w)\b", piece):
+        for part in word_segments(piece):
             if has_word(part):
                 if len(words) == 1 and not has_word(words[0][0]):
                     words[0] = [words[0][0] + part, ""]

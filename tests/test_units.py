@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppl.definitions import LEVELS
-from ppl.scoring.units import segment
+from ppl.scoring.units import code_points, segment
+from ppl.scoring.word_breaks import starts_segment
 
 
 def cut(text, level, language="en", max_phrase_words=4):
@@ -94,6 +95,33 @@ def test_a_quote_inside_a_sentence_trails_the_word_before_it():
     assert cut('He said "no" twice', "word") == ["He ", 'said "', 'no" ', "twice"]
 
 
+@pytest.mark.parametrize("word", ["apples", "bananas", "Every", "étude", "it"])
+@pytest.mark.parametrize("mark", ["'", "’", '"'])
+def test_a_quote_before_a_word_is_no_part_of_it_vowel_or_not(word, mark):
+    assert cut(f"He said {mark}{word}{mark} twice", "word") == ["He ", f"said {mark}", f"{word}{mark} ", "twice"]
+
+
+@pytest.mark.parametrize(
+    ("text", "segments"),
+    [  # out of Unicode's own WordBreakTest
+        ("a\u2060'\u2060a", ["a\u2060'\u2060a"]),
+        ("1\u0308.\u03081", ["1\u0308.\u03081"]),
+        ("\u0308A", ["\u0308", "A"]),
+        ("🛑\u200d🛑 a\u200d🛑", ["🛑\u200d🛑", " ", "a\u200d🛑"]),
+        ("a🇦🇧\u200d🇨🇩b", ["a", "🇦🇧\u200d", "🇨🇩", "b"]),
+        ("א\"א א' a' \u3000 x", ['א"א', " ", "א'", " ", "a", "'", " \u3000 ", "x"]),
+        (
+            "A__A 1_a a.b 1,2 a,b 1.a",
+            ["A__A", " ", "1_a", " ", "a.b", " ", "1,2", " ", "a", ",", "b", " ", "1", ".", "a"],
+        ),
+    ],
+)
+def test_word_boundaries_written_out(text, segments):
+    found = starts_segment(code_points(text), np.array([0]))
+    assert np.flatnonzero(found).tolist() == np.cumsum([0, *map(len, segments)])[:-1].tolist()
+    assert brute_force.word_segments(text) == segments
+
+
 def test_a_word_never_reaches_into_the_next_sentence():
     assert cut("one\ntwo", "word") == ["one\n", "two"]
 
@@ -175,6 +203,18 @@ def test_units_equal_the_slow_twin_among_any_neighbours(texts, language, max_phr
         for level, spans in brute_force.units(text, language, max_phrase_words).items():
             expected[level] += [offset + start for start, _ in spans]
     assert {level: starts.tolist() for level, starts in units.starts.items()} == expected
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(st.text("ae1٣אבカ_.:,;'\"’·\u0308\u00ad\u200d \u3000😀Ⓜ🇩🇪\r\n\v中", max_size=9), min_size=1, max_size=3)
+)
+def test_word_boundaries_are_those_of_unicodes_rules(texts):
+    texts = [text for text in texts if text]
+    starts = np.cumsum([0, *map(len, texts)])[:-1]
+    expected = [len(segment) for text in texts for segment in brute_force.word_segments(text)]
+    found = np.flatnonzero(starts_segment(code_points("".join(texts)), starts))
+    assert found.tolist() == np.cumsum([0, *expected])[:-1].tolist()
 
 
 @settings(max_examples=300)

@@ -149,7 +149,9 @@ def _sentencepiece(field, kind: str, pieces: list[tuple[str, float, int]], symbo
 
     charsmap = field("ggml.precompiled_charsmap")
     prefix = field("ggml.add_space_prefix", kind != "gemma4")
-    steps = [normalizers.Precompiled(bytes(byte & 255 for byte in charsmap))] if charsmap else []
+    steps: list[normalizers.Normalizer] = (
+        [normalizers.Precompiled(bytes(byte & 255 for byte in charsmap))] if charsmap else []
+    )
     if field("ggml.remove_extra_whitespaces"):
         steps += [normalizers.Replace(Regex(r"\A +| +\z| +(?= )"), "")]
     steps += [normalizers.Prepend("▁")] if prefix else []

@@ -3,6 +3,7 @@ that is shown imports pages.
 
 calculator.py  the whole way: texts and a model -> the perplexity of each level
 units.py       text -> sentences, words, phrases, as character offsets
+word_breaks.py where Unicode has a word boundary
 tokens.py      context and target -> ids, which of them are scored, their characters
 decoding.py    sampled ids -> their text, and where in it each token begins
 seams.py       the space that a completion lost when it was decoded by itself

@@ -12,10 +12,10 @@ import regex
 
 from ..definitions import DEFAULT_LANGUAGE, DEFAULT_PHRASE_WORDS
 from ..sentences import LINE_BREAKS, sentence_starts
+from .word_breaks import starts_segment
 
 _CLAUSE_ENDS = ",;:—–()[]、，；：（）【】"
 
-_BOUNDARY = regex.compile(r"(?w)\b")  # (?w): by the default word boundaries of UAX #29
 _ALPHANUMERIC = regex.compile(r"[\p{L}\p{N}]+")
 _CLAUSE_END = regex.compile(rf"[{regex.escape(_CLAUSE_ENDS)}]")
 _LINE_BREAK = regex.compile(rf"\r\n|[{LINE_BREAKS}]")
@@ -63,7 +63,7 @@ def segment(
 
 def code_points(text: str) -> np.ndarray:
     """uint32 [len(text)]"""
-    return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
 
 def _sentence_starts(texts: Sequence[str], offsets: np.ndarray, text: str, language: str) -> np.ndarray:
@@ -78,12 +78,8 @@ def _sentence_starts(texts: Sequence[str], offsets: np.ndarray, text: str, langu
 
 def _words(text: str, sentences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(where words start, where clause punctuation stands that is not inside a word), int64, ascending."""
-    boundaries: list[int] = []
-    ends = [*sentences[1:].tolist(), len(text)]
-    for start, end in zip(sentences.tolist(), ends, strict=False):
-        boundaries += [start + match.start() for match in _BOUNDARY.finditer(text[start:end])]
-    starts_segment = _flags(len(text) + 1, boundaries)[:-1]
-    segment_of = np.maximum.accumulate(np.where(starts_segment, np.arange(len(text)), 0))
+    starts = starts_segment(code_points(text), sentences)
+    segment_of = np.maximum.accumulate(np.where(starts, np.arange(len(text)), 0))
 
     turns = np.zeros(len(text) + 1, dtype=np.int8)  # 1 where letters and digits begin, -1 behind their last one
     spans = np.array([match.span() for match in _ALPHANUMERIC.finditer(text)], dtype=np.int64).reshape(-1, 2)
