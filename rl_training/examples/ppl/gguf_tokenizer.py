@@ -135,7 +135,7 @@ def _sentencepiece(field, kind: str, pieces: list[tuple[str, float, int]], symbo
 
     unknown = field("ggml.unknown_token_id", 0)
     # BPE counts its merges, Unigram has log-probabilities; llama.cpp's converter calls both of them llama.
-    if kind == "t5" or any(type_ == _NORMAL and not score.is_integer() for _, score, type_ in pieces):
+    if kind == "t5" or any(type_ == _NORMAL and score % 1 for _, score, type_ in pieces):
         # Bytes, and what is not in use, are not looked for in a text.
         scored = [(token, score if type_ in (_NORMAL, _USER_DEFINED) else -1e6) for token, score, type_ in pieces]
         backend = Tokenizer(models.Unigram(scored, unknown, byte_fallback=True))
