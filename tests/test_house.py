@@ -153,8 +153,3 @@ def test_help_is_instant(script):
     assert {"ppl", "argparse"} <= names
     slow = {"numpy", "torch", "transformers", "datasets", "trl", "peft", "unsloth", "pandas", "matplotlib", "sentencex"}
     assert not names & slow
-
-
-@pytest.mark.parametrize("path", sorted(PPL.parent.rglob("*.py")), ids=lambda path: path.stem)
-def test_a_file_is_read_in_one_sitting(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 372
