@@ -260,7 +260,7 @@ def test_a_policy_that_reads_padding_is_not_trained_on_batches_of_unequal_prompt
     folder, rows = tmp_path / "model", tmp_path / "rows.json"
     zoo.toy("rwkv").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    rows.write_text(json.dumps([{"prompt": prompt} for prompt in PROMPTS * 4]))
+    rows.write_text(json.dumps([{"prompt": "The fox ran. " * (row + 1)} for row in range(12)]))
     line = refusal(
         "--model_name", folder, "--dataset_name", rows, "--no_unsloth", "--no-load_in_4bit", "--max_new_tokens", "8",
         "--per_device_train_batch_size", "4", "--num_generations", "2", "--output_dir", tmp_path / "out",
