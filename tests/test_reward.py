@@ -12,7 +12,7 @@ from written_down import COLUMNS, MODEL, TOKENIZER, baseline_of, levels, reward
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLRewardFunction
 from ppl.data import stable_id
-from ppl.errors import BaselineError
+from ppl.errors import BaselineError, InputError
 
 # --- where a baseline comes from, in order ---------------------------------------------------------------------------
 
@@ -261,6 +261,11 @@ def test_a_perplexity_of_infinity_gives_the_lowest_reward_and_finite_numbers():
         assert all(math.isfinite(value) for value in [*found, *logged.values()])
     assert reward({"a": math.inf}, baselines={"p": levels(9)})(["p"], ["a"], log_metric=logged.__setitem__) == [0]
     assert logged["reward_word"] == -1e9  # percent: the floor, so that a mean stays readable
+
+
+def test_a_completion_that_is_no_text_is_named():
+    with pytest.raises(InputError, match="completion 1 is 5, expected a string or chat messages"):
+        MultiLevelPPLRewardFunction(MODEL, TOKENIZER).compute_rewards(["fox", 5])
 
 
 def test_a_nan_from_the_model_is_an_error():

@@ -306,16 +306,15 @@ class MultiLevelPPLRewardFunction:
         prompts = [None] * n if prompts is None else list(prompts)
         references = [None] * n if references is None else list(references)
         contexts = [self.calculator.render(prompt) for prompt in prompts]
-        of = (prompts, [message_text(text) for text in texts])
         completions = texts if completions is None else completions
-        pairs, texts = self.written(prompts, completions, completion_ids, prompt_ids)
+        pairs, written = self.written(prompts, completions, completion_ids, prompt_ids)
 
         of_reference = self.target == "reference"
         baseline = given_baselines(self.baselines, of_reference, prompts, references, ids, baselines)
         absent = np.isnan(baseline).any(axis=1)
         first_visit = np.zeros(n, dtype=bool)
         if of_reference:
-            current, alone, has_part = measured(self, contexts, texts, references, absent)
+            current, alone, has_part = measured(self, contexts, written, references, absent)
             baseline[absent] = alone[absent]
         else:
             current = np.minimum(self.perplexities(pairs), HIGHEST)
@@ -340,7 +339,7 @@ class MultiLevelPPLRewardFunction:
             every, mine = of_this(rewards[~skipped].tolist())
             rewards[~skipped] = normalized(np.array(every))[mine]
         extracted = np.array(has_part, dtype=bool) if of_reference else np.ones(n, dtype=bool)
-        scored = ~(skipped | unscorable)
+        scored, of = ~(skipped | unscorable), (prompts, list(map(message_text, texts)))
         self._last = LastCall(details, skipped, scored, first_visit, extracted, one.clipped, vetoed, of)
         result = torch.from_numpy(rewards).float().to(self.device)
         return (result, details) if return_details else result
