@@ -144,6 +144,7 @@ EVALUATED = ["--eval_split", "test"]
         (["--num_generations_eval", "0", *EVALUATED], ["--num_generations_eval is 0", "at least 1"]),
         (["--num_generations_eval", "-2", *EVALUATED], ["--num_generations_eval is -2", "at least 1"]),
         (["--per_device_eval_batch_size", "0", *EVALUATED], ["--per_device_eval_batch_size is 0"]),
+        (["--steps_per_generation", "0"], ["--steps_per_generation is 0", "at least 1"]),
         (["--generation_batch_size", "-8"], ["--generation_batch_size is -8"]),
         (["--eval_strategy", "steps"], ["--eval_strategy steps", "--eval_split"]),
         (["--eval_on_start", "true"], ["--eval_on_start True", "--eval_split"]),

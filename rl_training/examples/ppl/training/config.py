@@ -19,7 +19,7 @@ from .trl_settings import REFUSALS, check_evaluation, check_settings, counts_ref
 
 # (field of GRPOConfig, least, most): beyond these TRL trains nothing, or fails once a model is loaded.
 _BOUNDS = (
-    *((name, 1, math.inf) for name in ("num_iterations", "generation_batch_size", "steps_per_generation")),
+    *((name, 1, math.inf) for name in ("num_iterations", "steps_per_generation", "generation_batch_size")),
     *((name, 1, math.inf) for name in ("num_generations_eval", "per_device_eval_batch_size", "pad_to_multiple_of")),
     *((name, 0, math.inf) for name in ("learning_rate", "beta", "epsilon", "epsilon_high", "delta", "max_grad_norm")),
     *((name, 0, math.inf) for name in ("weight_decay", "warmup_steps", "dataloader_num_workers")),
@@ -143,6 +143,7 @@ def grpo_config(args: argparse.Namespace, rest: list[str], plan):
     if args.wandb_project:
         os.environ["WANDB_PROJECT"] = args.wandb_project
     asked = vars(parser.parse_args(rest))
+    check_values(argparse.Namespace(**asked))
 
     def make(fields: Mapping) -> GRPOConfig:
         # TRL's own default, of which transformers 5.24 says in each run that it has a new name.
@@ -156,7 +157,6 @@ def grpo_config(args: argparse.Namespace, rest: list[str], plan):
     except REFUSALS as error:
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         raise counts_refused(asked, make, processes, error) or InputError(str(error)) from error
-    check_values(config)
     check_evaluation(config, asked, args.eval_split)
     check_settings(config)
     if config.use_vllm and config.generation_kwargs:
