@@ -19,12 +19,14 @@ STEP = [*SHORT, "--learning_rate", "1e-2", "--save_steps", "1", "--heldout_sampl
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """A file of prompts with baselines that some completions reach and some do not: a step teaches something."""
-    stories = json.loads((TINY / "train.json").read_text())[:20]
+    """Prompts with baselines that some completions reach and some do not: a step teaches something. Two splits."""
+    stories = json.loads((TINY / "train.json").read_text())[:22]
     levels = dict.fromkeys(("baseline_word", "baseline_phrase", "baseline_sentence"), 30.0)
-    path = tmp_path_factory.mktemp("rows") / "rows.json"
-    path.write_text(json.dumps([{"id": story["id"], "prompt": story["prompt"], **levels} for story in stories]))
-    return ["--dataset_name", path]
+    rows = [{"id": story["id"], "prompt": story["prompt"], **levels} for story in stories]
+    folder = tmp_path_factory.mktemp("rows")
+    (folder / "train.json").write_text(json.dumps(rows[:20]))
+    (folder / "test.json").write_text(json.dumps(rows[20:]))
+    return ["--dataset_name", folder]
 
 
 @pytest.fixture(scope="module")
