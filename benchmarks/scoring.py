@@ -188,7 +188,7 @@ def bare(model, ids, head_rows: int = 128) -> None:
 
 
 def bare_with_our_products(model, rows) -> None:
-    from ppl.scoring.onednn import fast_products
+    from ppl.scoring.surprisal import fast_products
 
     with fast_products(model):
         for row in rows:

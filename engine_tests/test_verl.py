@@ -27,7 +27,7 @@ from verl.trainer.ppo.reward import load_reward_manager
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
 from multi_level_ppl_trl import MultiLevelPPLRewardFunction
-from ppl.definitions import LEVELS
+from ppl.config import LEVELS
 from ppl.models import load_model
 
 ROOT = Path(__file__).parent.parent

@@ -16,10 +16,10 @@ from common import new_figure, print_table, quiet_axes, write_figure, write_json
 from damage import DAMAGES, Damages
 
 from ppl import cli
-from ppl.chat import render_prompt
+from ppl.config import DEFAULT_WEIGHTS, LEVELS, NATS_CLIP
 from ppl.data import PromptForm, find_columns, load_split, make_row, message_text
-from ppl.definitions import DEFAULT_WEIGHTS, LEVELS, NATS_CLIP
 from ppl.errors import InputError
+from ppl.prompts import render_prompt
 
 PAIRS = list(combinations(LEVELS, 2))
 CORRELATIONS = {"damages": "all damages", "within": "within a damage", "samples": "its own samples"}
@@ -103,7 +103,7 @@ def damaged_texts(args: argparse.Namespace, rows: list) -> list[tuple[int, str, 
 
 def sampled(args: argparse.Namespace, model, tokenizer, rows: list) -> list[tuple[int, str]]:
     """[(row, completion)]: what the model itself writes after each prompt, as in training."""
-    from ppl.sampling import sample_completions
+    from ppl.scoring.sampling import sample_completions
 
     indices = [index for index, (prompt, _) in enumerate(rows) if message_text(prompt)]
     groups = sample_completions(
@@ -117,8 +117,7 @@ def log_perplexities(args: argparse.Namespace, model, tokenizer, pairs: list[tup
     """Per aggregation float64 [N, 3], ln PPL of (context, text) at each level, all from one call of the scorer."""
     import numpy as np
 
-    from ppl.scoring.levels import level_perplexities
-    from ppl.scoring.nested import nested_perplexities, score_scopes
+    from ppl.scoring.levels import level_perplexities, nested_perplexities, score_scopes
     from ppl.scoring.surprisal import SurprisalScorer
     from ppl.scoring.tokens import TextEncoder
     from ppl.scoring.units import segment
@@ -248,7 +247,7 @@ def show(numbers: dict) -> None:
 
 def figure(numbers: dict):
     """A panel for each damage, in it a group for each aggregation, in it a dot for each level; at last correlations."""
-    from ppl.definitions import COLORS
+    from ppl.config import COLORS
 
     aggregations = numbers["aggregations"]
     damages = list(aggregations["nested"]["damages"])

@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 import common  # noqa: F401 (with it, ppl is found)
 import numpy as np
 
+from ppl.config import LEVELS
 from ppl.data import Text, message_text
-from ppl.definitions import LEVELS
 
 RUN = 4  # words
 COMMONEST = 100

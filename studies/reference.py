@@ -21,7 +21,7 @@ from common import add_run_flags, new_figure, print_table, quiet_axes, run_folde
 from training import finished, resolved, train
 
 from ppl import cli
-from ppl.definitions import LEVELS
+from ppl.config import LEVELS
 from ppl.errors import InputError
 
 PROMPT = "Here is the beginning of a story.\n\n{prompt}\n\nSay in one sentence what happens next."
@@ -95,9 +95,8 @@ def study(args: argparse.Namespace) -> int:
 
 def write_rows(args: argparse.Namespace, output: Path) -> Path:
     """The data set with continuations of the first few sentences, as a file that the scripts read."""
-    from ppl.data import PromptForm, find_columns, load_split, message_text, prepare_rows
+    from ppl.data import PromptForm, find_columns, load_split, message_text, prepare_rows, split_sentences
     from ppl.files import write_text
-    from ppl.sentences import split_sentences
 
     dataset = load_split(args.dataset_name)
     columns = find_columns(dataset.column_names, None, None, None, False)
@@ -134,7 +133,7 @@ class Heldout:
     def __init__(self, args: argparse.Namespace, folder: Path, data: Path) -> None:
         from ppl.data import message_text
         from ppl.models import load_model
-        from ppl.reference_context import ReferenceContext
+        from ppl.prompts import ReferenceContext
         from ppl.scoring.calculator import MultiLevelPPLCalculator
 
         self.model, self.tokenizer, _ = load_model(args.model_name)

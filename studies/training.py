@@ -34,7 +34,7 @@ from common import (
 from measures import common_share, commonest_words, copied, judged, plain
 
 from ppl import cli
-from ppl.definitions import LEVELS
+from ppl.config import LEVELS
 from ppl.errors import InputError
 
 DEMO = "--max_new_tokens 64 --learning_rate 2e-3 --per_device_train_batch_size 16"
@@ -353,7 +353,7 @@ def cells_of(summary: dict, columns: dict[str, str]) -> list[str]:
 
 def figure(numbers: dict):
     """A panel for each question, a row for each arm, a dot for each seed."""
-    from ppl.definitions import COLORS
+    from ppl.config import COLORS
 
     arms = list(numbers["arms"])
     made = new_figure(11, 1.4 + 0.42 * len(arms))

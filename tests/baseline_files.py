@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from ppl.baselines.formats import write_records
-from ppl.baselines.meta import write_meta
+from ppl.baselines.file import write_meta, write_records
 from ppl.files import write_atomically
 
 

@@ -154,9 +154,8 @@ class Fuzz:
         return path
 
     def _baselines(self, suffix: str, content: bytes, meta: bytes | None = None) -> None:
-        from ppl.baselines.file import Baselines
-        from ppl.baselines.mismatch import check_meta
-        from ppl.training.config import loading
+        from ppl.baselines.file import Baselines, check_meta
+        from ppl.training.settings import loading
 
         path = self.file(f"b{suffix}", content)
         Path(f"{path}.meta.json").unlink(missing_ok=True)
@@ -191,17 +190,17 @@ class Fuzz:
         training_checks(["--config", str(self.file("config.yaml", content))])
 
     def reward(self) -> None:
-        from ppl.reward.config import read_settings
+        from ppl.reward.configured import read_settings
 
         read_settings(self.file("reward.yaml", damaged_bytes(self.rng, as_text(damaged(self.rng, REWARD)))))
 
     def tools(self) -> None:
-        from ppl.chat import read_tools
+        from ppl.prompts import read_tools
 
         read_tools(str(self.file("tools.json", damaged_bytes(self.rng, as_text(damaged(self.rng, [SCHEMA] * 2))))))
 
     def template(self) -> None:
-        from ppl.chat import read_template, render_prompt
+        from ppl.prompts import read_template, render_prompt
 
         if self.tokenizer is None:
             from transformers import AutoTokenizer
@@ -246,7 +245,7 @@ class Fuzz:
         import compute_baselines_trl
         import multi_level_ppl_trl
         import train_grpo_multilevel_unsloth
-        from ppl.training.flags import grpo_fields
+        from ppl.training.settings import grpo_fields
 
         if not hasattr(self, "names"):
             self.names = [f"--{name}" for name in sorted(grpo_fields())]
@@ -277,9 +276,7 @@ def training_checks(argv: list[str]) -> None:
     import train_grpo_multilevel_unsloth
     from ppl import cli
     from ppl.models import model_path
-    from ppl.training.config import check_reporters, loading, reward_settings
-    from ppl.training.plan import plan_batches
-    from ppl.training.resume import find_checkpoint
+    from ppl.training.settings import check_reporters, find_checkpoint, loading, plan_batches, reward_settings
 
     args, _ = train_grpo_multilevel_unsloth.parse_args(argv)
     for name in filter(None, (args.model_name, args.scorer_model)):
@@ -294,7 +291,7 @@ def training_checks(argv: list[str]) -> None:
 
 def baselines_checks(argv: list[str]) -> None:
     import compute_baselines_trl
-    from ppl.baselines.plan import prepare
+    from ppl.baselines.job import prepare
 
     args = compute_baselines_trl.parse_args(argv)
     args.dataset_name = "missing.jsonl"  # what is made up is the flags

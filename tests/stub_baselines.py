@@ -11,8 +11,7 @@ import numpy as np
 
 import compute_baselines_trl
 from ppl import cli
-from ppl.baselines.run import compute
-from ppl.baselines.scores import Scorer, Scores
+from ppl.baselines.job import Scorer, Scores, compute
 
 
 def load(args, columns, device, pause=0.0):

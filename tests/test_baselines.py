@@ -19,11 +19,9 @@ from hypothesis import strategies as st
 
 import compute_baselines_trl
 from ppl.baselines import safe_pickle
-from ppl.baselines.file import SUFFIXES, Baselines
-from ppl.baselines.meta import meta_path
-from ppl.baselines.mismatch import check_meta
+from ppl.baselines.file import SUFFIXES, Baselines, check_meta, meta_path
+from ppl.config import LEVELS
 from ppl.data import PromptForm, stable_id
-from ppl.definitions import LEVELS
 from ppl.errors import BaselineError
 
 RECORD = {"word": 45.25, "phrase": 47.5, "sentence": 51.125, "n_tokens": 12, "prompt_id": stable_id("Once")}

@@ -15,14 +15,13 @@ from transformers import PreTrainedTokenizerFast
 from waiting import PATIENCE
 
 import test_multilevel_ppl_trl as script
-from ppl import checks
 from ppl.errors import InputError
 from ppl.models import check_vocabulary, load_model
 from ppl.reward import function
 from ppl.reward.function import MultiLevelPPLRewardFunction
-from ppl.reward.thresholds import Thresholds
+from ppl.reward.terms import Thresholds
 from ppl.scoring.calculator import MultiLevelPPLCalculator
-from ppl.scoring.head import Head
+from ppl.scoring.surprisal import Head
 
 EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
 NUMBER = r"[\d.]+e[+-]\d\d"
@@ -53,7 +52,7 @@ Checks:
 
 ✓ All tests passed!
 """
-NAMES = list(checks.CHECKS)
+NAMES = list(script.CHECKS)
 
 
 @pytest.fixture
@@ -106,9 +105,9 @@ def test_it_passes_in_half_precision_and_in_4_bit(flags, tmp_path, capsys):
 
 
 def test_tolerances_are_those_stated():
-    assert checks.tolerance(toys.llama()) == 1e-4
-    assert checks.tolerance(toys.llama().half()) == 1e-2
-    assert checks.tolerance(toys.llama().bfloat16()) == 5e-2
+    assert script.tolerance(toys.llama()) == 1e-4
+    assert script.tolerance(toys.llama().half()) == 1e-2
+    assert script.tolerance(toys.llama().bfloat16()) == 5e-2
 
 
 def test_a_model_that_cannot_be_loaded_is_bad_input_and_no_failed_check(capsys, tmp_path):
@@ -265,7 +264,7 @@ def test_a_check_that_breaks_has_failed_and_debug_shows_where(check, monkeypatch
     def breaks(model, tokenizer):
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setitem(checks.CHECKS, "batch equals one by one", breaks)
+    monkeypatch.setitem(script.CHECKS, "batch equals one by one", breaks)
     code, marks, said = check(toys.llama(), toys.byte_level())
     assert (code, failed(marks)) == (1, ["batch equals one by one"])
     assert said["batch equals one by one"] == "RuntimeError: out of memory"

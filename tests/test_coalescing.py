@@ -5,7 +5,7 @@ import threading
 import pytest
 from waiting import PATIENCE
 
-from ppl.reward.coalescing import Coalescing
+from engines.coalescing import Coalescing
 
 
 class Passes:

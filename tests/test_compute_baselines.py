@@ -23,14 +23,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from waiting import wait_for
 
 import compute_baselines_trl
+from ppl.baselines import job as baseline_run
 from ppl.baselines import parts
-from ppl.baselines import run as baseline_run
-from ppl.baselines.file import SUFFIXES, Baselines
-from ppl.baselines.meta import read_meta
-from ppl.baselines.mismatch import check_meta
-from ppl.baselines.plot import plot_levels
+from ppl.baselines.file import SUFFIXES, Baselines, check_meta, read_meta
+from ppl.baselines.job import plot_levels
+from ppl.config import LEVELS
 from ppl.data import Columns, PromptForm, load_split, prepare_rows, stable_id
-from ppl.definitions import LEVELS
 from ppl.errors import BaselineError, InputError
 
 SCRIPT = Path(compute_baselines_trl.__file__)
@@ -271,7 +269,7 @@ def test_num_samples_counts_rows_with_text():
 
 @pytest.mark.parametrize("streaming", [[], ["--streaming"]])
 def test_output_dataset_is_one_that_the_reward_uses_as_it_is(streaming, capsys):
-    from ppl.reward.given import row_baselines
+    from ppl.reward.function import row_baselines
 
     stale = {"baseline_word": 0.5}  # of an earlier time
     rows = [{"prompt": f"{n}", "completion": "Text.", **stale, "kept": n} for n in range(1500)]

@@ -15,13 +15,11 @@ from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRe
 from ppl.data import Columns, PromptForm, prepare_rows
 from ppl.errors import BaselineError, InputError
 from ppl.models import load_model, model_path
-from ppl.sampling import prompt_ids, sample
+from ppl.scoring.sampling import prompt_ids, sample
 from ppl.scoring.tokens import TextEncoder
-from ppl.training.config import grpo_config
 from ppl.training.job import check_batch
-from ppl.training.load import Loaded, check_prompts, check_trl
-from ppl.training.merge import save_merged
-from ppl.training.plan import plan_batches
+from ppl.training.policy import Loaded, check_prompts, check_trl, save_merged
+from ppl.training.settings import grpo_config, plan_batches
 from train_grpo_multilevel_unsloth import parse_args
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------

@@ -16,11 +16,10 @@ from training_runs import EXAMPLES
 from ppl.baselines.file import Baselines
 from ppl.data import TINY_STORIES
 from ppl.errors import BaselineError, InputError
-from ppl.identity import FLOAT32_NATS, PROBE_NATS, differences
-from ppl.models import describe_model, load_model
+from ppl.models import load_model
 from ppl.reward.function import MultiLevelPPLRewardFunction
-from ppl.scoring.scorer import as_scorer
-from ppl.scoring.surprisal import SurprisalScorer
+from ppl.scoring.identity import FLOAT32_NATS, PROBE_NATS, describe_model, differences
+from ppl.scoring.surprisal import SurprisalScorer, as_scorer
 
 
 def weights(model) -> str:
@@ -89,7 +88,7 @@ def test_4bit_weights_repacked_for_a_cpu_are_the_same_weights(in_4bit):
 @pytest.mark.slow
 def test_unsloth_and_transformers_make_the_same_4bit_model(in_4bit):
     asked = (
-        "import json; from ppl.models import *; from ppl.scoring.scorer import as_scorer; "
+        "import json; from ppl.models import *; from ppl.scoring.surprisal import as_scorer; "
         "model, tokenizer, _ = load_model('tiny-stories', load_in_4bit=True, unsloth=True); "
         "print(json.dumps(as_scorer(model, tokenizer).identity))"
     )

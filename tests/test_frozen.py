@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 
 from multi_level_ppl_trl import MultiLevelPPLCalculator
 from ppl.errors import InputError
-from ppl.frozen import base_parameters, frozen
+from ppl.scoring.frozen import base_parameters, frozen
 from ppl.scoring.surprisal import SurprisalScorer
 from ppl.scoring.tokens import TextEncoder
 

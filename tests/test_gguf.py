@@ -18,8 +18,8 @@ from training_runs import EXAMPLES, SHORT, train
 
 from ppl import gguf
 from ppl.errors import InputError
-from ppl.identity import differences
-from ppl.models import describe_model, load_model, model_path, tokenizer_fingerprint
+from ppl.models import load_model, model_path
+from ppl.scoring.identity import describe_model, differences, tokenizer_fingerprint
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.smollm2

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from ppl.errors import InputError
-from ppl.gguf_tokenizer import read_tokenizer
+from ppl.gguf import read_tokenizer
 from ppl.models import load_model
 from ppl.scoring.calculator import MultiLevelPPLCalculator
 

@@ -8,7 +8,7 @@ import pytest
 import toys
 from chromium import Chromium
 
-from ppl.definitions import LEVELS
+from ppl.config import LEVELS
 from ppl.pages import heatmap
 from ppl.scoring.calculator import MultiLevelPPLCalculator
 

@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
 from ppl.errors import InputError
+from ppl.training.diagnostics import distinct
 from ppl.training.heldout import (
     SWAPPED,
     HeldOut,
@@ -25,8 +26,7 @@ from ppl.training.heldout import (
     read_before,
     write_heldout,
 )
-from ppl.training.load import Loaded
-from ppl.variety import distinct
+from ppl.training.policy import Loaded
 
 PROMPTS = ["Once upon a time", "The fox said: ", "The fox said: "]
 COMPLETIONS = [" there was a small fox.", "I am hungry; I want to eat.", "they walked home"]

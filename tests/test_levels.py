@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator
-from ppl.definitions import AGGREGATIONS
+from ppl.config import AGGREGATIONS
 from ppl.scoring.levels import level_perplexities, unit_sums
 from ppl.scoring.surprisal import SurprisalScorer
 from ppl.scoring.tokens import TextEncoder

@@ -19,10 +19,10 @@ from ppl.data import TINY_STORIES
 from ppl.errors import InputError
 from ppl.reward.function import MultiLevelPPLRewardFunction
 from ppl.reward.loop_guard import NGRAM, WEIGHT, RepeatedShare, loop_guard, loop_veto
-from ppl.reward.thresholds import normalized
-from ppl.sampling import sample_completions
+from ppl.reward.terms import normalized
+from ppl.scoring.sampling import sample_completions
 from ppl.scoring.units import segment
-from ppl.training.rewards import check_reward_weights
+from ppl.training.job import check_reward_weights
 
 LENGTHS = (64, 128, 256)
 

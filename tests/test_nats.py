@@ -9,12 +9,12 @@ import toys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppl.definitions import NATS_CLIP as CLIP
+from ppl.config import NATS_CLIP as CLIP
 from ppl.errors import InputError
 from ppl.reward.function import MultiLevelPPLRewardFunction
 from ppl.reward.loop_guard import WEIGHT, loop_guard
-from ppl.reward.nats import clipped, nats
-from ppl.training.config import reward_settings
+from ppl.reward.terms import clipped, nats
+from ppl.training.settings import reward_settings
 from train_grpo_multilevel_unsloth import parse_args
 
 perplexities = st.lists(st.floats(1, 1e6), min_size=3, max_size=3)

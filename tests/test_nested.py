@@ -10,7 +10,7 @@ import toys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppl.definitions import LEVELS
+from ppl.config import LEVELS
 from ppl.errors import InputError
 from ppl.reward.function import MultiLevelPPLRewardFunction
 from ppl.scoring.calculator import MultiLevelPPLCalculator

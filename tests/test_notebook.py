@@ -14,10 +14,10 @@ from chromium import Chromium
 from nbclient import NotebookClient
 from waiting import PATIENCE
 
-from ppl import notebooks
-from ppl.definitions import LEVELS
+from ppl import cli
+from ppl.config import LEVELS
 from ppl.pages.heatmap import number
-from ppl.pages.notebook import Framed
+from ppl.pages.run import Framed
 from ppl.scoring.calculator import MultiLevelPPLCalculator
 
 EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
@@ -30,7 +30,7 @@ MORE = {
     "a typo": 'score(["--texd", "x"])',
     "run": '%run multi_level_ppl_trl.py --text "The fox ran home."',
     "progress": "from transformers.trainer import DEFAULT_PROGRESS_CALLBACK\nprint(DEFAULT_PROGRESS_CALLBACK.__name__)",
-    "async": "from ppl.training.rewards import call_as_trl\n"
+    "async": "from ppl.training.job import call_as_trl\n"
     "async def length(completions, **columns):\n    return [float(len(text)) for text in completions]\n"
     'print(*call_as_trl([length], ["a"], ["four"], [[1]], {}, None))',
 }
@@ -157,9 +157,9 @@ def test_an_async_reward_runs_beside_the_kernels_own_loop(cells):
 
 def test_outside_of_a_notebook_a_script_has_the_command_line(monkeypatch):
     monkeypatch.setattr("sys.argv", ["script.py", "--flag"])
-    assert not notebooks.in_kernel()
-    assert notebooks.script(len)() == 1 and notebooks.script(len)(["a", "b"]) == 2
-    assert notebooks.script_name("train.py") == "script.py"
+    assert not cli.in_kernel()
+    assert cli.script(len)() == 1 and cli.script(len)(["a", "b"]) == 2
+    assert cli.script_name("train.py") == "script.py"
 
 
 # --- an explained text -----------------------------------------------------------------------------------------------

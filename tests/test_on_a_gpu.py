@@ -10,11 +10,11 @@ import toys
 from transformers.models.llama import modeling_llama
 
 from ppl.models import load_model
-from ppl.sampling import sample_completions
-from ppl.scoring import packed
+from ppl.scoring import packing
+from ppl.scoring.sampling import sample_completions
 from ppl.scoring.surprisal import SurprisalScorer
 from ppl.scoring.tokens import TextEncoder
-from ppl.training.callbacks import OneLineProgress
+from ppl.training.trainer import OneLineProgress
 
 PROMPT = " ".join(toys.SENTENCES)
 PAIRS = [*((PROMPT, f" {text}") for text in toys.SENTENCES), *(("", text) for text in toys.SENTENCES)]
@@ -45,13 +45,13 @@ def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, w
 def one_kernel(monkeypatch):
     """The way that takes all spans of a layer at once, as on a GPU; returns the lengths of the keys it was given."""
     calls = []
-    monkeypatch.setattr(packed, "_one_kernel", lambda device, dtype: True)
+    monkeypatch.setattr(packing, "_one_kernel", lambda device, dtype: True)
 
     def spy(*args, **options):
         calls.append(len(args[1]))
         return varlen_attn(*args, **options)
 
-    monkeypatch.setattr(packed, "_varlen", lambda: spy)
+    monkeypatch.setattr(packing, "_varlen", lambda: spy)
     return calls
 
 
@@ -64,7 +64,7 @@ def test_one_kernel_for_all_spans_of_a_layer_gives_the_same(tokenizer, one_kerne
     # is shared like a prompt, and no row has its last token.
     layers = one_kernel[-2:]
     assert layers[0] == layers[1] >= prompt + sum(texts) + len(texts) * prompt
-    monkeypatch.setattr(packed, "_one_kernel", lambda device, dtype: False)
+    monkeypatch.setattr(packing, "_one_kernel", lambda device, dtype: False)
     expected, _ = score(model, tokenizer)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
@@ -82,7 +82,7 @@ def test_a_kernel_that_groups_heads_is_given_each_key_once(tokenizer, one_kernel
             query, *(x.repeat_interleave(heads // key_heads, dim=1) for x in (key, value)), *args, **options
         )
 
-    monkeypatch.setattr(packed, "_varlen", lambda: grouping)
+    monkeypatch.setattr(packing, "_varlen", lambda: grouping)
     found, scorer = score(model, tokenizer)
     assert scorer._packs_agree and set(given) == {(heads, key_heads, key_heads)} and heads > key_heads
     np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -8,16 +8,15 @@ import toys
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from ppl.scoring import onednn
-from ppl.scoring.onednn import fast_products
-from ppl.scoring.surprisal import SurprisalScorer
+from ppl.scoring import surprisal
+from ppl.scoring.surprisal import SurprisalScorer, fast_products
 from ppl.scoring.tokens import TextEncoder
 
 
 @pytest.fixture
 def pays(monkeypatch):
     """On any CPU."""
-    monkeypatch.setattr(onednn, "_pays", lambda: True)
+    monkeypatch.setattr(surprisal, "_pays", lambda: True)
 
 
 @pytest.fixture
@@ -93,13 +92,13 @@ def test_mkl_keeps_what_it_is_made_for(model, monkeypatch, by_onednn, cpu, instr
 
 def test_without_mkl_nothing_changes(model, monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert not onednn._pays()
+    assert not surprisal._pays()
 
 
 @pytest.mark.parametrize("which", ["model", "gpt2_model"])
 def test_scores_equal_the_slow_twin(which, request, tokenizer, pays, by_onednn, monkeypatch):
     model = request.getfixturevalue(which)
-    monkeypatch.setattr(onednn, "_LEAST", 0)
+    monkeypatch.setattr(surprisal, "_LEAST", 0)
     found = SurprisalScorer(model).score(TextEncoder(tokenizer).encode(["Once upon"] * 4, toys.SENTENCES))
     assert by_onednn
     for text, ours in zip(toys.SENTENCES, found, strict=True):

@@ -12,11 +12,11 @@ from training_runs import SHORT, log_history, refusal, train
 from written_down import MODEL, TOKENIZER, levels, reward
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLRewardFunction
-from ppl.definitions import DEFAULT_THRESHOLDS, NATS_CLIP
+from ppl.config import DEFAULT_THRESHOLDS, NATS_CLIP
 from ppl.errors import InputError
 from ppl.reward.loop_guard import loop_veto
-from ppl.training.callbacks import RewardState
-from ppl.training.rewards import perplexity_rewards
+from ppl.training.job import perplexity_rewards
+from ppl.training.trainer import RewardState
 
 TEXTS = [" fox", " mill", " the old crow laughed", ""]
 ROWS = {"id": ["x"] * len(TEXTS)}

@@ -12,8 +12,8 @@ from datasets import Dataset
 
 from ppl import cli
 from ppl.baselines.file import Baselines
-from ppl.baselines.rows import read_rows
-from ppl.chat import chat_identity, completion_turns, read_template, read_tools, render_prompt, say_once
+from ppl.baselines.job import read_rows
+from ppl.config import LEVELS
 from ppl.data import (
     Columns,
     PromptForm,
@@ -26,15 +26,15 @@ from ppl.data import (
     refuse_unscored,
     stable_id,
 )
-from ppl.definitions import LEVELS
 from ppl.errors import InputError
+from ppl.prompts import chat_identity, completion_turns, read_template, read_tools, render_prompt, say_once
 from ppl.reward.function import MultiLevelPPLRewardFunction
-from ppl.sampling import prompt_ids, sample
 from ppl.scoring.calculator import MultiLevelPPLCalculator
+from ppl.scoring.sampling import prompt_ids, sample
 from ppl.scoring.tokens import Sampled
 from ppl.scoring.units import segment
 from ppl.training.heldout import evaluate
-from ppl.training.rewards import other_beginning
+from ppl.training.job import other_beginning
 
 USER = {"role": "user", "content": "Tell me about the fox."}
 CALL = {"type": "function", "function": {"name": "look", "arguments": "{}"}}
@@ -513,7 +513,7 @@ def test_what_is_scored_stands_behind_the_ids_that_the_policy_was_given(chat, tm
 
 
 def test_sampling_renders_as_the_scorer_does(model, chat, monkeypatch):
-    from ppl import sampling
+    from ppl.scoring import sampling
 
     seen = []
     monkeypatch.setattr(

@@ -7,7 +7,7 @@ import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppl.reward.query import LEAST, completion_of
+from engines.query import LEAST, completion_of
 
 # Whose tokens have every character, so that the policy's tokenizer need not be the scorer's.
 FAITHFUL = ["byte_level", "gpt2_like", "llama2_like", "gemma_like", "prefix_space", "normalizing"]

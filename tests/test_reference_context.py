@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ppl.baselines.file import Baselines
 from ppl.errors import BaselineError, InputError
-from ppl.reference_context import ReferenceContext
+from ppl.prompts import ReferenceContext
 from ppl.reward.function import MultiLevelPPLRewardFunction
 from ppl.scoring.calculator import MultiLevelPPLCalculator
 

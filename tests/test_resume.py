@@ -15,7 +15,7 @@ from training_runs import EXAMPLES, SHORT, log_history, refusal, train
 from waiting import PATIENCE
 
 from ppl.errors import InputError
-from ppl.training.resume import LATEST, STATE_FILE, find_checkpoint, resume_command
+from ppl.training.settings import LATEST, STATE_FILE, find_checkpoint, resume_command
 
 STEPS = 18
 # Five prompts, each of them two optimizer steps from one sampling: an epoch is ten steps. Without baselines, the first
@@ -115,8 +115,7 @@ def test_checkpoints_wait_for_the_next_sampling(undisturbed):
 
 
 def test_the_settings_beside_the_model_give_the_same_run(undisturbed):
-    from ppl.training.config import grpo_config
-    from ppl.training.plan import BatchPlan
+    from ppl.training.settings import BatchPlan, grpo_config
     from train_grpo_multilevel_unsloth import parse_args
 
     asked, ours = [], []

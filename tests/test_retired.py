@@ -12,11 +12,10 @@ import compute_baselines_trl
 import multi_level_ppl_trl
 import train_grpo_multilevel_unsloth
 from multi_level_ppl_trl import MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
-from ppl.baselines.file import Baselines
-from ppl.baselines.mismatch import check_meta
-from ppl.baselines.plan import prepare
+from ppl.baselines.file import Baselines, check_meta
+from ppl.baselines.job import prepare
 from ppl.errors import BaselineError, InputError
-from ppl.reward.config import read_settings
+from ppl.reward.configured import read_settings
 
 SCRIPTS = [compute_baselines_trl, train_grpo_multilevel_unsloth, multi_level_ppl_trl]
 TRAINING = train_grpo_multilevel_unsloth

@@ -14,7 +14,7 @@ import multi_level_ppl_trl
 from multi_level_ppl_trl import MultiLevelPPLRewardFunction
 from ppl.errors import InputError
 from ppl.models import load_model
-from ppl.reward.config import multi_level_ppl, read_settings, reward_from_config
+from ppl.reward.configured import multi_level_ppl, read_settings, reward_from_config
 
 EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
 ROWS = [

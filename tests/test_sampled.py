@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 import compute_baselines_trl
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
 from ppl.baselines.file import Baselines
-from ppl.sampling import end_tokens, prompt_ids, sample
-from ppl.scoring.decoding import Decoding
-from ppl.scoring.tokens import Sampled, TextEncoder
+from ppl.scoring.sampling import end_tokens, prompt_ids, sample
+from ppl.scoring.tokens import Decoding, Sampled, TextEncoder
 from ppl.training.heldout import evaluate, kl_scorers
-from ppl.training.rewards import other_beginning
+from ppl.training.job import other_beginning
 
 PROMPTS = ["Once upon a time", "The fox said: ", "They walked home together,"]
 CHATS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]

@@ -13,13 +13,12 @@ from transformers import GenerationConfig
 
 import compute_baselines_trl
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator
-from ppl.baselines.file import Baselines
-from ppl.baselines.meta import read_meta
+from ppl.baselines.file import Baselines, read_meta
+from ppl.config import GENERATION_KWARGS, Sampling
 from ppl.errors import InputError
-from ppl.sampling import ignores_padding, sample
-from ppl.sampling_settings import GENERATION_KWARGS, Sampling
+from ppl.scoring.sampling import ignores_padding, sample
 from ppl.scoring.tokens import Sampled
-from ppl.training.rewards import other_sampling
+from ppl.training.job import other_sampling
 
 PROMPTS = ["Once upon a time", "The fox said: ", "They walked home together,"]
 EVERY_KWARG = {

@@ -10,10 +10,10 @@ import warm
 from safetensors.torch import load_file
 from training_runs import EXAMPLES, train
 
-from ppl.chat import render_prompt
 from ppl.models import load_model
-from ppl.sampling import prompt_ids
+from ppl.prompts import render_prompt
 from ppl.scoring.calculator import MultiLevelPPLCalculator
+from ppl.scoring.sampling import prompt_ids
 from ppl.scoring.tokens import TextEncoder
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow]

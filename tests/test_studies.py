@@ -391,8 +391,7 @@ def test_each_arm_of_the_settings_changes_what_its_flags_name_and_nothing_else(d
     """By TRL's own parser: a field that it renames, or a value that is its default now, fails here."""
     from settings import ARMS
 
-    from ppl.training.config import grpo_config
-    from ppl.training.plan import plan_batches
+    from ppl.training.settings import grpo_config, plan_batches
     from train_grpo_multilevel_unsloth import parse_args
 
     def asked(flags: str) -> dict:

@@ -24,11 +24,10 @@ from transformers.generation import ContinuousBatchingConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ppl.errors import InputError
-from ppl.identity import differences
-from ppl.scoring import packed, padded, surprisal
-from ppl.scoring.batching import Group
-from ppl.scoring.head import Head, difference
-from ppl.scoring.surprisal import SurprisalScorer
+from ppl.scoring import packing, surprisal
+from ppl.scoring.identity import differences
+from ppl.scoring.packing import Group
+from ppl.scoring.surprisal import Head, SurprisalScorer, difference
 from ppl.scoring.tokens import TextEncoder
 
 PROMPT = (
@@ -409,7 +408,7 @@ def test_a_model_whose_packed_rows_see_their_neighbours_is_not_packed(tokenizer,
     model = toys.llama()
     expected = twin(model, tokenizer, GROUP)
     # Attention over the whole sequence, whatever the spans say.
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, packed.IMPLEMENTATION, ALL_ATTENTION_FUNCTIONS["sdpa"])
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, packing.IMPLEMENTATION, ALL_ATTENTION_FUNCTIONS["sdpa"])
     scorer = SurprisalScorer(model)
     assert_close(score(model, tokenizer, GROUP, scorer), expected)
     assert scorer._packs_agree is False
@@ -477,8 +476,8 @@ def test_a_cache_that_does_not_continue_as_the_model_does_is_not_used(tokenizer,
     model = toys.llama()
     model.set_attn_implementation("eager")
     expected = twin(model, tokenizer, GROUP)
-    update = padded.PrefixLayer.update
-    monkeypatch.setattr(padded.PrefixLayer, "update", lambda self, k, v, *rest: update(self, 1.1 * k, v, *rest))
+    update = packing.PrefixLayer.update
+    monkeypatch.setattr(packing.PrefixLayer, "update", lambda self, k, v, *rest: update(self, 1.1 * k, v, *rest))
     scorer = SurprisalScorer(model)
     assert_close(score(model, tokenizer, GROUP, scorer), expected)
     assert scorer._cache_agrees is False

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from written_down import MODEL, TOKENIZER, levels, of_improvement, reward
 
 from multi_level_ppl_trl import DEFAULT_THRESHOLDS, MultiLevelPPLRewardFunction
-from ppl.reward.thresholds import Thresholds, checked_weights, normalized
+from ppl.reward.terms import Thresholds, checked_weights, normalized
 
 # --- from improvement to reward --------------------------------------------------------------------------------------
 

@@ -8,9 +8,7 @@ import pytest
 
 from ppl.errors import InputError
 from ppl.reward.loop_guard import WEIGHT
-from ppl.training.config import grpo_config
-from ppl.training.flags import grpo_fields, write_config
-from ppl.training.plan import plan_batches
+from ppl.training.settings import grpo_config, grpo_fields, plan_batches, write_config
 from train_grpo_multilevel_unsloth import parse_args
 
 

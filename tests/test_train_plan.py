@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppl.errors import InputError
-from ppl.training.plan import plan_batches
+from ppl.training.settings import plan_batches
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRe
 from ppl.baselines.file import Baselines
 from ppl.data import message_text
 from ppl.models import load_model
-from ppl.sampling import end_tokens, prompt_ids
+from ppl.scoring.sampling import end_tokens, prompt_ids
 from ppl.scoring.tokens import Sampled
 from ppl.training.heldout import evaluate
-from ppl.training.load import Loaded
-from ppl.training.rewards import weighted
+from ppl.training.job import weighted
+from ppl.training.policy import Loaded
 from train_grpo_multilevel_unsloth import make_rewards
 
 # Those that decode a prompt to itself, so that what is written behind it can be told by hand.

@@ -7,9 +7,8 @@ import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppl.definitions import LEVELS
-from ppl.scoring.units import code_points, segment
-from ppl.scoring.word_breaks import starts_segment
+from ppl.config import LEVELS
+from ppl.scoring.units import code_points, segment, starts_segment
 
 
 def cut(text, level, language="en", max_phrase_words=4):

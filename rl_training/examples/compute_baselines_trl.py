@@ -11,12 +11,8 @@ import argparse
 import sys
 
 from ppl import cli
-from ppl.definitions import (
-    DEFAULT_SEED,
-    DEFAULT_TARGET,
-    TARGETS,
-)
-from ppl.notebooks import script
+from ppl.cli import script
+from ppl.config import DEFAULT_SEED, DEFAULT_TARGET, TARGETS
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -60,7 +56,7 @@ def main(argv) -> int:
 
 
 def _compute(args: argparse.Namespace) -> int:
-    from ppl.baselines.run import compute
+    from ppl.baselines.job import compute
 
     return compute(args)
 

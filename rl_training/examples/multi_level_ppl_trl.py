@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 from ppl import cli
+from ppl.cli import script
 from ppl.errors import InputError
 from ppl.files import writable_file, write_text
-from ppl.notebooks import script
 
 _EXPORTS = {
     "MultiLevelPPLCalculator": "scoring.calculator",
@@ -31,7 +31,7 @@ def _configured_reward():
 
     A name that is wrong in the file is said now, before the trainer loads a model.
     """
-    from ppl.reward.config import multi_level_ppl, read_settings
+    from ppl.reward.configured import multi_level_ppl, read_settings
 
     read_settings()
     return multi_level_ppl

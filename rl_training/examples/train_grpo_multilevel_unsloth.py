@@ -10,20 +10,12 @@ import argparse
 import sys
 
 from ppl import cli
+from ppl.cli import script
+from ppl.config import DEFAULT_SEED, DEFAULT_TARGET, DEFAULT_WEIGHTS, FORMS, MISSING, TARGETS
 from ppl.data import prepare_rows
-from ppl.definitions import (
-    DEFAULT_SEED,
-    DEFAULT_TARGET,
-    DEFAULT_WEIGHTS,
-    FORMS,
-    MISSING,
-    TARGETS,
-)
-from ppl.notebooks import script
 from ppl.reward.loop_guard import WEIGHT
-from ppl.training import flags as train_flags
-from ppl.training.config import REPORTERS
-from ppl.training.resume import LATEST
+from ppl.training import settings as train_flags
+from ppl.training.settings import LATEST, REPORTERS
 
 
 def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
@@ -226,10 +218,10 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     job = prepare(args, rest, command, prepare_dataset)  # imports Unsloth: what imports TRL has to come after it
 
     from ppl.pages.run import finish_report, start_report
-    from ppl.training.callbacks import stopped_by, watch
     from ppl.training.heldout import HeldOutPrompts
-    from ppl.training.load import NOT_PUSHED, load_policy_and_scorer, merge, publish, save
-    from ppl.training.rewards import perplexity_rewards, weighted
+    from ppl.training.job import perplexity_rewards, weighted
+    from ppl.training.policy import NOT_PUSHED, load_policy_and_scorer, merge, publish, save
+    from ppl.training.trainer import stopped_by, watch
 
     policy, scorer = load_policy_and_scorer(job)
     rewards = weighted(job, make_rewards(job, policy, scorer))

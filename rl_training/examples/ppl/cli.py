@@ -1,16 +1,15 @@
 """The flags that scripts share, and how a script ends."""
 
 import argparse
+import functools
 import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .chat import read_template, read_tools
-from .data import PromptForm
-from .definitions import (
+from .config import (
     AGGREGATIONS,
     DEFAULT_AGGREGATION,
     DEFAULT_LANGUAGE,
@@ -18,12 +17,14 @@ from .definitions import (
     DEFAULT_PROMPT_TEMPLATE,
     DEFAULT_TEMPLATE,
     DTYPES,
+    GENERATION_KWARGS,
+    Sampling,
 )
-from .errors import InputError
-from .notebooks import CellError, in_kernel, script_name
-from .retired import SETTINGS, retired
-from .sampling_settings import GENERATION_KWARGS, Sampling
-from .sentences import checked_language
+from .data import PromptForm, checked_language
+from .errors import SETTINGS, InputError, retired
+from .prompts import read_template, read_tools
+
+# --- cli -------------------------------------------------------------------------------------------------------------
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -198,7 +199,7 @@ def prompt_form(args: argparse.Namespace) -> PromptForm:
 
 
 def chat_options(args: argparse.Namespace) -> dict:
-    """The keywords of `ppl.chat.render_prompt` that `add_prompt_flags` sets. Raises `InputError` for a bad file."""
+    """The keywords of `ppl.prompts.render_prompt` that `add_prompt_flags` sets. Raises `InputError` for a bad file."""
     if args.chat_template_path is not None:
         read_template(args.chat_template_path)
     return {"chat_template_kwargs": args.chat_template_kwargs, "tools": read_tools(args.tools)}
@@ -283,3 +284,49 @@ def run(args: argparse.Namespace, body: Callable[[argparse.Namespace], int]) -> 
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+# --- notebooks -------------------------------------------------------------------------------------------------------
+
+# A script's `main` called in a notebook: its flags are not the kernel's, its errors are one line of the cell.
+
+
+class CellError(InputError):
+    """Ends a notebook's cell, so that no later one runs on, with the one line that a script prints."""
+
+    def _render_traceback_(self) -> list[str]:  # what IPython shows of it
+        return [f"error: {self}"]
+
+
+def in_kernel() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    return getattr(ipython and ipython.get_ipython(), "kernel", None) is not None
+
+
+def script(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
+    """`main(argv)` of a script such that `main()` takes the command line, or nothing if that is the kernel's own.
+
+    --help, and what the parser refuses, are an exit code like any other: `SystemExit` would be an error of the cell.
+    """
+
+    @functools.wraps(main)
+    def called(argv: Sequence[str] | None = None) -> int:
+        if argv is None:
+            argv = [] if _of_the_kernel() else sys.argv[1:]
+        try:
+            return main(list(argv))
+        except SystemExit as end:
+            return int(end.code or 0)
+
+    return called
+
+
+def script_name(default: str) -> str:
+    """The script that this process was started with; `default` in a notebook, whose kernel is none of ours."""
+    return default if _of_the_kernel() else sys.argv[0]
+
+
+def _of_the_kernel() -> bool:
+    """Whether the command line is the kernel's: a script that `%run` starts has one of its own."""
+    return in_kernel() and sys.argv[1:] == sys.orig_argv[len(sys.orig_argv) - len(sys.argv) + 1 :]

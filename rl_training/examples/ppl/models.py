@@ -1,16 +1,14 @@
 """Model and tokenizer from Unsloth, transformers, a GGUF file or the embedded folder; and what names them."""
 
-import copy
-import hashlib
 import json
 import os
 import re
 from pathlib import Path
 
-from .chat import added_ids, of_text, read_template
 from .data import TINY_STORIES
 from .errors import InputError
 from .gguf import check_package, is_gguf, plain_folder, smollm2_file
+from .prompts import of_text, read_template
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -144,7 +142,7 @@ def check_vocabulary(model, tokenizer, name: str) -> None:
     none for theirs.
     """
     layers = filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))
-    rows = min((_shape(layer.weight)[0] for layer in layers), default=None)
+    rows = min((weight_shape(layer.weight)[0] for layer in layers), default=None)
     tokenizer = of_text(tokenizer)
     placeholders = [getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "audio", "video")]
     ids = {token: index for token, index in tokenizer.get_vocab().items() if token not in placeholders}
@@ -345,118 +343,8 @@ def _device(device: str | None):
 
 
 # Fields of a configuration that no logit depends on, by parts of their names. The window is compared by itself.
-_NOT_OF_LOGITS = re.compile(
-    r"drop|init|loss|jitter|noise|classifier|summary|use_cache|token_id|tie_word|output_router|output_attentions"
-    r"|pretraining_tp|name_or_path|^max_position"
-)
-_PART = 2**16  # values at a time: they stay in a core's cache
 
 
-def describe_model(model) -> dict:
-    """What tells one scorer from another: its precision, the fields of its configuration that change logits, and a hash
-    of all its weights but the adapters'. What it makes of a fixed text is `ppl.scoring.probe`'s to say."""
-    from .frozen import base_modules, base_of
-
-    digest = hashlib.blake2b(digest_size=8)
-    known = {}  # of tied weights, which count wherever they stand, as those of a copy that is not tied do
-    for module in base_modules(model):
-        kept = {name: one for name, one in module._buffers.items() if name not in module._non_persistent_buffers_set}
-        for tensor in filter(lambda one: one is not None, (*module._parameters.values(), *kept.values())):
-            if id(tensor) not in known:
-                known[id(tensor)] = f"{_shape(tensor)} {[_checksum(part) for part in _parts(tensor, module)]} "
-            digest.update(known[id(tensor)].encode())
-    return {**precision(model), "config": _config(base_of(model).config), "weights": digest.hexdigest()}
-
-
-def precision(model) -> dict:
-    """`dtype`, and `quantization`: none, 4bit, or what transformers calls the method."""
-    quantization = getattr(model.config, "quantization_config", None)
-    method = "none"
-    if quantization is not None:
-        settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        method = "4bit" if settings.get("load_in_4bit") else str(settings.get("quant_method", "unknown"))
-    return {"dtype": str(model.dtype).removeprefix("torch."), "quantization": method}
-
-
-def _config(config) -> dict:
-    """The fields that the configuration's class has of its own and that logits depend on, as JSON holds them."""
-    from transformers import PreTrainedConfig
-
-    config = config.get_text_config(decoder=True)
-    common = PreTrainedConfig.__dataclass_fields__.keys()
-    fields = config.to_dict()
-    rope = json.dumps(fields.get("rope_parameters"), default=str)
-    # Scaled RoPE depends on how many positions there are.
-    scaled = {"max_position_embeddings"} if re.search(r'"rope_type": "(?!default")', rope) else set()
-
-    def kept(fields):
-        return {
-            name: kept(value) if isinstance(value, dict) else value
-            for name, value in sorted(fields.items())
-            if name not in common and (name in scaled or not _NOT_OF_LOGITS.search(name))
-        }
-
-    own = {*type(config).__dataclass_fields__, "rope_parameters", "per_layer_config"}
-    return json.loads(json.dumps(kept({name: fields[name] for name in own & fields.keys()}), default=str))
-
-
-def _shape(tensor) -> tuple:
+def weight_shape(tensor) -> tuple:
     """Of the weights themselves, also where they are kept as packed 4-bit codes."""
     return tuple(getattr(getattr(tensor, "quant_state", None), "shape", tensor.shape))
-
-
-def _parts(tensor, module) -> list:
-    """What a parameter or buffer is kept as: itself; with bitsandbytes its codes, and the scales of its blocks or rows.
-
-    4-bit codes stand in the order of the weights, also where bitsandbytes has repacked them in place for the CPU. Their
-    scales are in bfloat16, which is what it makes of them then.
-    """
-    import torch
-
-    state = getattr(tensor, "quant_state", None)
-    if state is None:
-        eight_bit = [getattr(one, "SCB", None) for one in (tensor, getattr(module, "state", None))]
-        return [tensor.detach(), *[scales for scales in eight_bit if scales is not None][:1]]
-    codes, scales = tensor.detach().view(torch.uint8), state.absmax
-    if getattr(state, "packing_format_for_cpu", False):
-        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-        codes, _ = _convert_weight_packed_for_cpu_inverse(codes, copy.copy(state))
-        return [codes.view(torch.uint8), scales.T, state.code]
-    scales = scales.flatten()
-    if state.nested:
-        blocks = torch.arange(len(scales), device=scales.device) // state.state2.blocksize
-        scales = state.state2.code[scales.long()] * state.state2.absmax[blocks] + state.offset
-    return [codes, scales.bfloat16(), state.code]
-
-
-def _checksum(values) -> int:
-    """A whole number that depends on each value of a tensor and on its place, and on no device: the sum over the bits
-    of each, as float32 where it is a fraction, times an odd number of its place's own, modulo 2**64.
-
-    As float32 a norm is the same that was cast to it for training.
-    """
-    import torch
-
-    values = values.flatten()
-    places = torch.arange(1, min(len(values), _PART) + 1, device=values.device)
-    for factor in (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9):  # any large odd ones; a product that overflows wraps around
-        places = places * factor
-        places = places ^ (places >> 29)
-    places = places | 1
-    sums = [
-        ((part.float().view(torch.int32) if part.is_floating_point() else part.long()) * places[: len(part)]).sum()
-        for part in values.split(_PART)
-    ]
-    total = 0
-    for one in torch.stack(sums).tolist() if sums else []:
-        total = (total * 0x5851F42D4C957F2D + one) % 2**64
-    return total
-
-
-def tokenizer_fingerprint(tokenizer) -> str:
-    """A hash of what turns a text into ids: vocabulary, merges, normalisation, added tokens."""
-    settings = json.loads(tokenizer.backend_tokenizer.to_str())
-    kept = {key: settings[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
-    kept["bos"] = " ".join(tokenizer.convert_ids_to_tokens(added_ids(tokenizer)[0])) or tokenizer.bos_token
-    return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -1,16 +1,223 @@
 """The baselines file as the reward asks it: a row's level perplexities, by id or by prompt."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import importlib.metadata
+import itertools
+import json
+import pickle
+import reprlib
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from ..config import (
+    DEFAULT_AGGREGATION,
+    DEFAULT_LANGUAGE,
+    DEFAULT_PHRASE_WORDS,
+    DEFAULT_PROMPT_TEMPLATE,
+    DEFAULT_TARGET,
+    DEFAULT_TEMPLATE,
+    LEVELS,
+)
 from ..data import Text, message_text, stable_id
-from ..errors import BaselineError
-from ..retired import retired
-from .formats import columns_of, read_records
-from .meta import read_meta
+from ..errors import BaselineError, retired
+from ..files import write_text
+from ..scoring.identity import BEHIND_AN_ADDRESS, differences
+from . import safe_pickle
+
+# --- formats ---------------------------------------------------------------------------------------------------------
+
+# The baselines file's two formats: written a few thousand rows at a time, read without running anything.
+
+# What the file keeps of a row. prompt_id and reference_id are hashes: a baseline is of these texts and no others.
+TEXTS = ("prompt_id", "prompt_start", "reference_id")
+RECORD = (*LEVELS, "n_tokens", *TEXTS)
+_ROWS_AT_ONCE = 8192  # rows that a writer holds
+
+
+class Columns(NamedTuple):
+    """Records, column by column."""
+
+    ids: Sequence[str | int]
+    levels: np.ndarray  # float64 [N, 3]
+    texts: Mapping[str, Sequence]  # of `TEXTS`: strings, None where a record does not say
+
+
+def columns_of(records, source: str) -> Columns:
+    if not isinstance(records, Mapping):
+        raise BaselineError(f"{source}: expected a dict of id -> levels, found {type(records).__name__}")
+    levels = _all_levels(records, source)
+    texts = {name: [record.get(name) for record in records.values()] for name in TEXTS}
+    return Columns(list(records), levels, texts)
+
+
+def write_records(file, suffix: str, items: Iterable[tuple[str | int, Mapping]]) -> None:
+    """Write (id, record) pairs in the format of `suffix`, holding no more than a few thousand of them."""
+    {".pkl": _write_pickle, ".json": _write_json}[suffix](file, _chunks(items))
+
+
+def _chunks(items: Iterable[tuple]) -> Iterator[dict]:
+    items = iter(items)
+    while chunk := dict(itertools.islice(items, _ROWS_AT_ONCE)):
+        yield chunk
+
+
+def _write_pickle(file, chunks: Iterable[dict]) -> None:
+    # A dict's pickle is: protocol, empty dict, memo 0; then its items; then the end. So the items of many dicts, one
+    # after the other, are the pickle of one dict. Each piece writes its memos over those of the one before, done with.
+    file.write(b"\x80\x02}")
+    for chunk in chunks:
+        file.write(pickle.dumps(chunk, protocol=2).removeprefix(b"\x80\x02}q\x00").removesuffix(b"."))
+    file.write(b".")
+
+
+def _write_json(file, chunks: Iterable[dict]) -> None:
+    separator = b"{\n"
+    for chunk in chunks:
+        for key, record in chunk.items():
+            entry = f"{json.dumps(str(key), ensure_ascii=False)}: {json.dumps(record, ensure_ascii=False)}"
+            file.write(separator + entry.encode("utf-8", "surrogatepass"))
+            separator = b",\n"
+    file.write(b"\n}\n" if separator == b",\n" else b"{}\n")
+
+
+def read_records(path: Path, content: bytes):
+    """What the file holds, still to be checked by `columns_of`. content: its bytes."""
+    return {".pkl": _parse_pickle, ".json": _parse_json}[path.suffix](content, path)
+
+
+def _parse_pickle(content: bytes, path: Path):
+    try:
+        return safe_pickle.loads(content)
+    except safe_pickle.PickleRefused as error:
+        raise BaselineError(
+            f"{path}: not a baselines pickle ({error}): recompute it with compute_baselines_trl.py"
+        ) from error
+
+
+def _parse_json(content: bytes, path: Path):
+    try:
+        return json.loads(content, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise BaselineError(f"{path}: not JSON ({error}): recompute it with compute_baselines_trl.py") from error
+
+
+def _without_duplicates(pairs: list[tuple]) -> dict:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        seen = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"{twice!r:.80} is there twice")
+    return content
+
+
+# --- levels ----------------------------------------------------------------------------------------------------------
+
+
+def _all_levels(records: Mapping, source: str) -> np.ndarray:
+    """float64 [N, 3]"""
+    try:
+        flat = [record[level] for record in records.values() for level in LEVELS]
+        if {float, int}.issuperset(map(type, flat)):
+            values = np.array(flat, dtype=float).reshape(-1, len(LEVELS))
+            if (np.isfinite(values) & (values > 0)).all():
+                return values
+    except (TypeError, KeyError, IndexError, OverflowError):
+        pass
+    # Something is wrong or of another type: one by one, to say which.
+    return np.array([_levels(record, key, source) for key, record in records.items()]).reshape(-1, len(LEVELS))
+
+
+def _levels(record, key, source: str) -> list[float]:
+    if not isinstance(record, Mapping):
+        raise BaselineError(f"{source}: id {shown(key)}: expected a dict of levels, found {shown(record)}")
+    values = []
+    for level in LEVELS:
+        value = record.get(level)
+        number = value.item() if isinstance(value, np.generic) else value
+        if type(number) not in (int, float) or not 0 < number <= sys.float_info.max:
+            raise BaselineError(
+                f"{source}: id {shown(key)}: {level} is {shown(value)}, expected a finite positive number: "
+                "recompute it with compute_baselines_trl.py"
+            )
+        values.append(float(number))
+    return values
+
+
+def shown(value) -> str:
+    """A repr of bounded length and cost, whatever a file holds."""
+    try:
+        return f"{reprlib.repr(value):.80}"
+    except ValueError:  # a number of too many digits
+        return f"a number of type {type(value).__name__}"
+
+
+# --- meta ------------------------------------------------------------------------------------------------------------
+
+# What a baselines file was made with: the meta file beside it.
+
+_VERSIONED = ("torch", "transformers", "tokenizers", "unsloth", "bitsandbytes", "sentencex", "regex")
+_META_TYPES = {
+    "model": dict,
+    "definitions": dict,
+    "prompt": dict,
+    "dataset": dict,
+    "window": int | None,
+    "longest": int,
+    "generated": dict | None,
+}
+
+
+def meta_path(path: str | Path) -> Path:
+    return Path(f"{path}.meta.json")
+
+
+def read_meta(path: str | Path) -> dict:
+    """What the file beside `path` says it was made with; {} if there is none."""
+    try:
+        meta = json.loads(meta_path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise BaselineError(f"{meta_path(path)}: {error.strerror}: move it away, or name another file") from error
+    except ValueError as error:
+        raise BaselineError(f"{meta_path(path)}: not JSON ({error}): delete it or recompute the baselines") from error
+    if not isinstance(meta, dict):
+        raise BaselineError(f"{meta_path(path)}: expected a JSON object, found {type(meta).__name__}")
+    wrong = {key: meta[key] for key, types in _META_TYPES.items() if key in meta and not isinstance(meta[key], types)}
+    if not wrong:
+        model, columns = meta.get("model", {}), meta.get("dataset", {}).get("columns", {})
+        config, probe = model.get("config", {}), model.get("probe", [])
+        numbers = isinstance(probe, list) and all(isinstance(one, int | float) for one in probe)
+        right = {"columns": isinstance(columns, dict), "config": isinstance(config, dict), "probe": numbers}
+        inner = {"columns": columns, "config": config, "probe": probe}
+        wrong = {key: value for key, value in inner.items() if not right[key]}
+    for key, value in wrong.items():
+        raise BaselineError(f"{meta_path(path)}: {key} is {value!r:.80}: delete it or recompute the baselines")
+    return meta
+
+
+def write_meta(path: str | Path, meta: Mapping) -> None:
+    """Write what the file under `path` was made with beside it."""
+    write_text(meta_path(path), json.dumps(meta, indent=2, ensure_ascii=False))
+
+
+def versions() -> dict[str, str]:
+    """Versions of the installed packages that can change a number."""
+    installed = {}
+    for name in _VERSIONED:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+# --- file ------------------------------------------------------------------------------------------------------------
 
 SUFFIXES = (".pkl", ".json")
 _SHOWN = 40  # characters of a prompt, for messages
@@ -136,3 +343,74 @@ def beginning(text: Text) -> str:
     """The first characters of a text, in one line. Of chat messages, those of the last one."""
     shown = message_text(text if isinstance(text, str) else text[-1:])
     return " ".join(shown.split())[:_SHOWN]
+
+
+# --- mismatch --------------------------------------------------------------------------------------------------------
+
+# Whether a baselines file fits a scorer, and the command that makes the one that does.
+
+
+def check_meta(baselines: Baselines, expected: Mapping) -> None:
+    """Refuse baselines made for another target, with other definitions, or by another model than the scorer.
+
+    expected: "target", "definitions", "prompt", "tokenizer", "model" as `describe_model` gives it, and
+    "window", the most tokens the scorer takes at once. Compares what both name: a dict without a meta file is taken at
+    its word, a model's name is told but not compared, and another window only matters if a text was longer. Raises
+    `BaselineError`.
+    """
+    differing = differences(baselines.meta, expected)
+    if differing:
+        made, scorer = (", ".join(f"{key} {both[side]}" for key, both in differing.items()) for side in (0, 1))
+        raise BaselineError(
+            f"{baselines.source} was made by {_named(baselines.meta)} with {made}; the scorer here, {_named(expected)}"
+            f", has {scorer}: make the right one with `{_command(baselines, expected, differing)}`, or insist with "
+            "--allow_baseline_mismatch (in Python allow_baseline_mismatch=True)"
+        )
+
+
+def _named(identity: Mapping) -> str:
+    name = identity.get("model", {}).get("name")
+    return repr(name) if name else "a model of unknown name"
+
+
+def _command(baselines: Baselines, expected: Mapping, differing: Iterable[str]) -> str:
+    """The call of compute_baselines_trl.py that makes the file as `expected` has it."""
+    model = {**baselines.meta.get("model", {}), **expected.get("model", {})}
+    made_from = baselines.meta.get("dataset", {})
+    flags = {"model_name": model.get("name") or "MODEL"}
+    if model.get("quantization") == "4bit":
+        flags["load_in_4bit"] = None
+    if model.get("weights") == BEHIND_AN_ADDRESS:
+        flags["scorer_url"] = "URL"
+    if "dtype" in differing:
+        flags["dtype"] = model["dtype"]
+    if "window" in differing and expected["window"]:
+        flags["max_seq_length"] = expected["window"]
+    prompt = {**baselines.meta.get("prompt", {}), **expected.get("prompt", {})}
+    flags |= {name: prompt[name] for name in ("prompt_sentences", "system_prompt", "user_prompt") if prompt.get(name)}
+    if prompt.get("chat"):
+        flags["chat"] = None
+    if prompt.get("chat_template_kwargs"):
+        flags["chat_template_kwargs"] = json.dumps(prompt["chat_template_kwargs"])
+    flags |= {f"dataset_{key}": made_from.get(key) for key in ("name", "config", "split") if made_from.get(key)}
+    flags |= {f"{key}_column": name for key, name in dict(made_from.get("columns") or {}).items() if name}
+    if made_from.get("num_samples"):
+        flags["num_samples"] = made_from["num_samples"]
+    if expected.get("target") != "reference":  # of the model's own writing, again
+        generated = dict(baselines.meta.get("generated") or {})
+        if generated.get("generation_kwargs"):
+            generated["generation_kwargs"] = json.dumps(generated["generation_kwargs"])
+        flags |= {name: value for name, value in generated.items() if value is not None}
+    usual = {
+        "target": DEFAULT_TARGET,
+        "max_phrase_words": DEFAULT_PHRASE_WORDS,
+        "language": DEFAULT_LANGUAGE,
+        "aggregation": DEFAULT_AGGREGATION,
+        "template": DEFAULT_TEMPLATE,
+        "prompt_template": DEFAULT_PROMPT_TEMPLATE,
+    }
+    wanted = {"target": expected.get("target"), **expected.get("definitions", {}), **prompt}
+    flags |= {key: wanted[key] for key in usual if wanted.get(key) not in (None, usual[key])}
+    flags |= {"output_path": baselines.source, "overwrite": None}
+    words = [word for key, value in flags.items() for word in (f"--{key}", value) if word is not None]
+    return shlex.join(["python", "compute_baselines_trl.py", *map(str, words)])

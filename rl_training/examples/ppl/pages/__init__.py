@@ -1,10 +1,6 @@
-"""What a person looks at. Imports scoring, baselines, reward and training; scoring/explained.py alone imports it.
+"""What a person looks at. Imports scoring, baselines, reward and training; scoring/calculator.py alone imports it.
 
-frame.py       what the HTML pages share, with frame.html.j2
-heatmap.py     a text coloured by surprisal, with heatmap.html.j2
-run.py         a training run as one page, with run.html.j2
-charts.py      a run's log -> line charts
-notebook.py    pages in a notebook: framed, and the curves of a run that goes on
-loggers.py     the report in Weights & Biases, TensorBoard and trackio
-comparison.py  before and after as a table, and the reward's curve as a picture
+heatmap.py  a text coloured by surprisal, with heatmap.html.j2; what all pages share, with frame.html.j2
+charts.py   a run's log -> line charts
+run.py      a training run as one page, with run.html.j2; in a notebook, in loggers, as a table and a picture
 """

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from matplotlib.ticker import MaxNLocator
 
-from ..definitions import LEVELS
+from ..config import LEVELS
 
 MOST_POINTS = 240  # of a line; a longer log is averaged over runs of consecutive entries
 DOTTED = 40  # up to so many points each is drawn as a dot, too

@@ -1,12 +1,43 @@
 """A text coloured by how much each of its words, phrases and sentences surprises the model, as one HTML file."""
 
+import base64
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from markupsafe import Markup
+import jinja2
+from markupsafe import Markup, escape
 
-from ..definitions import LEVELS
-from .frame import ENVIRONMENT
+from ..config import LEVELS
+
+# --- frame -----------------------------------------------------------------------------------------------------------
+
+# What the HTML pages share: one file each, nothing is loaded from anywhere, every string is shown as text.
+
+ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+
+
+def characters(text: str) -> Markup:
+    """Text that an HTML parser reads back as it was: it would turn a bare CR into LF, and drop a NUL."""
+    return Markup(str(escape(text)).replace("\r", "&#13;").replace("\0", "�"))
+
+
+def script_hash(script: str) -> str:
+    """The name by which a Content-Security-Policy allows this inline script, and no other."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+ENVIRONMENT.filters.update(characters=characters, script_hash=script_hash)
+
+
+# --- heatmap ---------------------------------------------------------------------------------------------------------
 
 # A colour for each half doubling of perplexity, so that a step is half a bit a token and the scale is the same for
 # every text, level and model: 21 colours from 1 to 2 ** 10 and beyond. (background, text) for a light and a dark page,

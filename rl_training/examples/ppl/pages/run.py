@@ -1,28 +1,171 @@
 """A training run as one HTML page: its curves, held-out prompts before and after, its settings and its command."""
 
 import math
+import os
 import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
+from markupsafe import escape
+from rich.console import Console
+from rich.table import Table
 from transformers import TrainerCallback
 
+from ..cli import in_kernel
+from ..config import COLORS, LEVELS
 from ..data import Text, message_text
-from ..definitions import COLORS
-from ..files import write_text
+from ..files import write_atomically, write_text
 from ..processes import is_first
-from ..training.heldout import SWAPPED, HeldOut
+from ..training.heldout import SWAPPED, HeldOut, gained_by_any
 from ..training.job import Job
-from ..training.resume import launched
+from ..training.settings import launched
 from .charts import charts
-from .comparison import plot_training, print_comparison
-from .frame import ENVIRONMENT
-from .heatmap import heatmap, number
-from .loggers import hand_over, hand_to_trackio
-from .notebook import LiveCurves
+from .heatmap import ENVIRONMENT, heatmap, number
+
+# --- comparison ------------------------------------------------------------------------------------------------------
+
+# What a training run leaves to look at: the reward's curve, and held-out scores before and after.
+
+
+def print_comparison(before: HeldOut, after: HeldOut) -> None:
+    """A table of the held-out scores, and one prompt's completion before and after."""
+    count = sum(map(len, before.completions))
+    table = Table(title=f"Held-out: {count} completions of {len(before.prompts)} prompts", title_justify="left")
+    table.add_column("mean of")
+    for name in ("before", "after", "change"):
+        table.add_column(name, justify="right")
+    for name, value in before.scores.items():
+        new = after.scores[name]
+        table.add_row(name, f"{value:.3f}", f"{new:.3f}", f"{new - value:+.3f}")
+    console = Console()
+    console.print(table)
+    if warning := gained_by_any(before.scores, after.scores):
+        console.print(warning, markup=False, highlight=False)
+    prompt = before.prompts[0] if isinstance(before.prompts[0], str) else message_text(before.prompts[0][-1:])
+    for title, text in (("prompt", prompt), ("before", before.completions[0][0]), ("after", after.completions[0][0])):
+        console.print(f"[bold]{title}:[/bold] ", end="")
+        console.print(" ".join(text.split()), markup=False, highlight=False)
+
+
+def plot_training(log_history: list[dict], path: Path) -> None:
+    """PNG with the reward and the improvement of each level over the optimizer steps of a run.
+
+    log_history: TRL's, whose entries hold `step`, `reward`, `reward_std`, `reward_word`, ...
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    logs = [entry for entry in log_history if entry.get("reward") is not None]  # None: all rows were skipped
+    steps = [entry["step"] for entry in logs]
+    reward = [entry["reward"] for entry in logs]
+    spread = [entry.get("reward_std") or 0.0 for entry in logs]
+    figure = Figure(figsize=(8, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)  # and not pyplot's, which is the caller's own
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    low, high = zip(*((r - s, r + s) for r, s in zip(reward, spread, strict=True)), strict=True) if logs else ((), ())
+    top.fill_between(steps, low, high, color="0.3", alpha=0.15, linewidth=0, label="± standard deviation")
+    top.plot(steps, reward, color="0.2", marker="o", markersize=3, label="mean reward")
+    top.set_ylabel("reward")
+    top.set_title("Reward of the sampled completions")
+    for level, dashes in zip(LEVELS, ("-", "--", ":"), strict=True):
+        values = [entry.get(f"reward_{level}", float("nan")) for entry in logs]
+        bottom.plot(steps, values, dashes, color=COLORS[level], marker="o", markersize=3, label=level)
+    bottom.axhline(0, color="0.6", linewidth=0.8)
+    bottom.set_ylabel("improvement over baseline, %")
+    bottom.set_xlabel("optimizer step")
+    for axes in (top, bottom):
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130))
+
+
+# --- loggers ---------------------------------------------------------------------------------------------------------
+
+# The report in what else shows the run: a file in Weights & Biases and trackio, its name in TensorBoard.
+
+NAME = "report"
+
+
+def hand_over(path: Path, reporters: Sequence[str], step: int) -> None:
+    """The finished page: an artifact of the run of Weights & Biases, a text of TensorBoard's run.
+
+    path: of the page, in the run's output folder. reporters: GRPOConfig's `report_to`. step: the last one.
+    """
+    wandb = sys.modules.get("wandb")
+    if "wandb" in reporters and wandb is not None and wandb.run is not None:
+        artifact = wandb.Artifact(f"{NAME}-{wandb.run.id}", type=NAME)
+        artifact.add_file(str(path))
+        wandb.run.log_artifact(artifact)
+    if "tensorboard" in reporters:
+        from torch.utils.tensorboard import SummaryWriter
+
+        logs = Path(os.environ.get("TENSORBOARD_LOGGING_DIR") or path.with_name("runs"))
+        newest = max(logs.rglob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime)
+        with SummaryWriter(str(newest.parent)) as writer:  # a page of its own is more than its texts can show
+            writer.add_text(NAME, f"Open [{path.name}]({path.resolve().as_uri()}) in a browser.", step)
+
+
+def hand_to_trackio(path: Path, reporters: Sequence[str]) -> None:
+    """The page as it is when training ends, an artifact of trackio's run: that is over before held-out prompts are
+    measured again."""
+    if "trackio" in reporters:
+        import trackio
+
+        trackio.log_artifact(path, name=NAME, type=NAME)
+
+
+# --- notebook --------------------------------------------------------------------------------------------------------
+
+# Pages in a notebook, each in a frame that keeps its style to itself, and the curves of a run that goes on.
+
+SECONDS_OF_CURVES = 1  # at least, between two drawings of the curves
+
+
+class Framed:
+    """A page as the last value of a cell shows it; the frame's lower edge can be dragged.
+
+    html: a whole page. height: in CSS pixels.
+    """
+
+    def __init__(self, html: str, height: int = 560) -> None:
+        self.html = html
+        self.height = height
+
+    def _repr_html_(self) -> str:
+        # The page's script runs, and reaches nothing outside of the frame.
+        style = f"width: 100%; height: {self.height}px; border: 0; resize: vertical; overflow: auto"
+        return f'<iframe srcdoc="{escape(self.html)}" sandbox="allow-scripts" style="{style}"></iframe>'
+
+
+class LiveCurves:
+    """The curves of a run below the cell that trains, drawn anew as they grow; outside of a notebook nothing."""
+
+    def __init__(self, colors: tuple[Mapping[str, str], Mapping[str, str]]) -> None:
+        self.colors = colors
+        self._handle = None
+        self._drawn = 0.0
+
+    def draw(self, log_history: Sequence[Mapping], progress: tuple[int, int], at_once: bool = False) -> None:
+        """log_history: TRL's. progress: steps done, of how many. at_once: also if the last drawing is just done."""
+        if not in_kernel() or not (at_once or time.monotonic() - self._drawn > SECONDS_OF_CURVES):
+            return
+        from IPython.display import display
+
+        drawn, _, _ = charts(log_history)
+        shown = Framed(str(ENVIRONMENT.get_template("run.html.j2").module.curves(drawn, progress, self.colors)), 460)
+        if self._handle is None:
+            self._handle = display(shown, display_id=True)
+        else:
+            self._handle.update(shown)
+        self._drawn = time.monotonic()
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
 
 SHOWN = 8  # prompts whose completions stand on the page
 SECONDS = 60  # at least, between two writings while the run goes on
@@ -112,8 +255,8 @@ class RunPage(TrainerCallback):
     In a notebook the curves also grow below the cell.
 
     title: of the page. facts: names and values below it. command: as `command_line` gives it. config: the file of
-    settings that `ppl.training.flags.write_config` writes. before: held-out prompts before the first step. shown: what
-    `explain_heldout` gives of them.
+    settings that `ppl.training.settings.write_config` writes. before: held-out prompts before the first step. shown:
+    what `explain_heldout` gives of them.
     """
 
     def __init__(

@@ -2,21 +2,25 @@
 
 import copy
 import functools
+import hashlib
+import json
+import logging
 import math
 import time
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 
-from ..baselines.file import Baselines
-from ..baselines.mismatch import check_meta
-from ..chat import Turn, Turns, chat_identity, refuse_begun
-from ..data import Text, message_text
-from ..definitions import (
+from ..baselines.file import Baselines, check_meta
+from ..config import (
+    BASELINE_COLUMNS,
     DEFAULT_TARGET,
     DEFAULT_TEMPLATE,
     DEFAULT_THRESHOLDS,
@@ -27,22 +31,384 @@ from ..definitions import (
     NATS_CLIP,
     TARGETS,
 )
+from ..data import Text, check_text, message_text, stable_id
 from ..errors import BaselineError, InputError, one_of, without_retired
-from ..identity import identity
-from ..processes import of_this
-from ..reference_context import ReferenceContext
-from ..sampling import given_by_trainer, refuse_appended
+from ..processes import from_all, of_this
+from ..prompts import ReferenceContext, Turn, Turns, chat_identity, of_text, refuse_begun
 from ..scoring.calculator import MultiLevelPPLCalculator
-from ..scoring.scorer import Scorer, as_scorer, is_scorer
-from ..scoring.tokens import Sampled
-from .cache import PerplexityCache
-from .earned import HIGHEST, details_of, earned
-from .first_visits import FirstVisits
-from .given import given_baselines, refuse, row_baselines
-from .last_call import LastCall, log
-from .references import measured
-from .sampled import Policy, as_scored
-from .thresholds import Thresholds, checked_weights, normalized
+from ..scoring.frozen import base_parameters
+from ..scoring.identity import identity
+from ..scoring.sampling import end_tokens, given_by_trainer, prompt_ids, refuse_appended, up_to_end
+from ..scoring.surprisal import Scorer, as_scorer, is_scorer
+from ..scoring.tokens import Pair, Sampled, TextEncoder
+from .terms import HIGHEST, Thresholds, checked_weights, details_of, earned, normalized
+
+# --- given -----------------------------------------------------------------------------------------------------------
+
+# The baselines that a call's rows are given: by the data set's columns, else by the file.
+
+
+def row_baselines(columns: Mapping[str, Sequence]) -> list[dict | None] | None:
+    """Per row the baseline in the columns `baseline_word`, `baseline_phrase`, `baseline_sentence`; None without."""
+    present = [name for name in BASELINE_COLUMNS if name in columns]
+    if not present:
+        return None
+    if len(present) < len(BASELINE_COLUMNS):
+        raise BaselineError(f"the data set has {', '.join(present)}, all of {', '.join(BASELINE_COLUMNS)} are needed")
+    rows = zip(*(columns[name] for name in BASELINE_COLUMNS), strict=True)
+    return [None if None in row else dict(zip(LEVELS, row, strict=True)) for row in rows]
+
+
+def given_baselines(
+    baselines: Baselines | None, of_reference: bool, prompts: Sequence, references: Sequence, ids, rows
+) -> np.ndarray:
+    """float64 [B, 3], nan where a row has none. rows: of `row_baselines`, which come first. of_reference: references
+    are what is measured."""
+    values = np.full((len(prompts), len(LEVELS)), np.nan)
+    if rows is not None:
+        given = {index: row for index, row in enumerate(rows) if row is not None}
+        for index, of_row in Baselines(given, source="the data set").items():
+            values[index] = of_row
+    if baselines is not None:
+        for index in np.flatnonzero(np.isnan(values[:, 0])).tolist():
+            reference = (references[index] or "") if of_reference else None
+            row = baselines.find(_row_key(ids, prompts, references, index), prompts[index], reference, index)
+            if row is not None:
+                values[index] = row
+    return values
+
+
+def refuse(baselines: Baselines, absent: np.ndarray, prompts: Sequence, references: Sequence, ids) -> None:
+    """Raises `BaselineError` for rows without a baseline. absent: bool [B]."""
+    first = [_row_key(ids, prompts, references, index) for index in np.flatnonzero(absent)[:3].tolist()]
+    raise BaselineError(
+        f"{baselines.source} has no baseline for {absent.sum()} of {len(absent)} rows, the first are {first}: "
+        "compute them with compute_baselines_trl.py on this data set, or skip such rows with missing='skip'"
+    )
+
+
+def _row_key(ids, prompts, references, index: int):
+    if ids is not None:
+        return ids[index]
+    return None if prompts[index] is None else stable_id(prompts[index], references[index] or "")
+
+
+# --- cache -----------------------------------------------------------------------------------------------------------
+
+# Perplexities already computed, for as long as the scorer's weights stay as they are.
+
+
+class PerplexityCache:
+    """The newest `ENTRIES` perplexities by what was scored. The same prompt comes again in every epoch."""
+
+    ENTRIES = 100_000  # about 20 MB
+
+    def __init__(self) -> None:
+        self._perplexities: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._weights_version: tuple | None = None
+        self._warned_of_training = False
+
+    def perplexities(self, pairs: Sequence[Pair], score: Callable[[list[Pair]], np.ndarray]) -> np.ndarray:
+        """float64 [B, 3]. score: computes those that are not here; it is asked also for none, since a model that is
+        spread over processes has to be asked in each of them."""
+        keys = list(map(_key, pairs))
+        known = {key: self._perplexities[key] for key in keys if key in self._perplexities}
+        new = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}
+        known.update(zip(new, score(list(new.values())), strict=True))
+        self._perplexities.update((key, known[key]) for key in new)
+        while len(self._perplexities) > self.ENTRIES:
+            self._perplexities.popitem(last=False)
+        return np.array([known[key] for key in keys]).reshape(len(pairs), len(LEVELS))
+
+    def forget_if_trained(self, model) -> None:
+        """Drop what was computed before the scorer's own weights changed, and say so once if they are being trained."""
+        parameters = list(base_parameters(model))
+        # Optimizers of 8 bits write behind autograd's back, which counts no version then: of what may be trained, some
+        # values are looked at as well.
+        version = sum(parameter._version for parameter in parameters), tuple(map(_some, parameters))
+        if self._weights_version is not None and version != self._weights_version:
+            # When DDP starts it writes every parameter, with the same values: only one that is trained is worth a word.
+            trained = any(parameter.requires_grad for parameter in parameters)
+            if trained and not self._warned_of_training:
+                warnings.warn(
+                    "the scorer's own weights change during training, so its baselines lose their meaning: train "
+                    "adapters (LoRA), or pass a frozen copy of the model as baseline_model",
+                    stacklevel=3,
+                )
+                self._warned_of_training = True
+            self.clear()
+        self._weights_version = version
+
+    def clear(self) -> None:
+        self._perplexities.clear()
+
+    def __len__(self) -> int:
+        return len(self._perplexities)
+
+    def __getstate__(self) -> dict:
+        # A copy's parameters count their changes anew.
+        return {**self.__dict__, "_weights_version": None}
+
+
+def _some(parameter) -> tuple:
+    """A few values of a parameter that may be trained, of a frozen one none."""
+    if not parameter.requires_grad:
+        return ()
+    values = parameter.detach().flatten()
+    return tuple(values[:: max(1, len(values) // 8)].tolist())
+
+
+def _key(pair: Pair) -> bytes:
+    """16 bytes that name what is scored: of a sampled completion its ids, since others can have the same text."""
+    content = json.dumps([isinstance(pair, Sampled), *pair]).encode()
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+# --- first visits ----------------------------------------------------------------------------------------------------
+
+# Without baselines: the first completions of a prompt make its own, and later ones are measured against them.
+
+
+class FirstVisits:
+    """The mean perplexities of each prompt's first completions, float64 [3] by the prompt's hash."""
+
+    def __init__(self) -> None:
+        self._baselines: dict[str, np.ndarray] = {}
+
+    def measure(self, contexts: Sequence[str], perplexities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(baselines float64 [B, 3], nan where no completion of a prompt could be scored yet; first visits bool [B]).
+
+        contexts: the prompts as the scorer reads them. perplexities: float64 [B, 3], of the completions. Several
+        processes must all call: a group may be split over them, and its mean is the same in each.
+        """
+        groups: dict[str, list[int]] = {}
+        for index, context in enumerate(contexts):
+            groups.setdefault(stable_id(context), []).append(index)
+        mine = {key: perplexities[rows] for key, rows in groups.items() if key not in self._baselines}
+        new: dict[str, list[np.ndarray]] = {}
+        for key, rows in from_all(mine.items()):
+            new.setdefault(key, []).append(rows[~np.isnan(rows).any(axis=1)])
+        for key, parts in new.items():
+            if len(scored := np.concatenate(parts)):
+                self._baselines[key] = scored.mean(axis=0)
+        baselines = np.full((len(contexts), len(LEVELS)), np.nan)
+        first_visit = np.zeros(len(contexts), dtype=bool)
+        for key, rows in groups.items():
+            first_visit[rows] = key in mine
+            baselines[rows] = self._baselines.get(key, np.nan)
+        return baselines, first_visit
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {key: levels.tolist() for key, levels in self._baselines.items()}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        self._baselines = {key: np.array(levels) for key, levels in state.items()}
+
+
+# --- sampled ---------------------------------------------------------------------------------------------------------
+
+# What the policy wrote, as it is scored: the ids that it sampled, or their text where the scorer has other ids.
+
+logger = logging.getLogger(__name__)
+
+
+class Policy:
+    """Who wrote the completions: its tokenizer says what their ids are as text, its end tokens where they end.
+
+    calculator, scorer: of the reward. policy: (model, tokenizer); None: it is the scorer, or has its tokenizer.
+    """
+
+    def __init__(self, calculator: MultiLevelPPLCalculator, scorer, policy: tuple | None) -> None:
+        model, tokenizer = policy or (scorer, calculator.tokenizer)
+        self._calculator = calculator
+        self._warned = False
+        self.tokenizer = of_text(tokenizer)
+        self._is_scorers = self.tokenizer is calculator.tokenizer
+        self.encoder = calculator.encoder if self._is_scorers else TextEncoder(self.tokenizer)
+        vocabulary = calculator.tokenizer.get_vocab()
+        self._same_vocabulary = self._is_scorers or self.tokenizer.get_vocab() == vocabulary
+        self._tokens = set(vocabulary.values())
+        # A model can have rows beyond the tokens of its tokenizer, and sample them.
+        of_model = self._same_vocabulary and hasattr(scorer, "config")
+        self._rows = scorer.config.get_text_config().vocab_size if of_model else 0
+        # Another model may have written with the scorer's tokenizer, and gone on behind what ends a text of the scorer.
+        self._ends = end_tokens(None if policy is None else model, self.tokenizer)
+        self._trailing = {*self.encoder.special_ids, *end_tokens(model, self.tokenizer)}
+
+    def shares_ids(self, prompts: Sequence[Text | None]) -> list[bool]:
+        """Per prompt, whether policy and scorer make the same ids of it, and mean the same tokens by them."""
+        if self._is_scorers or not self._same_vocabulary:
+            return [self._is_scorers] * len(prompts)
+        mine, theirs = (
+            prompt_ids(prompts, one, **self._calculator.chat) for one in (self._calculator.tokenizer, self.tokenizer)
+        )
+        return [one == other for one, other in zip(mine, theirs, strict=True)]
+
+    def read(
+        self,
+        prompts: Sequence[Text | None],
+        texts: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        given_ids: Sequence[Sequence[int]] | None,
+    ) -> list[tuple[Sampled | None, str] | None]:
+        """Per completion (its ids, None if they are not the scorer's; what it adds to its prompt's text); None if the
+        ids are not those of its text, which was then changed on its way here.
+
+        given_ids: what the policy was given as prompts; None: what GRPOTrainer makes of them.
+        """
+        completion_ids = [list(map(int, ids)) for ids in completion_ids]
+        if not completion_ids:  # of which transformers would decode one text
+            return []
+        if given_ids is None:
+            given_ids = prompt_ids(prompts, self.tokenizer, **self._calculator.chat)
+        written = list(map(self._written, completion_ids))
+        # As TRL decodes them; or as they stand behind their prompt, where a space or a mark of continuation is another.
+        alone = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        behind = self.encoder.decoding.texts(given_ids, written)
+        shared = self.shares_ids(prompts)
+        found: list[tuple[Sampled | None, str] | None] = []
+        for index, (prompt, (before, text)) in enumerate(zip(prompts, behind, strict=True)):
+            given, ids = tuple(map(int, given_ids[index])), tuple(written[index])
+            if not any(_is_of(texts[index], one, isinstance(prompt, list)) for one in (alone[index], text)):
+                found.append(None)
+            elif shared[index] and self._tokens.issuperset([*given, *(one for one in ids if one >= self._rows)]):
+                found.append((Sampled(given, ids), text))
+            else:
+                # Words joined by spaces: a decoder writes the one that the prompt's ids have lost.
+                lost = isinstance(prompt, str) and prompt[-1:].isspace() and not before[-1:].isspace()
+                found.append((None, text.removeprefix(" ") if lost else text))
+        return found
+
+    def warn_once(self) -> None:
+        if not self._warned:
+            logger.warning(
+                "completion_ids are not the scorer's, or not those of the completions, so their text is scored: the "
+                "policy has another tokenizer or chat template (of which policy=(model, tokenizer) tells the reward), "
+                "or the texts were changed"
+            )
+        self._warned = True
+
+    def _written(self, ids: list[int]) -> list[int]:
+        """Up to the first end token; special tokens behind the last text are left out like it."""
+        ids = up_to_end(ids, self._ends)
+        size = next((size for size in range(len(ids), 0, -1) if ids[size - 1] not in self._trailing), 0)
+        return ids[:size]
+
+
+def as_scored(
+    calculator: MultiLevelPPLCalculator,
+    model,
+    policy: Policy,
+    prompts: Sequence[Text | None],
+    completions: Sequence[Text],
+    completion_ids: Sequence[Sequence[int]] | None,
+    given_ids: Sequence[Sequence[int]] | None,
+) -> tuple[list[Turn | Turns | Sampled], list[str]]:
+    """(each completion behind its prompt: ids where they are the scorer's; the completions' texts)
+
+    given_ids: what the policy was given as prompts; None: what GRPOTrainer makes of them.
+    """
+    for index, completion in enumerate(completions):
+        check_text(completion, f"completion {index}")
+    texts = [message_text(completion) for completion in completions]
+    pairs = list(map(calculator.turns, prompts, completions))
+    read = [None] * len(texts)
+    if completion_ids is not None:
+        read = policy.read(prompts, texts, completion_ids, given_ids)
+    one_turn = [isinstance(completion, str) or len(completion) == 1 for completion in completions]
+    for index in np.flatnonzero(one_turn):
+        if read[index] is not None:
+            ids, texts[index] = read[index]
+            pairs[index] = ids or (pairs[index][0], texts[index])
+        if not (completion_ids is None or isinstance(pairs[index], Sampled)):
+            policy.warn_once()
+    # The rest came as text, decoded without what stands before it.
+    alone = [index for index, (found, one) in enumerate(zip(read, one_turn, strict=True)) if not (found and one)]
+    turns = [list(pairs[index]) if isinstance(pairs[index], Turns) else [pairs[index]] for index in alone]
+    restored = iter(calculator.restore_spaces(model, list(chain(*turns)), policy.encoder.decoding))
+    for index, of_one in zip(alone, turns, strict=True):
+        whole = Turns((context, next(restored)) for context, _ in of_one)
+        pairs[index] = whole if isinstance(pairs[index], Turns) else whole[0]
+        if one_turn[index]:
+            texts[index] = whole[0][1]
+    return pairs, texts
+
+
+def _is_of(text: str, decoded: str, is_message: bool) -> bool:
+    """Decoding may lose or add white space; and a message may be the part that a template calls its content."""
+    text, decoded = "".join(text.split()), "".join(decoded.split())
+    return text == decoded or bool(is_message and text and text in decoded)
+
+
+# --- references ------------------------------------------------------------------------------------------------------
+
+# What completions do for their references: perplexities with and without them.
+
+
+def measured(
+    reward_fn, contexts: Sequence[str], texts: Sequence[str], references: Sequence[Text | None], absent: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, Sequence[bool]]:
+    """(perplexities of the references behind prompt and completion, the same behind the prompt alone where `absent`,
+    float64 [B, 3] each; whether a completion has the part that `extract` wants)
+
+    contexts: the prompts as the scorer reads them. absent: bool [B], rows without a baseline.
+    """
+    put = reward_fn.reference_context
+    targets = [message_text(reference or "") for reference in references]
+    parts, has_part = zip(*map(put.extracted, texts), strict=True) if texts else ((), ())
+    with_text = list(zip(map(put.context, contexts, parts), targets, strict=True))
+    without = list(zip(map(put.context, contexts), targets, strict=True))
+    alone = np.full((len(texts), len(LEVELS)), np.nan)
+    # One call, so that they share the prompts' forward passes.
+    unknown = [pair for pair, wanted in zip(without, absent, strict=True) if wanted]
+    values = np.minimum(reward_fn.perplexities(with_text + unknown), HIGHEST)
+    current, alone[absent] = values[: len(texts)], values[len(texts) :]
+    return current, alone, has_part
+
+
+# --- last call -------------------------------------------------------------------------------------------------------
+
+# What a call of the reward function found: for the log, and for who looks on.
+
+
+class LastCall(NamedTuple):
+    details: dict
+    skipped: np.ndarray  # bool [B]: rows without a baseline or a reference
+    scored: np.ndarray  # bool [B]: rows with a perplexity and a baseline
+    first_visit: np.ndarray  # bool [B]: rows that make their prompt's baseline
+    extracted: np.ndarray  # bool [B]: completions that `extract` matches
+    clipped: np.ndarray | None  # bool [B]: with form="nats", those whose ratio is beyond NATS_CLIP
+    vetoed: Sequence[bool] | None  # [B]: with a veto
+    of: tuple[list, list[str]]  # its prompts and texts
+
+
+def log(call: LastCall, extracts: bool, log_metric, log_extra=None) -> None:
+    """Means over all processes, the same names at every call on every process; without a scored row 0.
+
+    extracts: whether the reward takes a part of each completion. log_extra: takes a column of TRL's table of
+    completions.
+    """
+    if extracts:
+        every = from_all(call.extracted.tolist())
+        log_metric("diagnostics/not_extracted", 1 - sum(every) / len(every) if every else 0.0)
+    if call.clipped is not None:
+        every = from_all(call.clipped[call.scored].tolist())
+        log_metric("diagnostics/clipped", sum(every) / len(every) if every else 0.0)
+    if call.vetoed is not None:
+        every = from_all(np.asarray(call.vetoed)[~call.skipped].tolist())
+        log_metric("diagnostics/vetoed", sum(every) / len(every) if every else 0.0)
+    columns = {f"reward_{level}": call.details["improvements"][level] for level in LEVELS}
+    columns |= {f"ppl/{level}": call.details["ppls"][level] for level in LEVELS}
+    rows = np.stack([column.numpy()[call.scored] for column in columns.values()], axis=1)
+    means = np.array(from_all(rows.tolist())).reshape(-1, len(columns))
+    means = means.mean(axis=0) if len(means) else np.zeros(len(columns))
+    for (name, column), mean in zip(columns.items(), means, strict=True):
+        log_metric(name, float(mean))
+        if log_extra is not None:
+            log_extra(name, column.tolist())
+
+
+# --- function --------------------------------------------------------------------------------------------------------
 
 Veto = Callable[..., Sequence[bool]]  # of the columns that TRL gives a reward function
 
@@ -75,7 +441,7 @@ class MultiLevelPPLRewardFunction:
         sampled ids are as text, and both say which of them end it. Its ids are scored if the scorer would make the same
         ids of the prompt and has the same vocabulary, otherwise their text. None: the scorer's own tokenizer.
     extract, template: for references, the part of a completion that counts and how the three texts are put together:
-        see `ppl.reference_context.ReferenceContext`.
+        see `ppl.prompts.ReferenceContext`.
     Further keywords go to `MultiLevelPPLCalculator`.
 
     Raises `InputError` (a `ValueError`) for settings or columns that make no sense, `BaselineError` for baselines.

@@ -4,8 +4,8 @@ for saying it again."""
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from ..config import DEFAULT_THRESHOLDS, NATS_CLIP
 from ..data import Text
-from ..definitions import DEFAULT_THRESHOLDS, NATS_CLIP
 from ..errors import InputError
 
 NGRAM = 8  # tokens; human stories repeat 0.08 % of theirs, a sentence said over and over nearly all
@@ -44,7 +44,7 @@ def loop_guard(
 
     weight: 0 or more. normalized_over: completions in one call of a reward with `normalize=True`, else None.
     tokenizer: the policy's, whose ids the completions are; None: copies of the prompt are free. chat: keywords of
-    `ppl.chat.render_prompt`. skips: `MultiLevelPPLRewardFunction.skips` of the reward beside it: a row that it skips
+    `ppl.prompts.render_prompt`. skips: `MultiLevelPPLRewardFunction.skips` of the reward beside it: a row that it skips
     gets None, so that no 0 of the guard's counts as its reward. Raises `InputError` for a weight that is not finite or
     below 0.
 
@@ -93,7 +93,7 @@ class RepeatedShare:
         before: list[set[tuple]] = [set() for _ in completion_ids]
         if self.tokenizer is not None:
             if prompt_ids is None:
-                from ..sampling import prompt_ids as ids_of_prompts  # here, since --help imports this file
+                from ..scoring.sampling import prompt_ids as ids_of_prompts
 
                 prompt_ids = ids_of_prompts(list(prompts or ()), self.tokenizer, **self.chat)
             before = [set(_ngrams(ids)) for ids in prompt_ids]

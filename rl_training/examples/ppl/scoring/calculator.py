@@ -7,20 +7,41 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from ..chat import Turn, Turns, completion_turns, of_text, render_prompt
-from ..data import Text, check_text, message_text
-from ..definitions import AGGREGATIONS, DEFAULT_AGGREGATION, DEFAULT_LANGUAGE, DEFAULT_PHRASE_WORDS, LEVELS
+from ..config import AGGREGATIONS, DEFAULT_AGGREGATION, DEFAULT_LANGUAGE, DEFAULT_PHRASE_WORDS, LEVELS
+from ..data import Text, check_text, checked_language, message_text
 from ..errors import InputError, one_of
-from ..sentences import checked_language
-from .decoding import Decoding
-from .explained import Explained
-from .levels import Scores, level_perplexities, unit_sums
-from .nested import Scopes, nested_perplexities, score_scopes
-from .scorer import Scorer, is_scorer
-from .seams import restore_spaces
-from .surprisal import SurprisalScorer
-from .tokens import Encoded, Sampled, TextEncoder
+from ..prompts import Turn, Turns, completion_turns, of_text, render_prompt
+from .levels import Scopes, Scores, level_perplexities, nested_perplexities, score_scopes, unit_sums
+from .surprisal import Scorer, SurprisalScorer, is_scorer
+from .tokens import Decoding, Encoded, Sampled, TextEncoder, restore_spaces
 from .units import Units, segment
+
+# --- explained -------------------------------------------------------------------------------------------------------
+
+# What `MultiLevelPPLCalculator.explain` gives: a dict of units that a notebook shows as a coloured text.
+
+
+class Explained(dict):
+    """`{level: [unit, ...]}` of one text. `perplexities`: `{level: float}`, as `compute_all_levels` gives them.
+
+    A notebook shows it as the page that `multi_level_ppl_trl.py --html` writes. text, context, language: as explained.
+    """
+
+    def __init__(self, perplexities: dict[str, float], text: str, context: str, language: str) -> None:
+        super().__init__()
+        self.perplexities = perplexities
+        self.text = text
+        self.context = context
+        self.language = language
+
+    def _repr_html_(self) -> str:
+        from ..pages import heatmap, run
+
+        fragment = heatmap.heatmap(self, self.text, self.perplexities, context=self.context, language=self.language)
+        return run.Framed(heatmap.page("Multi-level perplexity", [fragment]))._repr_html_()
+
+
+# --- calculator ------------------------------------------------------------------------------------------------------
 
 MOST_NATS = 709.0  # a token; exp of more is beyond float64
 
@@ -28,11 +49,11 @@ MOST_NATS = 709.0  # a token; exp of more is beyond float64
 class MultiLevelPPLCalculator:
     """Perplexity of a text at the level of its words, phrases and sentences, from one forward pass.
 
-    Where a method takes a `model`, it takes a `ppl.scoring.scorer.Scorer` as well, such as one behind an address.
+    Where a method takes a `model`, it takes a `ppl.scoring.surprisal.Scorer` as well, such as one behind an address.
 
     A unit's perplexity is exp(S_u / n_u), its surprisal in nats over its number of tokens. A level's is the geometric
     mean of its units' perplexities, exp(mean_u S_u / n_u). With `aggregation="nested"` each level is given something
-    else (`ppl.scoring.nested`): their product is the text's ordinary perplexity; phrase and sentence are ratios, mostly
+    else (`ppl.scoring.levels`): their product is the text's ordinary perplexity; phrase and sentence are ratios, mostly
     below 1.
 
     tokenizer: any fast tokenizer. max_phrase_words: most words of a phrase. language: the ISO 639 code that sentencex
@@ -159,7 +180,7 @@ class MultiLevelPPLCalculator:
         (nats), perplexity. Units in which no token starts are left out. Its `perplexities` are the levels'. In a
         notebook it is shown as a page.
 
-        With nested levels also a, b and c, the unit's sums in nats (`ppl.scoring.nested`); c is its surprisal, and its
+        With nested levels also a, b and c, the unit's sums in nats (`ppl.scoring.levels`); c is its surprisal, and its
         perplexity is that of what its level measures: exp of the mean of a, of b - a, of c - b.
         """
         check_text(text, "text")
@@ -204,7 +225,7 @@ class MultiLevelPPLCalculator:
         return self._encoder
 
     def restore_spaces(self, model, pairs: Sequence[Turn], decoding: Decoding) -> list[str]:
-        """The targets, each with the space that it may have lost when it was decoded alone: see `ppl.scoring.seams`.
+        """The targets, each with the space that it may have lost when it was decoded alone: see `ppl.scoring.tokens`.
 
         decoding: of the tokenizer that decoded them.
         """

@@ -19,12 +19,11 @@ from typing import Any
 import httpx
 import numpy as np
 
-from ..chat import read_template
 from ..errors import InputError
-from ..identity import BEHIND_AN_ADDRESS, PROBE_NATS, differences
 from ..models import load_tokenizer
-from .batching import Row, windows
-from .probe import PROBE, encode_probe, probe_row
+from ..prompts import read_template
+from .identity import BEHIND_AN_ADDRESS, PROBE, PROBE_NATS, differences, encode_probe, probe_row
+from .packing import Row, windows
 from .tokens import Encoded
 
 logger = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ _AGAIN = (429, 500, 502, 503, 504)  # answers of a server that is too busy, or i
 
 
 class ServerScorer:
-    """Token surprisals from a server of vLLM. A `ppl.scoring.scorer.Scorer`.
+    """Token surprisals from a server of vLLM. A `ppl.scoring.surprisal.Scorer`.
 
     url: the server's, such as http://127.0.0.1:8000. tokenizer: that of the model it serves. generation_config: that
     model's, if it is at hand, for its end tokens. timeout: seconds that one request may take. patience: seconds for

@@ -8,27 +8,244 @@ length share a padded batch, and rows with a common prefix its keys and values.
 import functools
 import logging
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch.overrides import TorchFunctionMode
 
 from ..errors import InputError
-from ..frozen import base_of, check_weights_only, frozen
-from ..models import describe_model
 from ..processes import in_step, is_sharded
-from .batching import Group, Pack, Row, batches, lay_out, packs, share_prefixes, windows
-from .devices import to_device
-from .head import Head, difference, surprisal
-from .onednn import fast_products
-from .packed import can_pack, run_packed, would_pack
-from .padded import cache_name, can_continue, run_padded, run_prefix
-from .probe import encode_probe, probe_row
-from .results import Results
+from .frozen import base_of, check_weights_only, frozen
+from .identity import describe_model, encode_probe, probe_row
+from .packing import (
+    Group,
+    Pack,
+    Row,
+    batches,
+    cache_name,
+    can_continue,
+    can_pack,
+    lay_out,
+    packs,
+    run_packed,
+    run_padded,
+    run_prefix,
+    share_prefixes,
+    to_device,
+    windows,
+    would_pack,
+)
 from .tokens import Encoded
-from .window import window_of
+
+# --- onednn ----------------------------------------------------------------------------------------------------------
+
+# float32 matrix products by oneDNN, on an AMD CPU with AVX-512.
+#
+# torch takes them to MKL, which there runs at half of what oneDNN, a part of torch as well, reaches. Where there is
+# only AVX2, MKL is the faster one (a Zen 3: 74 against 60 GFLOP/s a core). The numbers differ as those of two MKL
+# products of other sizes do, in the last digits.
+
+# Multiplications and additions of a product below which oneDNN's own costs, about 40 microseconds, are not earned back.
+_LEAST_PRODUCT = 1 << 24
+
+
+def fast_products(model) -> AbstractContextManager:
+    """Within it a float32 model's linear layers take their products to oneDNN, if its weights are on such a CPU."""
+    if model.device.type != "cpu" or not _pays():
+        return nullcontext()
+    return _OneDNN()
+
+
+def _pays() -> bool:
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    # Some torch that requirements.txt allows has no get_capabilities.
+    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
+    return "AMD" in capabilities.get("cpu_name", "") and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+class _OneDNN(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.nn.functional.linear:
+            return _linear(*args, **kwargs)
+        if function is torch.addmm and not kwargs:  # transformers' Conv1D
+            bias, x, weight = args
+            if bias.dim() == 1:
+                return _linear(x, weight.t(), bias)
+        return function(*args, **kwargs)
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if input.dtype == weight.dtype == torch.float32 and input.numel() * weight.shape[0] >= _LEAST_PRODUCT:
+        return torch.nn.functional.linear(input.to_mkldnn(), weight, bias).to_dense()
+    return torch.nn.functional.linear(input, weight, bias)
+
+
+# --- head ------------------------------------------------------------------------------------------------------------
+
+# Hidden states -> surprisals: the LM head and the log-sum-exp, a piece of the vocabulary at a time.
+
+# Bytes of a piece of the logits that stays in a core's caches; a GPU's pieces are as large as they may be.
+_CACHED = {"cpu": 4 << 20}
+_LEAST = torch.finfo(torch.float32).min
+# Logits from here on down are of tokens that a model never writes: minus infinity, a dtype's lowest number, -10,000.
+_RULED_OUT = -9_999.0
+
+
+class Head:
+    """The LM head of a transformers model, with the scalings of its logits that are known here.
+
+    slice_bytes: most bytes of float32 logits at once. A plain linear head is cut along the vocabulary, so that every
+    matrix product keeps all rows: half the time of cutting the rows, on a CPU. Any other head (quantised, adapted,
+    hooked) is called as it is, on some of the rows at a time.
+    """
+
+    def __init__(self, base: torch.nn.Module, slice_bytes: int) -> None:
+        self.layer = base.get_output_embeddings()
+        config = base.config.get_text_config(decoder=True)
+        self.vocabulary = config.vocab_size
+        self.rows = max(1, slice_bytes // (4 * self.vocabulary))  # logits of so many tokens fill a slice
+        self._slice_bytes = slice_bytes
+        self._multiplier = _first(config, "logit_scale", "lm_head_multiplier", "output_multiplier")
+        self._divisor = _first(config, "logits_scaling")
+        self._cap = _first(config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [N, V] from hidden states [N, H]."""
+        weight = self.layer.weight
+        return self._scaled(self.layer(hidden.to(weight.dtype) if weight.is_floating_point() else hidden))
+
+    def surprisal(self, hidden: torch.Tensor, labels: torch.Tensor, states: torch.Tensor | None = None) -> torch.Tensor:
+        """float32 [N], nats, of labels [N] from hidden states [N, H], or [M, H] of which `states` [N] says which one
+        predicts a label: where several are predicted by the same, its logits are computed once."""
+        if not self._plain:
+            if states is not None:
+                hidden = hidden[states]
+            count = -(-len(labels) // self.rows)  # equal slices: a short last one would run at half the speed
+            slices = zip(hidden.tensor_split(count), labels.tensor_split(count), strict=True)
+            return torch.cat([surprisal(self.logits(states), wanted) for states, wanted in slices])
+        weight, bias = self.layer.weight, self.layer.bias
+        hidden = hidden.to(weight.dtype)
+        values = min(self._slice_bytes, _CACHED.get(hidden.device.type, self._slice_bytes)) // 4
+        # A multiple of 256: a GPU takes twice the time or more for a product whose rows end at odd addresses.
+        width = max(1, values // len(hidden) // 256) * 256
+        totals, wanted = [], torch.zeros(len(labels), device=hidden.device)
+        for start in range(0, len(weight), width):
+            piece = slice(start, start + width)
+            logits = self._scaled(
+                torch.nn.functional.linear(hidden, weight[piece], None if bias is None else bias[piece])
+            )
+            inside = (labels >= start) & (labels < start + logits.shape[1])
+            indices = (labels - start).clamp(0, logits.shape[1] - 1)
+            own = logits.gather(1, indices[:, None])[:, 0] if states is None else logits[states, indices]
+            wanted = torch.where(inside, own, wanted)
+            # As logsumexp does it, but in place. A piece that is -inf throughout has no largest logit to subtract.
+            most = logits.amax(1).clamp_(min=_LEAST)
+            totals.append(logits.sub_(most[:, None]).exp_().sum(1).log_().add_(most))
+        total = torch.stack(totals).logsumexp(0)
+        return (total if states is None else total[states]) - wanted
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the product with its weight is all that calling it would do."""
+        layer = self.layer
+        hooks = layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook")
+        return type(layer) is torch.nn.Linear and not hooks
+
+    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
+        if self._multiplier:
+            logits = logits * self._multiplier
+        if self._divisor:
+            logits = logits / self._divisor
+        if self._cap:
+            logits = torch.tanh(logits / self._cap) * self._cap
+        return logits.float()
+
+
+def _first(config, *names: str) -> float | None:
+    """Cohere, Granite, Gemma, Falcon-H1 and others say in their configurations how they scale and cap logits."""
+    return next((value for name in names if (value := getattr(config, name, None))), None)
+
+
+def surprisal(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """float32 [N], nats, from float32 logits [N, V] and labels [N]."""
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """How far logits [..., V] are from others, as a share of how much those vary over the vocabulary.
+
+    A token that both rule out says nothing. One that only one of them rules out, and NaN, is infinitely far.
+    """
+    a, b = a.float(), b.float()
+    ruled_out = (a <= _RULED_OUT) & (b <= _RULED_OUT)
+    count = (~ruled_out).sum(-1, keepdim=True)
+    a, b = (x.masked_fill(ruled_out, 0.0) for x in (a, b))
+    a, b = ((x - x.sum(-1, keepdim=True) / count).masked_fill(ruled_out, 0.0) for x in (a, b))
+    difference, size = float((a - b).norm()), float(b.norm())
+    found = difference / size if size else difference
+    return math.inf if math.isnan(found) else found
+
+
+# --- window ----------------------------------------------------------------------------------------------------------
+
+# How many tokens a model takes at once.
+
+
+def window_of(base: torch.nn.Module) -> int | None:
+    """Most tokens that the transformers model takes, BOS included; None if its architecture sets no limit."""
+    config = base.config.get_text_config(decoder=True)
+    sizes = [
+        *(getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "max_target_positions")),
+        getattr(base, "max_seq_length", None),  # Unsloth cuts there without a word
+        *_positions_behind_padding(base),
+    ]
+    return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)
+
+
+def _positions_behind_padding(model) -> Iterator[int]:
+    """RoBERTa counts positions from behind the one that padding has, so that it has 512 of 514."""
+    ahead = 1 if getattr(model.config, "ngram", None) else 0  # ProphetNet also asks for the one after a token's own
+    for name, module in model.named_modules():
+        if "position" in name and isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            yield module.num_embeddings - module.padding_idx - 1 - ahead
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+# What the rows of some texts gave, a text's values put together.
+
+
+class Results:
+    """What the rows of some texts gave. It is read once, at the end: a GPU works on rows while others are laid out."""
+
+    def __init__(self, texts: list[Encoded]) -> None:
+        self._sizes = [len(text.positions) for text in texts]
+        self._given: list[tuple[list[Row], torch.Tensor]] = []
+
+    def add(self, rows: list[Row], scored: torch.Tensor) -> None:
+        """scored: float32 [m], nats, of the rows' labels."""
+        self._given.append((rows, scored))
+
+    def read(self) -> list[np.ndarray]:
+        surprisals = [np.zeros(size) for size in self._sizes]
+        for rows, scored in self._given:
+            values = scored.double().cpu().numpy()
+            end = np.cumsum([len(row.read) for row in rows])
+            for row, piece in zip(rows, np.split(values, end[:-1]), strict=True):
+                surprisals[row.text][row.first : row.first + len(piece)] = piece
+        for number, of_text in enumerate(surprisals):
+            if np.isnan(of_text).any():
+                raise FloatingPointError(f"the model's logits are NaN for text {number} of this call")
+        return surprisals
+
+
+# --- surprisal -------------------------------------------------------------------------------------------------------
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +321,7 @@ class SurprisalScorer:
 
     @property
     def identity(self) -> dict:
-        """What tells the model from another: see `ppl.models.describe_model`; and, where its tokenizer is known, the
+        """What tells the model from another: see `ppl.scoring.identity`; and, where its tokenizer is known, the
         surprisals of a fixed text, by one forward pass of the model's own.
 
         Raises `InputError` if they are NaN.
@@ -387,3 +604,37 @@ class SurprisalScorer:
 
 def _labels(rows: list[Row], device) -> torch.Tensor:
     return to_device(np.concatenate([row.labels for row in rows]), device)
+
+
+# --- scorer ----------------------------------------------------------------------------------------------------------
+
+# What calculator and reward know of a scorer, be it a model in this process or one behind an address.
+
+
+class Scorer(Protocol):
+    """Token ids -> the surprisal of each scored token.
+
+    `SurprisalScorer` is the one for a model in this process, `ppl.scoring.server.ServerScorer` for a server of vLLM.
+    """
+
+    @property
+    def window(self) -> int | None:
+        """Most tokens of one text that are read at once, BOS included; None without a limit."""
+
+    @property
+    def identity(self) -> dict:
+        """What tells it from another scorer, the surprisals of a fixed text among it (`ppl.scoring.identity`): see
+        `ppl.scoring.identity.differences`."""
+
+    def score(self, texts: list[Encoded]) -> list[np.ndarray]:
+        """float64 [n] per text: -ln p(token | all before it) in nats, for its scored tokens in order."""
+
+
+def as_scorer(model, tokenizer=None) -> Scorer:
+    """The scorer that a model in this process is, with its tokenizer; a scorer as it is."""
+    return model if is_scorer(model) else SurprisalScorer(model, tokenizer=tokenizer)
+
+
+def is_scorer(model) -> bool:
+    """Whether it is a `Scorer` rather than a model."""
+    return not isinstance(model, torch.nn.Module) and hasattr(type(model), "score")

@@ -7,11 +7,11 @@ from huggingface_hub import ModelCard, hf_hub_download, metadata_load
 from yaml import YAMLError
 
 from ..baselines.file import Baselines
-from ..definitions import LEVELS
+from ..config import LEVELS
 from ..files import write_text
 from ..models import base_of_adapter, model_path
-from .flags import CONFIG_FILE
 from .job import Job
+from .settings import CONFIG_FILE
 
 TEMPLATE = str(Path(__file__).with_name("card.md.j2"))
 MARK = "<!-- Below: the card that TRL writes. -->"

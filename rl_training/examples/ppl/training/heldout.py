@@ -10,20 +10,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..chat import render_prompt
+from ..config import LEVELS
 from ..data import Text
-from ..definitions import LEVELS
 from ..errors import InputError
 from ..files import without_nan, write_text
 from ..processes import from_all, is_first, is_sharded, share
-from ..reward.given import row_baselines
-from ..sampling import GivenIds, end_tokens, prompt_ids, sample, up_to_end
+from ..prompts import render_prompt
+from ..reward.function import row_baselines
+from ..scoring.sampling import GivenIds, end_tokens, prompt_ids, sample, up_to_end
 from ..scoring.surprisal import SurprisalScorer
 from ..scoring.tokens import Sampled, TextEncoder
-from ..variety import described
-from .job import Job
-from .load import Loaded
-from .rewards import Reward, call_as_trl, name_of, perplexity_rewards
+from .diagnostics import described
+from .job import Job, Reward, call_as_trl, name_of, perplexity_rewards
+from .policy import Loaded
 
 SWAPPED = "improvement % with another row's"
 LEAST_GAIN = 2.0  # points of improvement; less is not looked into
@@ -114,10 +113,10 @@ def evaluate(
 
     With references as target there is one more score: what the completions of the next row do for a row's reference.
 
-    rewards: of `ppl.training.rewards.weighted`. The mean of the first one, before its `normalize`, is the score
+    rewards: of `ppl.training.job.weighted`. The mean of the first one, before its `normalize`, is the score
     "reward", or of its three levels the sum's; the mean of each other one, and of a level, that of the function's name.
     rows: a data set of `prepare_dataset`. scorers: of `kl_scorers`, or None without a KL. state: the trainer's.
-    sampling: keywords of `ppl.sampling.sample`.
+    sampling: keywords of `ppl.scoring.sampling.sample`.
     """
     reward_fn = perplexity_rewards(rewards)[0]
     chat = reward_fn.calculator.chat
@@ -284,7 +283,7 @@ def kl_by_text(
 
     The start's surprisal of a token minus the model's own, in nats. scorers: of `kl_scorers`; None: 0 of 0 tokens.
     completions: the ids that were written, without an end token, or texts. chat: keywords of
-    `ppl.chat.render_prompt`.
+    `ppl.prompts.render_prompt`.
     """
     if scorers is None:
         return [(0.0, 0)] * len(completions)

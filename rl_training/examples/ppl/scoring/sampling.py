@@ -11,12 +11,12 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from .chat import added_ids, of_text, render_prompt, say_once
-from .data import Text
-from .errors import InputError
+from ..config import Sampling
+from ..data import Text
+from ..errors import InputError
+from ..processes import is_first
+from ..prompts import added_ids, of_text, render_prompt, say_once
 from .frozen import frozen
-from .processes import is_first
-from .sampling_settings import Sampling
 
 
 class Completion(NamedTuple):
@@ -33,7 +33,7 @@ def prompt_ids(prompts: Sequence[Text], tokenizer, **chat) -> list[list[int]]:
     """The ids that a policy is given for each prompt, in training and here: without padding.
 
     Before a text stands what the tokenizer puts there; what it puts behind one (EOS, [SEP]) is left out, which a
-    warning says once: nobody writes behind its own end. chat: keywords of `ppl.chat.render_prompt`.
+    warning says once: nobody writes behind its own end. chat: keywords of `ppl.prompts.render_prompt`.
     """
     if not prompts:
         return []
@@ -113,8 +113,8 @@ def sample(
     """Per prompt `num_generations` completions, as GRPOTrainer samples them.
 
     Seeded on its own: the caller's random state, and the model's train/eval flags, are left as they were.
-    progress: label of a progress bar; None: no bar. chat_template_kwargs, tools: see `ppl.chat.render_prompt`.
-    sampling: fields of `ppl.sampling_settings.Sampling`.
+    progress: label of a progress bar; None: no bar. chat_template_kwargs, tools: see `ppl.prompts.render_prompt`.
+    sampling: fields of `ppl.config.Sampling`.
     """
     tokenizer, settings = of_text(tokenizer), Sampling(**sampling)
     jobs = [prompt for prompt in prompts for _ in range(num_generations)]

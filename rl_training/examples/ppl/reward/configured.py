@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import yaml
 
-from ..chat import read_template
-from ..definitions import AGGREGATIONS, DEFAULT_AGGREGATION, DTYPES
+from ..config import AGGREGATIONS, DEFAULT_AGGREGATION, DTYPES
 from ..errors import InputError, one_of, without_retired
 from ..models import load_model, load_tokenizer, model_path
+from ..prompts import read_template
 from ..scoring.calculator import MultiLevelPPLCalculator
 from .function import MultiLevelPPLRewardFunction
-from .thresholds import Thresholds, checked_weights
+from .terms import Thresholds, checked_weights
 
 VARIABLE = "PPL_REWARD_CONFIG"
 LOADING = ("load_in_4bit", "dtype", "device", "max_seq_length")  # how a model is loaded in this process

@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 from accelerate.utils import extract_model_from_parallel, patch_environment
 
-from .errors import InputError
+from ..errors import InputError
 
 # Unsloth reads these at every forward pass. GRPO sets the second for its own passes, and logits are then hidden states.
 _UNSLOTH = {"UNSLOTH_RETURN_LOGITS": "1", "UNSLOTH_RETURN_HIDDEN_STATES": "0"}
