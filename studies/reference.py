@@ -131,9 +131,9 @@ class Heldout:
     """The held-out prompts of a run, their true continuations, and the perplexities of these behind other texts."""
 
     def __init__(self, args: argparse.Namespace, folder: Path, data: Path) -> None:
+        from ppl.config import ReferenceContext
         from ppl.data import message_text
         from ppl.models import load_model
-        from ppl.prompts import ReferenceContext
         from ppl.scoring.calculator import MultiLevelPPLCalculator
 
         self.model, self.tokenizer, _ = load_model(args.model_name)

@@ -305,7 +305,7 @@ def text_checks(argv: list[str]) -> None:
 
     args = multi_level_ppl_trl.parse_args(argv)
     model_path(args.model_name)
-    cli.definitions(args)
+    cli.reward_config(args)
     multi_level_ppl_trl.read_text(args)
 
 

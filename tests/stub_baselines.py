@@ -24,7 +24,7 @@ def load(args, columns, device, pause=0.0):
 
     identity = {
         "target": args.target,
-        "definitions": cli.definitions(args),
+        "definitions": cli.reward_config(args).definitions,
         "tokenizer": "stub",
         "model": {"dtype": "float32", "quantization": "none", "weights": "stub", "name": args.model_name},
         "window": 512,

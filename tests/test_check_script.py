@@ -17,9 +17,8 @@ from waiting import PATIENCE
 import test_multilevel_ppl_trl as script
 from ppl.errors import InputError
 from ppl.models import check_vocabulary, load_model
-from ppl.reward import function
+from ppl.reward import function, terms
 from ppl.reward.function import MultiLevelPPLRewardFunction
-from ppl.reward.terms import Thresholds
 from ppl.scoring.calculator import MultiLevelPPLCalculator
 from ppl.scoring.surprisal import Head
 
@@ -227,8 +226,8 @@ def test_a_surprisal_counted_twice_is_seen(check, monkeypatch):
 
 
 def test_a_threshold_that_must_be_exceeded_is_seen(check, monkeypatch):
-    right = Thresholds.rewards
-    monkeypatch.setattr(Thresholds, "rewards", lambda self, improvement: right(self, improvement - 1e-6))
+    right = terms.threshold_rewards
+    monkeypatch.setattr(terms, "threshold_rewards", lambda improvement, points: right(improvement - 1e-6, points))
     code, marks, said = check(toys.llama(), toys.byte_level())
     assert (code, failed(marks)) == (1, ["rewards on known baselines"])
     assert said["rewards on known baselines"] == "an improvement of 0.05 % got the reward 0, expected 0.2"

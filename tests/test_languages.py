@@ -5,7 +5,7 @@ import sentencex
 from langcodes.registry_parser import parse_registry
 
 from multi_level_ppl_trl import MultiLevelPPLCalculator, main
-from ppl.data import checked_language
+from ppl.config import checked_language
 from ppl.errors import InputError
 
 

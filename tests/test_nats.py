@@ -81,16 +81,16 @@ def test_the_loop_guard_outweighs_all_that_nats_can_pay():
     assert paid[0] - CLIP > paid[1] + CLIP
 
 
-def test_nats_and_thresholds_exclude_each_other(tokenizer, model):
-    with pytest.raises(InputError, match="form='nats' has no thresholds"):
+def test_nats_and_thresholds_exclude_each_other(tokenizer, model, capsys):
+    with pytest.raises(InputError, match="form is 'nats', which has no thresholds"):
         MultiLevelPPLRewardFunction(model, tokenizer, form="nats", reward_thresholds=[(0, 1)])
     with pytest.raises(InputError, match="form is 'log'"):
         MultiLevelPPLRewardFunction(model, tokenizer, form="log")
-    args, _ = parse_args(["--reward_form", "nats", "--reward_thresholds", "0:1"])
-    with pytest.raises(InputError, match="--reward_form nats has no thresholds"):
-        reward_settings(args)
+    with pytest.raises(SystemExit):
+        parse_args(["--reward_form", "nats", "--reward_thresholds", "0:1"])
+    assert "form is 'nats', which has no thresholds" in capsys.readouterr().err
     args, _ = parse_args(["--reward_form", "nats"])
-    assert MultiLevelPPLRewardFunction(model, tokenizer, **reward_settings(args)).form == "nats"
+    assert MultiLevelPPLRewardFunction(model, tokenizer, **reward_settings(args)).config.form == "nats"
 
 
 def test_it_is_a_plain_tensor(tokenizer, model):

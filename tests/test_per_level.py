@@ -124,7 +124,7 @@ def test_what_is_vetoed_is_the_last_of_its_group_whatever_the_perplexities_say(d
     drawn = np.array(data.draw(st.lists(st.tuples(values, values, values), min_size=size, max_size=size)))
     vetoed = np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
     weights = np.array(data.draw(st.tuples(*[st.floats(0.01, 1)] * 3)))
-    rewards = np.where(vetoed[:, None], function.vetoed, drawn)
+    rewards = np.where(vetoed[:, None], function.config.vetoed, drawn)
     for start in range(0, size, group):
         mine = slice(start, start + group)
         if 0 < vetoed[mine].sum() < group:

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppl.baselines.file import Baselines
+from ppl.config import ReferenceContext
 from ppl.errors import BaselineError, InputError
-from ppl.prompts import ReferenceContext
 from ppl.reward.function import MultiLevelPPLRewardFunction
 from ppl.scoring.calculator import MultiLevelPPLCalculator
 

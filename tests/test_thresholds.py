@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from written_down import MODEL, TOKENIZER, levels, of_improvement, reward
 
 from multi_level_ppl_trl import DEFAULT_THRESHOLDS, MultiLevelPPLRewardFunction
-from ppl.reward.terms import Thresholds, checked_weights, normalized
+from ppl.config import checked_weights
+from ppl.reward.terms import normalized, threshold_rewards
 
 # --- from improvement to reward --------------------------------------------------------------------------------------
 
@@ -45,7 +46,7 @@ def test_a_threshold_may_be_negative():
 
 @given(st.floats(-1e6, 100), st.floats(-1e6, 100))
 def test_more_improvement_never_earns_less(a, b):
-    low, high = Thresholds(DEFAULT_THRESHOLDS).rewards(np.array(sorted([a, b])))
+    low, high = threshold_rewards(np.array(sorted([a, b])), DEFAULT_THRESHOLDS)
     assert 0 <= low <= high <= 1
 
 

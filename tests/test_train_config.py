@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from ppl.cli import reward_config
 from ppl.errors import InputError
 from ppl.reward.loop_guard import WEIGHT
 from ppl.training.settings import grpo_config, grpo_fields, plan_batches, write_config
@@ -15,13 +16,17 @@ from train_grpo_multilevel_unsloth import parse_args
 @pytest.mark.parametrize(("word", "found"), [("-50:0", -50), ("-.5:0", -0.5), ("-1e9:0", -1e9), ("-2E-1:0", -0.2)])
 def test_a_threshold_below_0_is_no_flag(word, found):
     args, rest = parse_args(["--reward_thresholds", word, "1:1", "--beta", "0.1"])
-    assert args.reward_thresholds == [(found, 0), (1, 1)] and rest == ["--beta", "0.1"]
+    assert reward_config(args).reward_thresholds == ((found, 0), (1, 1)) and rest == ["--beta", "0.1"]
 
 
 def test_nested_levels_weigh_the_same_where_nobody_says_otherwise():
-    assert parse_args([])[0].ppl_weights == [0.2, 0.3, 0.5]
-    assert parse_args(["--aggregation", "nested"])[0].ppl_weights == [1, 1, 1]
-    assert parse_args(["--aggregation", "nested", "--ppl_weights", "3", "0", "1"])[0].ppl_weights == [3, 0, 1]
+    def weights(*words):
+        return reward_config(parse_args(words)[0]).weights
+
+    assert weights() == (0.2, 0.3, 0.5)
+    assert weights("--aggregation", "nested") == (1, 1, 1)
+    assert weights("--aggregation", "nested", "--ppl_weights", "3", "0", "1") == (3, 0, 1)
+    assert weights("--weights", "3", "0", "1") == (3, 0, 1)
 
 
 def test_the_field_names_read_from_the_source_are_those_of_the_class():
@@ -110,7 +115,8 @@ def test_every_kind_of_value_in_a_file_and_the_command_line_wins(tmp_path):
     )
     args, rest = parse_args(["--lora_r", "2", "--config", str(tmp_path / "run.yaml")])
     assert (args.load_in_4bit, args.no_unsloth, args.allow_copies, args.lora_r) == (False, True, False, 2)
-    assert args.ppl_weights == [1, 2, 3] and args.reward_thresholds == [(-50, 0), (0, 0.5), (50, 1)]
+    config = reward_config(args)
+    assert config.weights == (1, 2, 3) and config.reward_thresholds == ((-50, 0), (0, 0.5), (50, 1))
     assert (args.learning_rate, args.dataset_config) == (1e-3, None)
     assert rest == ["--beta=5e-2", "--use_vllm=False", '--lr_scheduler_kwargs={"num_cycles": 2}']
 

@@ -12,7 +12,7 @@ import sys
 
 from ppl import cli
 from ppl.cli import script
-from ppl.config import DEFAULT_SEED, DEFAULT_TARGET, TARGETS
+from ppl.config import DEFAULT_SEED
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -22,14 +22,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace what is there under that name")
     parser.add_argument("--output_dataset", metavar="DIR", help="also write the data set with the baselines as columns")
     parser.add_argument("--plot", metavar="OUT.png", help="also draw the distribution of the three levels")
-    parser.add_argument(
-        "--target",
-        choices=TARGETS,
-        default=DEFAULT_TARGET,
-        help="what the reward will measure, kept in the meta file; without --generate the baseline is of the reference "
-        "either way",
-    )
-    cli.add_template_flag(parser)
+    cli.add_reward_flags(parser, "target", "template")
     parser.add_argument("--num_samples", type=cli.positive_int, help="only the first rows with text (default: all)")
     parser.add_argument(
         "--batch_size", type=cli.positive_int, help="most texts in one forward pass (default: as many as fit)"
@@ -47,7 +40,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     cli.add_data_flags(parser)
     cli.add_prompt_flags(parser)
     cli.add_definition_flags(parser)
-    return parser.parse_args(argv)
+    return cli.parsed(parser, parser.parse_args(argv))
 
 
 @script

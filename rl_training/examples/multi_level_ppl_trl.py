@@ -20,8 +20,8 @@ from ppl.files import writable_file, write_text
 _EXPORTS = {
     "MultiLevelPPLCalculator": "scoring.calculator",
     "MultiLevelPPLRewardFunction": "reward.function",
-    "DEFAULT_THRESHOLDS": "definitions",
-    "LEVELS": "definitions",
+    "DEFAULT_THRESHOLDS": "config",
+    "LEVELS": "config",
 }
 __all__ = list(_EXPORTS)
 
@@ -57,7 +57,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--html", metavar="OUT", help="write a page of the text coloured by perplexity to this file")
     cli.add_model_flags(parser)
     cli.add_definition_flags(parser)
-    return parser.parse_args(argv)
+    return cli.parsed(parser, parser.parse_args(argv))
 
 
 @script
@@ -82,7 +82,7 @@ def score(args: argparse.Namespace) -> int:
         )
     if hasattr(model, "peft_config"):
         print(f"{args.model_name} is an adapter: it is off, and its base model scores the text", file=sys.stderr)
-    calculator = MultiLevelPPLCalculator(tokenizer, **cli.definitions(args))
+    calculator = MultiLevelPPLCalculator(tokenizer, **cli.reward_config(args).definitions)
     try:
         explained = calculator.explain(model=model, text=text, context=args.context)
     except FloatingPointError as error:
@@ -140,7 +140,7 @@ def as_json(args, model, text: str, explained, perplexities) -> dict:
     return {
         "model": args.model_name,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "definitions": cli.definitions(args),
+        "definitions": cli.reward_config(args).definitions,
         "context": args.context,
         "text": text,
         "n_tokens": sum(unit["n_tokens"] for unit in explained["word"]),

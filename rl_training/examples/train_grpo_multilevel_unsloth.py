@@ -11,7 +11,7 @@ import sys
 
 from ppl import cli
 from ppl.cli import script
-from ppl.config import DEFAULT_SEED, DEFAULT_TARGET, DEFAULT_WEIGHTS, FORMS, MISSING, TARGETS
+from ppl.config import DEFAULT_SEED
 from ppl.data import prepare_rows
 from ppl.reward.loop_guard import WEIGHT
 from ppl.training import settings as train_flags
@@ -51,28 +51,10 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     reward.add_argument(
         "--baselines_path", help="of compute_baselines_trl.py (default: each prompt's first completions)"
     )
-    reward.add_argument("--target", choices=TARGETS, default=DEFAULT_TARGET, help="whose perplexity")
-    reward.add_argument(
-        "--extract", metavar="REGEX",
-        help="with --target reference, the part of a completion that counts: the first group or the match, such as "
-        "'.*In summary[:,]\\s*(.*?)\\s*$' (default, and without a match: all of it)",
-    )  # fmt: skip
-    cli.add_template_flag(reward)
-    reward.add_argument(
-        "--ppl_weights", type=float, nargs=3, metavar=("W", "P", "S"),
-        help="weights of word, phrase and sentence (default: 0.2 0.3 0.5; with --aggregation nested 1 1 1)",
-    )  # fmt: skip
-    reward.add_argument(
-        "--reward_thresholds", nargs="+", metavar="PERCENT:REWARD", type=_threshold,
-        help="from improvement to reward (default: 0.05:0.2 0.5:0.5 1:0.7 2:0.9 3:1)",
-    )  # fmt: skip
-    reward.add_argument(
-        "--reward_form", choices=FORMS, default=FORMS[0],
-        help="nats: the log-likelihood ratio to the baseline, dense, instead of thresholds",
-    )  # fmt: skip
+    cli.add_reward_flags(reward, "target", "extract", "template", "form", "weights", "reward_thresholds")
     reward.add_argument(
         "--per_level", action="store_true",
-        help="three rewards over one cache, each normalised within its group (GDPO); --ppl_weights weigh them",
+        help="three rewards over one cache, each normalised within its group (GDPO); --weights weigh them",
     )  # fmt: skip
     reward.add_argument(
         "--loop_penalty", type=float, default=WEIGHT, metavar="W",
@@ -80,8 +62,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
         "that is vetoed; 0: nothing",
     )  # fmt: skip
     reward.add_argument("--allow_copies", action="store_true", help="what repeats the prompt is no loop")
-    reward.add_argument("--missing", choices=MISSING, default="error", help="rows without a baseline")
-    reward.add_argument("--allow_baseline_mismatch", action="store_true", help="use baselines made otherwise")
+    cli.add_reward_flags(reward, "missing", "allow_baseline_mismatch")
 
     training = parser.add_argument_group("training (every other field of TRL's GRPOConfig is a flag, too)")
     training.add_argument("--config", help="YAML file of flags; those on the command line win")
@@ -109,17 +90,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
         "--resume_from_checkpoint", nargs="?", const=LATEST, metavar="PATH",
         help="go on with this checkpoint, without PATH with the newest in --output_dir",
     )  # fmt: skip
-    args, of_trl = train_flags.parse(parser, argv)
-    args.ppl_weights = args.ppl_weights or list(DEFAULT_WEIGHTS[args.aggregation])
-    return args, of_trl
-
-
-def _threshold(text: str) -> tuple[float, float]:
-    improvement, _, reward = text.partition(":")
-    try:
-        return float(improvement), float(reward)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected PERCENT:REWARD such as 0.5:0.7") from error
+    return train_flags.parse(parser, argv)
 
 
 def prepare_dataset(dataset, columns, form):

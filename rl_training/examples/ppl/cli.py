@@ -7,20 +7,11 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
-from .config import (
-    AGGREGATIONS,
-    DEFAULT_AGGREGATION,
-    DEFAULT_LANGUAGE,
-    DEFAULT_PHRASE_WORDS,
-    DEFAULT_PROMPT_TEMPLATE,
-    DEFAULT_TEMPLATE,
-    DTYPES,
-    GENERATION_KWARGS,
-    Sampling,
-)
-from .data import PromptForm, checked_language
+from .config import DEFAULT_PROMPT_TEMPLATE, DTYPES, GENERATION_KWARGS, RewardConfig, Sampling
+from .data import PromptForm
 from .errors import SETTINGS, InputError, retired
 from .prompts import read_template, read_tools
 
@@ -159,31 +150,35 @@ def sampling(args: argparse.Namespace) -> Sampling:
     return Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
 
 
+def add_reward_flags(parser, *names: str) -> None:
+    """The fields of `RewardConfig` of these names; of its choices and numbers the class itself says what is wrong."""
+    for one in fields(RewardConfig):
+        if one.name in names:
+            options = {name: value for name, value in one.metadata["of_flag"].items() if name != "choices"}
+            if choices := one.metadata["of_flag"].get("choices"):
+                options["metavar"] = "{" + ",".join(choices) + "}"
+            flags = [f"--{name}" for name in (one.name, one.metadata["also"]) if name]
+            parser.add_argument(*flags, dest=one.name, default=one.default, help=one.metadata["help"], **options)
+
+
 def add_definition_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("definitions")
-    group.add_argument(
-        "--max_phrase_words", type=positive_int, default=DEFAULT_PHRASE_WORDS, help="most words of a phrase"
-    )
-    group.add_argument(
-        "--language", type=_language, default=DEFAULT_LANGUAGE, help="ISO 639 code for splitting sentences"
-    )
-    group.add_argument(
-        "--aggregation", type=_aggregation, choices=AGGREGATIONS, default=DEFAULT_AGGREGATION,
-        help="geometric: the mean over a level's units; nested: each level is given something else",
-    )  # fmt: skip
+    add_reward_flags(group, "max_phrase_words", "language", "aggregation")
 
 
-def add_template_flag(parser) -> None:
-    parser.add_argument(
-        "--template", default=DEFAULT_TEMPLATE, metavar="TEXT",
-        help="with --target reference, how prompt and completion are put together before it; a baseline has an empty "
-        "completion",
-    )  # fmt: skip
+def parsed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """The flags that were parsed. Ends the process with one line where the reward's make no sense."""
+    try:
+        reward_config(args)
+    except InputError as error:
+        parser.error(str(error))
+    return args
 
 
-def definitions(args: argparse.Namespace) -> dict:
-    """The keywords of `MultiLevelPPLCalculator` that `add_definition_flags` sets."""
-    return {name: getattr(args, name) for name in ("max_phrase_words", "language", "aggregation")}
+def reward_config(args: argparse.Namespace) -> RewardConfig:
+    """What the flags that a script has of `add_reward_flags` say. Raises `InputError` if it makes no sense."""
+    names = [one.name for one in fields(RewardConfig) if hasattr(args, one.name)]
+    return RewardConfig.of({name: getattr(args, name) for name in names})
 
 
 def column_options(args: argparse.Namespace) -> tuple:
@@ -213,19 +208,6 @@ def _json_object(text: str) -> dict:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'{text!r}, expected a JSON object such as {{"enable_thinking": false}}')
     return value
-
-
-def _aggregation(text: str) -> str:
-    if gone := retired("aggregation", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: {gone}")
-    return text
-
-
-def _language(text: str) -> str:
-    try:
-        return checked_language(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def positive_int(text: str) -> int:

@@ -1,41 +1,41 @@
-"""Tables that many files need: what there is to choose from, and what is chosen where nobody says. Imports nothing."""
+"""What can be set about a reward and about sampling: choices, defaults, help texts and what makes no sense, each once.
+
+`RewardConfig` is the only table of a reward's settings. Flags and names in YAML files are made of it, the identity of a
+baselines file holds what it defines, the model card prints it, and `MultiLevelPPLRewardFunction(**settings)` makes one.
+Imports nothing that takes time.
+"""
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from .errors import InputError
+import regex
 
-# --- definitions -----------------------------------------------------------------------------------------------------
+from .errors import InputError, one_of, without_retired
 
 LEVELS = ("word", "phrase", "sentence")
 BASELINE_COLUMNS = tuple(f"baseline_{level}" for level in LEVELS)  # of a data set that carries its baselines
 
-# Choices
 AGGREGATIONS = ("geometric", "nested")
 TARGETS = ("completion", "reference")
 FORMS = ("thresholds", "nats")  # of the reward
 MISSING = ("error", "skip")  # what to do with a row without a baseline
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-# What two numbers must share, where nobody says otherwise
 DEFAULT_PHRASE_WORDS = 4
 DEFAULT_LANGUAGE = "en"
 DEFAULT_AGGREGATION = "geometric"
-DEFAULT_TARGET = "completion"
 DEFAULT_TEMPLATE = "{prompt}{completion}{reference}"
 DEFAULT_PROMPT_TEMPLATE = "{prompt}"
-
-# From improvement to reward
 # By aggregation, of word, phrase and sentence. Nested levels are alike: a weight above another one pays for words that
 # surprise by themselves (studies/README.md).
-DEFAULT_WEIGHTS = {name: (1.0, 1.0, 1.0) if name == "nested" else (0.2, 0.3, 0.5) for name in AGGREGATIONS}
+DEFAULT_WEIGHTS = {"geometric": (0.2, 0.3, 0.5), "nested": (1.0, 1.0, 1.0)}
 # (improvement in %, reward), as the guide that this project began with has them. Those of VR-CLI (Gurung & Lapata,
 # https://arxiv.org/abs/2503.22828) are (0.05, 0.5), (1, 0.9), (2, 1).
 DEFAULT_THRESHOLDS = ((0.05, 0.2), (0.5, 0.5), (1.0, 0.7), (2.0, 0.9), (3.0, 1.0))
-
 NATS_CLIP = 0.5  # how far form="nats" goes from 0: a perplexity that is 39 % lower or 65 % higher
 
 # Of sampling, for baselines as in training
@@ -47,9 +47,257 @@ DEFAULT_SEED = 42
 COLORS = {"word": "#0072b2", "phrase": "#e69f00", "sentence": "#444444"}
 
 
-# --- sampling settings -----------------------------------------------------------------------------------------------
+def _setting(default, help: str, also: str = "", **of_flag) -> Any:
+    """A field: its default, the flag's help, another name of flag and YAML, and what else `add_argument` takes."""
+    return field(default=default, metadata={"help": help, "also": also, "of_flag": of_flag})
 
-# How completions are sampled: one description for training, held-out prompts, and baselines of own writing.
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What a reward measures, and what it pays. Raises `InputError` for what makes no sense, alone or beside others.
+
+    >>> RewardConfig(form="nats", aggregation="nested").weights
+    (1.0, 1.0, 1.0)
+    >>> RewardConfig(reward_thresholds=["3:1", (1, 0.5)]).reward_thresholds
+    ((1.0, 0.5), (3.0, 1.0))
+    """
+
+    target: str = _setting("completion", "whose perplexity", choices=TARGETS)
+    aggregation: str = _setting(
+        DEFAULT_AGGREGATION, "geometric: the mean over a level's units; nested: each level is given something else",
+        choices=AGGREGATIONS,
+    )  # fmt: skip
+    max_phrase_words: int = _setting(DEFAULT_PHRASE_WORDS, "most words of a phrase")
+    language: str = _setting(DEFAULT_LANGUAGE, "ISO 639 code for splitting sentences")
+    template: str = _setting(
+        DEFAULT_TEMPLATE, "with --target reference, how prompt and completion are put together before it; a baseline "
+        "has an empty completion", metavar="TEXT",
+    )  # fmt: skip
+    extract: str | None = _setting(
+        None, "with --target reference, the part of a completion that counts: the first group or the match, such as "
+        "'.*In summary[:,]\\s*(.*?)\\s*$' (default, and without a match: all of it)", metavar="REGEX",
+    )  # fmt: skip
+    form: str = _setting(
+        "thresholds", "nats: the log-likelihood ratio to the baseline, dense, instead of thresholds", "reward_form",
+        choices=FORMS,
+    )  # fmt: skip
+    weights: Sequence[float] | None = _setting(
+        None, "weights of word, phrase and sentence (default: 0.2 0.3 0.5; with --aggregation nested 1 1 1)",
+        "ppl_weights", type=float, nargs=len(LEVELS), metavar=("W", "P", "S"),
+    )  # fmt: skip
+    reward_thresholds: Sequence | None = _setting(
+        None, "from improvement to reward (default: 0.05:0.2 0.5:0.5 1:0.7 2:0.9 3:1)", nargs="+",
+        metavar="PERCENT:REWARD",
+    )  # fmt: skip
+    missing: str = _setting("error", "rows without a baseline", choices=MISSING)
+    allow_baseline_mismatch: bool = _setting(False, "use baselines made otherwise", action="store_true")
+    normalize: bool = field(default=False)  # without a flag: GRPO normalises within each group
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if choices := one.metadata.get("of_flag", {}).get("choices"):
+                one_of(one.name, value, choices)
+            elif isinstance(one.default, bool) and not isinstance(value, bool):
+                raise InputError(f"{one.name} is {value!r}, expected true or false")
+        _set(self, "max_phrase_words", checked_count("max_phrase_words", self.max_phrase_words))
+        _set(self, "language", checked_language(self.language))
+        weights = DEFAULT_WEIGHTS[self.aggregation] if self.weights is None else self.weights
+        _set(self, "weights", checked_weights(weights))
+        if self.form == "thresholds":
+            thresholds = DEFAULT_THRESHOLDS if self.reward_thresholds is None else self.reward_thresholds
+            _set(self, "reward_thresholds", checked_thresholds(thresholds))
+        elif self.reward_thresholds is not None:
+            raise InputError("form is 'nats', which has no thresholds: leave out reward_thresholds")
+        self.reference_context  # noqa: B018  raises
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], where: str = "") -> "RewardConfig":
+        """Of names and values as flags and files have them, where None stands for the default; what is retired and asks
+        for nothing is left out. where: what a message begins with."""
+        try:
+            known, settings = [one.name for one in fields(cls)], without_retired(settings)
+            for name in settings:
+                if name not in known:
+                    raise InputError(f"unknown setting {name!r}{did_you_mean(name, known)}")
+            return cls(**{name: value for name, value in settings.items() if value is not None})
+        except InputError as error:
+            raise InputError(f"{where}{error}") from error
+
+    @property
+    def definitions(self) -> dict:
+        """What two numbers must share to be compared, the target apart."""
+        names = ["max_phrase_words", "language", "aggregation", *(["template"] if self.target == "reference" else [])]
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def reference_context(self) -> "ReferenceContext":
+        return ReferenceContext(self.extract, self.template, self.target)
+
+    @property
+    def highest(self) -> float:
+        """The most that a completion can earn, before `normalize`."""
+        return NATS_CLIP if self.form == "nats" else max(reward for _, reward in self.reward_thresholds)
+
+    @property
+    def lowest(self) -> float:
+        """The least that a level can earn: what a blank completion gets there."""
+        return -NATS_CLIP if self.form == "nats" else min(0.0, *(reward for _, reward in self.reward_thresholds))
+
+    @property
+    def vetoed(self) -> float:
+        """What a vetoed completion gets at each level: a tenth of the range less than the lowest. Not further below,
+        since an outlier widens its group's standard deviation, by which the others are divided."""
+        return self.lowest - 0.1 * (self.highest - self.lowest)
+
+
+def _set(config: RewardConfig, name: str, value) -> None:
+    object.__setattr__(config, name, value)
+
+
+ALIASES = {one.metadata["also"]: one.name for one in fields(RewardConfig) if one.metadata.get("also")}
+
+
+def did_you_mean(name: object, known: Sequence[str]) -> str:
+    """What a message says of a name that is none, from the comma on."""
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f", did you mean {near[0]}?" if near else f", expected one of {', '.join(known)}"
+
+
+def checked_count(name: str, value) -> int:
+    """A whole number of at least 1, from a flag as a string. Raises `InputError`."""
+    text = str(value).strip()
+    if isinstance(value, bool) or not text.isdecimal() or not 1 <= int(text) <= 10**9:
+        raise InputError(f"{name} is {value!r}, expected a whole number of at least 1")
+    return int(text)
+
+
+def checked_weights(weights: Sequence[float]) -> tuple[float, ...]:
+    """Of word, phrase and sentence. Raises `InputError` unless finite, not negative and not all 0."""
+    try:
+        values = tuple(map(float, weights))
+    except (TypeError, ValueError):
+        values = ()
+    if len(values) != len(LEVELS) or not all(0 <= one < math.inf for one in values) or not sum(values):
+        shown = weights if isinstance(weights, str) or not isinstance(weights, Sequence) else tuple(weights)
+        raise InputError(f"weights are {shown}, expected (word, phrase, sentence), none negative, not all 0")
+    return values
+
+
+def checked_thresholds(points: Sequence) -> tuple[tuple[float, float], ...]:
+    """(improvement in %, reward), ascending, from such pairs or from words like "0.5:0.7", in any order.
+
+    Raises `InputError` if one is not finite or stands twice, and without one.
+    """
+    if isinstance(points, str) or not isinstance(points, Sequence):
+        raise InputError(f"reward_thresholds is {points!r}, expected a list of (improvement %, reward)")
+    made: list[tuple[float, float]] = []
+    for point in points:
+        try:
+            improvement, reward = map(float, point.split(":") if isinstance(point, str) else point)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"reward_thresholds holds {point!r}, expected PERCENT:REWARD such as 0.5:0.7") from error
+        if not (math.isfinite(improvement) and math.isfinite(reward)):
+            raise InputError(f"reward_thresholds holds {(improvement, reward)}, expected finite numbers")
+        if improvement in dict(made):
+            raise InputError(f"reward_thresholds holds {improvement:g} % twice, expected each improvement once")
+        made.append((improvement, reward))
+    if not made:
+        raise InputError("reward_thresholds is empty, expected at least one (improvement %, reward)")
+    return tuple(sorted(made))
+
+
+def checked_language(code: str) -> str:
+    """The ISO 639 code of a language, its region cut off: `de` of `de-DE` and `DE`. Raises `InputError` for what is
+    none. Of a language that sentencex has no rules for it takes those of another one.
+    """
+    from langcodes import Language, LanguageTagError  # here, since --help imports this file
+    from langcodes.registry_parser import parse_registry
+
+    short = code.strip().lower().replace("_", "-").partition("-")[0]
+    try:
+        if Language.get(short, normalize=False).is_valid():
+            return short
+        short = Language.get(short).language  # de of deu
+    except LanguageTagError:
+        pass
+    registered = [one for one in parse_registry() if one["Type"] == "language" and len(one["Subtag"]) == 2]
+    names = {one["Subtag"]: one["Description"][0] for one in registered if "Deprecated" not in one}
+    by_name = {name.lower(): subtag for subtag, name in names.items()}
+    [near] = difflib.get_close_matches(short, [*by_name, *names], n=1, cutoff=0.5) or ["english"]
+    near = by_name.get(near, near)
+    raise InputError(
+        f"language is {code!r}, expected an ISO 639 code such as de or pt-BR: did you mean {near!r} ({names[near]})?"
+    )
+
+
+SECONDS = 2.0  # for one completion; a pattern that backtracks for longer would hold up the training
+
+
+class ReferenceContext:
+    """Context of a reference: its prompt and a completion, put together.
+
+    extract: a regular expression (`.` also matches line breaks); of a completion only the first match's first group
+        counts, or the match if it has none. A completion without a match counts whole, as in VR-CLI
+        (https://arxiv.org/abs/2503.22828), where it is what follows the last "In summary:" or "In summary,", stripped:
+        that is the expression of the example.
+    template: a format string with {prompt}, {completion} and {reference} once each and in this order, {reference} last;
+        what stands between is context. For models that need turns marked.
+    target: what the reward measures; both belong to "reference" alone.
+
+    Raises `InputError` for an expression or a template that is none, or with another target.
+
+    >>> template = "{prompt}\\nPlan: {completion}\\nChapter: {reference}"
+    >>> joined = ReferenceContext(extract=r".*In summary[:,]\\s*(.*?)\\s*$", template=template)
+    >>> joined.context("A fox.", joined.extracted("In summary: what? Let me think. In summary, it runs.")[0])
+    'A fox.\\nPlan: it runs.\\nChapter: '
+    """
+
+    def __init__(self, extract: str | None = None, template: str = DEFAULT_TEMPLATE, target: str = "reference") -> None:
+        if target != "reference" and (extract or template != DEFAULT_TEMPLATE):
+            raise InputError(
+                "--extract and --template say what stands before a reference: they need --target reference (in Python "
+                "they need target='reference')"
+            )
+        try:
+            self._pattern = regex.compile(extract, regex.DOTALL) if extract else None
+        except regex.error as error:
+            raise InputError(f"extract is {extract!r}, expected a regular expression: {error}") from error
+        self.extracts = self._pattern is not None
+        self.template = template
+        try:
+            parts = list(string.Formatter().parse(template))
+        except ValueError as error:
+            raise InputError(f"template is {template!r}: {error}; a brace that is text is written twice") from error
+        fields = [name + (conversion or "") + (form or "") for _, name, form, conversion in parts if name is not None]
+        if fields != ["prompt", "completion", "reference"] or parts[-1][1] != "reference":
+            raise InputError(
+                f"template is {template!r}, expected {{prompt}}, {{completion}} and {{reference}} once each, in this "
+                "order, and nothing behind {reference}"
+            )
+        self._context = template.removesuffix("{reference}")
+
+    def extracted(self, completion: str) -> tuple[str, bool]:
+        """(the part of a completion that counts, whether there was one). Raises `InputError` if it takes too long."""
+        if self._pattern is None:
+            return completion, True
+        try:
+            match = self._pattern.search(completion, timeout=SECONDS)
+        except TimeoutError as error:
+            raise InputError(
+                f"extract {self._pattern.pattern!r} takes more than {SECONDS:g} s for one completion: write it so that "
+                "it does not try the same text in many ways"
+            ) from error
+        if match is None:
+            return completion, False
+        return match.group(1 if self._pattern.groups else 0) or "", True
+
+    def context(self, prompt: str, completion: str = "") -> str:
+        """What the reference's perplexity is conditioned on."""
+        return self._context.format(prompt=prompt, completion=completion)
+
+
+# --- how completions are sampled: for training, held-out prompts, and baselines of own writing ------------------------
 
 
 def _is_whole(value, least: int) -> bool:

@@ -1,6 +1,5 @@
 """A data set -> rows of prompt, reference and id: the same in every script, whatever the order."""
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -392,27 +391,3 @@ def split_sentences(text: str, count: int, language: str) -> tuple[str, str]:
     end = visible[count - 1] if count <= len(visible) else len(text)
     prompt = text[:end].rstrip()
     return prompt, text[len(prompt) :]
-
-
-def checked_language(code: str) -> str:
-    """The ISO 639 code of a language, its region cut off: `de` of `de-DE` and `DE`. Raises `InputError` for what is
-    none. Of a language that sentencex has no rules for it takes those of another one.
-    """
-    from langcodes import Language, LanguageTagError  # here, since --help imports this file
-    from langcodes.registry_parser import parse_registry
-
-    short = code.strip().lower().replace("_", "-").partition("-")[0]
-    try:
-        if Language.get(short, normalize=False).is_valid():
-            return short
-        short = Language.get(short).language  # de of deu
-    except LanguageTagError:
-        pass
-    registered = [one for one in parse_registry() if one["Type"] == "language" and len(one["Subtag"]) == 2]
-    names = {one["Subtag"]: one["Description"][0] for one in registered if "Deprecated" not in one}
-    by_name = {name.lower(): subtag for subtag, name in names.items()}
-    [near] = difflib.get_close_matches(short, [*by_name, *names], n=1, cutoff=0.5) or ["english"]
-    near = by_name.get(near, near)
-    raise InputError(
-        f"language is {code!r}, expected an ISO 639 code such as de or pt-BR: did you mean {near!r} ({names[near]})?"
-    )

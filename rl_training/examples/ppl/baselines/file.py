@@ -9,20 +9,13 @@ import reprlib
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..config import (
-    DEFAULT_AGGREGATION,
-    DEFAULT_LANGUAGE,
-    DEFAULT_PHRASE_WORDS,
-    DEFAULT_PROMPT_TEMPLATE,
-    DEFAULT_TARGET,
-    DEFAULT_TEMPLATE,
-    LEVELS,
-)
+from ..config import DEFAULT_PROMPT_TEMPLATE, LEVELS, RewardConfig
 from ..data import Text, message_text, stable_id
 from ..errors import BaselineError, retired
 from ..files import write_text
@@ -401,14 +394,7 @@ def _command(baselines: Baselines, expected: Mapping, differing: Iterable[str]) 
         if generated.get("generation_kwargs"):
             generated["generation_kwargs"] = json.dumps(generated["generation_kwargs"])
         flags |= {name: value for name, value in generated.items() if value is not None}
-    usual = {
-        "target": DEFAULT_TARGET,
-        "max_phrase_words": DEFAULT_PHRASE_WORDS,
-        "language": DEFAULT_LANGUAGE,
-        "aggregation": DEFAULT_AGGREGATION,
-        "template": DEFAULT_TEMPLATE,
-        "prompt_template": DEFAULT_PROMPT_TEMPLATE,
-    }
+    usual = {one.name: one.default for one in fields(RewardConfig)} | {"prompt_template": DEFAULT_PROMPT_TEMPLATE}
     wanted = {"target": expected.get("target"), **expected.get("definitions", {}), **prompt}
     flags |= {key: wanted[key] for key in usual if wanted.get(key) not in (None, usual[key])}
     flags |= {"output_path": baselines.source, "overwrite": None}

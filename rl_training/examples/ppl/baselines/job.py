@@ -37,7 +37,7 @@ from ..data import (
 from ..errors import InputError, retired
 from ..files import check_folder, writable_file, write_atomically
 from ..models import load_model, model_path
-from ..prompts import ReferenceContext, chat_identity
+from ..prompts import chat_identity
 from ..scoring.identity import differences, identity
 from ..scoring.levels import Scores
 from ..splits import column_names, reading
@@ -191,8 +191,9 @@ def _scorer_of(args: argparse.Namespace, columns: Columns, server, model, tokeni
     from ..scoring.tokens import Sampled
 
     form, chat = cli.prompt_form(args), cli.chat_options(args)
-    calculator = MultiLevelPPLCalculator(tokenizer, batch_size=args.batch_size, **cli.definitions(args), **chat)
-    reference_context = ReferenceContext(template=args.template)
+    config = cli.reward_config(args)
+    definitions = (config.max_phrase_words, config.language, config.aggregation)
+    calculator = MultiLevelPPLCalculator(tokenizer, *definitions, args.batch_size, **chat)
     scoring = model if server is None else server
 
     def score_own_writing(rows: Sequence[Row]) -> Scores:
@@ -219,8 +220,8 @@ def _scorer_of(args: argparse.Namespace, columns: Columns, server, model, tokeni
     def score(rows: Sequence[Row]) -> Scores:
         if not has_reference(columns, form):
             pairs = [("", message_text(row.prompt)) for row in rows]
-        elif args.target == "reference":
-            contexts = [reference_context.context(calculator.render(row.prompt)) for row in rows]
+        elif config.target == "reference":
+            contexts = [config.reference_context.context(calculator.render(row.prompt)) for row in rows]
             pairs = [(context, message_text(row.reference)) for context, row in zip(contexts, rows, strict=True)]
         else:
             pairs = [calculator.turns(row.prompt, row.reference) for row in rows]
@@ -230,10 +231,8 @@ def _scorer_of(args: argparse.Namespace, columns: Columns, server, model, tokeni
         **identity(
             as_scorer(scoring, tokenizer),
             tokenizer,
+            config,
             name=args.model_name,
-            target=args.target,
-            definitions=calculator.definitions,
-            template=args.template,
             prompt=chat_identity(tokenizer, **chat),
         ),
         "generated": generation(args),
@@ -315,7 +314,7 @@ def prepare(args: argparse.Namespace, survey: bool = True) -> Job:
     output = output_path(args)
     parts = Parts(output)
     check_model(args)
-    ReferenceContext(template=args.template, target=args.target)
+    cli.reward_config(args)
     form = cli.prompt_form(args)
     cli.chat_options(args)
     if args.plot is not None:

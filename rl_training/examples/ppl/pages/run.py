@@ -209,10 +209,11 @@ def explain_heldout(reward_fn, held_out: HeldOut, references: Sequence[Text]) ->
         ids = held_out.completion_ids and [held_out.completion_ids[index][0]]
         [pair], [text] = reward_fn.written([prompt], [held_out.completions[index][0]], ids)
         lead = ""
-        if reward_fn.target == "reference":
+        if reward_fn.config.target == "reference":
             lead, text = text, message_text(references[index] or "")
             context = reward_fn.calculator.render(prompt)
-            pair = (reward_fn.reference_context.context(context, reward_fn.reference_context.extracted(lead)[0]), text)
+            put = reward_fn.config.reference_context
+            pair = (put.context(context, put.extracted(lead)[0]), text)
         explained = reward_fn.calculator.explain_pair(reward_fn.model, pair)
         completions.append(Completion(lead, text, explained, explained.perplexities, held_out.rewards[index][0]))
     return completions
@@ -223,7 +224,7 @@ def start_report(job: Job, reward_fn, before: HeldOut) -> "RunPage":
     facts = {
         "Data": job.args.dataset_name,
         "Target": job.args.target,
-        "Weights": "word {:g}, phrase {:g}, sentence {:g}".format(*job.args.ppl_weights),
+        "Weights": "word {:g}, phrase {:g}, sentence {:g}".format(*job.settings["weights"]),
         "Baselines": job.args.baselines_path or "no file",
     }
     shown = explain_heldout(reward_fn, before, list(job.heldout_rows["reference"]))

@@ -1,25 +1,27 @@
 """The reward as a YAML file describes it, for programs that only take the name of a function: TRL's command line, and
 other engines through `engines/reward.py`. The environment variable PPL_REWARD_CONFIG names the file."""
 
-import difflib
-import inspect
 import os
 import threading
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import yaml
 
-from ..config import AGGREGATIONS, DEFAULT_AGGREGATION, DTYPES
+from ..config import ALIASES, DTYPES, RewardConfig, did_you_mean
+from ..errors import SETTINGS as RETIRED
 from ..errors import InputError, one_of, without_retired
 from ..models import load_model, load_tokenizer, model_path
 from ..prompts import read_template
-from ..scoring.calculator import MultiLevelPPLCalculator
 from .function import MultiLevelPPLRewardFunction
-from .terms import Thresholds, checked_weights
 
 VARIABLE = "PPL_REWARD_CONFIG"
 LOADING = ("load_in_4bit", "dtype", "device", "max_seq_length")  # how a model is loaded in this process
+REWARD = [one.name for one in fields(RewardConfig)]
+# Every name that a file may hold.
+NAMES = ["model_name", "scorer_url", "policy", "baselines", "use_cache", "chat_template_path", *LOADING, *REWARD]
+NAMES += ["batch_size", "max_batch_tokens", "chat_template_kwargs", "tools"]
 
 _loading = threading.Lock()
 _loaded: dict[str, MultiLevelPPLRewardFunction] = {}
@@ -69,18 +71,18 @@ def read_settings(path: str | Path | None = None) -> dict:
         raise InputError(f"{VARIABLE} {path}: {' '.join(str(error).split())}: expected a YAML file") from error
     if not isinstance(settings, dict) or "model_name" not in settings:
         raise InputError(f"{path}: expected 'name: value' lines, model_name among them, found {settings!r:.80}")
+    settings = {ALIASES.get(name, name): value for name, value in settings.items()}
+    for name in settings:
+        if name not in NAMES and name not in RETIRED:
+            raise InputError(f"{path}: unknown setting {name!r}{did_you_mean(name, NAMES)}")
     try:
+        RewardConfig.of({name: value for name, value in settings.items() if name in REWARD or name in RETIRED})
+        for name in ("load_in_4bit", "use_cache"):
+            if not isinstance(settings.get(name) or False, bool):
+                raise InputError(f"{name} is {settings[name]!r}, expected true or false")
         settings = without_retired(settings)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    defaults = _defaults()
-    for name, value in settings.items():
-        if name not in defaults:
-            near = difflib.get_close_matches(str(name), defaults, n=1)
-            known = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(defaults)}"
-            raise InputError(f"{path}: unknown setting {name!r}, {known}")
-        if isinstance(defaults[name], bool) and not isinstance(value, bool):
-            raise InputError(f"{path}: {name} is {value!r}, expected true or false")
     settings = {name: value for name, value in settings.items() if value is not None}
     one_of(f"{path}: dtype", settings.get("dtype", "auto"), DTYPES)
     if isinstance(settings.get("baselines"), str):
@@ -98,27 +100,12 @@ def read_settings(path: str | Path | None = None) -> dict:
     for name in ("model_name", "policy"):
         if str(settings.get(name, "")).startswith("."):
             settings[name] = str(path.parent / settings[name])
-    try:
-        one_of("aggregation", settings.get("aggregation", DEFAULT_AGGREGATION), AGGREGATIONS)
-        if not served:
+    if not served:
+        try:
             model_path(settings["model_name"])
-        if "weights" in settings:
-            checked_weights(settings["weights"])
-        if "reward_thresholds" in settings:
-            Thresholds(settings["reward_thresholds"])
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from error
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
     return settings
-
-
-def _defaults() -> dict:
-    """Every name that a file may hold, and what it is without."""
-    made: dict[str, inspect.Parameter] = {}
-    for function in (load_model, MultiLevelPPLRewardFunction, MultiLevelPPLCalculator):
-        made |= inspect.signature(function).parameters
-    hidden = ("name", "unsloth", "baseline_model", "tokenizer", "scorer", "calculator_options")
-    defaults = {name: one.default for name, one in made.items() if name not in hidden}
-    return {"model_name": None, "scorer_url": None, **defaults}
 
 
 def _make(path: str) -> MultiLevelPPLRewardFunction:
@@ -128,7 +115,7 @@ def _make(path: str) -> MultiLevelPPLRewardFunction:
 
         model, tokenizer = connect(str(url), str(settings.pop("model_name")), settings.pop("chat_template_path", None))
         return _of(path, model, tokenizer, settings)
-    loading = {name: settings.pop(name) for name in inspect.signature(load_model).parameters if name in settings}
+    loading = {name: settings.pop(name) for name in (*LOADING, "chat_template_path") if name in settings}
     model, tokenizer, _ = load_model(settings.pop("model_name"), **loading)
     return _of(path, model, tokenizer, settings)
 

@@ -19,29 +19,18 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 
 from ..baselines.file import Baselines, check_meta
-from ..config import (
-    BASELINE_COLUMNS,
-    DEFAULT_TARGET,
-    DEFAULT_TEMPLATE,
-    DEFAULT_THRESHOLDS,
-    DEFAULT_WEIGHTS,
-    FORMS,
-    LEVELS,
-    MISSING,
-    NATS_CLIP,
-    TARGETS,
-)
+from ..config import BASELINE_COLUMNS, LEVELS, RewardConfig
 from ..data import Text, check_text, message_text, stable_id
-from ..errors import BaselineError, InputError, one_of, without_retired
+from ..errors import BaselineError, InputError
 from ..processes import from_all, of_this
-from ..prompts import ReferenceContext, Turn, Turns, chat_identity, of_text, refuse_begun
+from ..prompts import Turn, Turns, chat_identity, of_text, refuse_begun
 from ..scoring.calculator import MultiLevelPPLCalculator
 from ..scoring.frozen import base_parameters
 from ..scoring.identity import identity
 from ..scoring.sampling import end_tokens, given_by_trainer, prompt_ids, refuse_appended, up_to_end
 from ..scoring.surprisal import Scorer, as_scorer, is_scorer
 from ..scoring.tokens import Pair, Sampled, TextEncoder
-from .terms import HIGHEST, Thresholds, checked_weights, details_of, earned, normalized
+from .terms import HIGHEST, Earned, Measured, details_of, earned, normalized
 
 # --- given -----------------------------------------------------------------------------------------------------------
 
@@ -345,7 +334,7 @@ def _is_of(text: str, decoded: str, is_message: bool) -> bool:
 # What completions do for their references: perplexities with and without them.
 
 
-def measured(
+def behind(
     reward_fn, contexts: Sequence[str], texts: Sequence[str], references: Sequence[Text | None], absent: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, Sequence[bool]]:
     """(perplexities of the references behind prompt and completion, the same behind the prompt alone where `absent`,
@@ -353,7 +342,7 @@ def measured(
 
     contexts: the prompts as the scorer reads them. absent: bool [B], rows without a baseline.
     """
-    put = reward_fn.reference_context
+    put = reward_fn.config.reference_context
     targets = [message_text(reference or "") for reference in references]
     parts, has_part = zip(*map(put.extracted, texts), strict=True) if texts else ((), ())
     with_text = list(zip(map(put.context, contexts, parts), targets, strict=True))
@@ -372,13 +361,9 @@ def measured(
 
 
 class LastCall(NamedTuple):
-    details: dict
-    skipped: np.ndarray  # bool [B]: rows without a baseline or a reference
-    scored: np.ndarray  # bool [B]: rows with a perplexity and a baseline
-    first_visit: np.ndarray  # bool [B]: rows that make their prompt's baseline
-    extracted: np.ndarray  # bool [B]: completions that `extract` matches
-    clipped: np.ndarray | None  # bool [B]: with form="nats", those whose ratio is beyond NATS_CLIP
-    vetoed: Sequence[bool] | None  # [B]: with a veto
+    measured: Measured
+    earned: Earned
+    details: dict  # the same, as `compute_rewards` returns it
     of: tuple[list, list[str]]  # its prompts and texts
 
 
@@ -388,18 +373,19 @@ def log(call: LastCall, extracts: bool, log_metric, log_extra=None) -> None:
     extracts: whether the reward takes a part of each completion. log_extra: takes a column of TRL's table of
     completions.
     """
-    if extracts:
-        every = from_all(call.extracted.tolist())
-        log_metric("diagnostics/not_extracted", 1 - sum(every) / len(every) if every else 0.0)
-    if call.clipped is not None:
-        every = from_all(call.clipped[call.scored].tolist())
-        log_metric("diagnostics/clipped", sum(every) / len(every) if every else 0.0)
-    if call.vetoed is not None:
-        every = from_all(np.asarray(call.vetoed)[~call.skipped].tolist())
-        log_metric("diagnostics/vetoed", sum(every) / len(every) if every else 0.0)
+    measured, scored = call.measured, call.measured.scored
+    shares = {
+        "not_extracted": ~measured.extracted if extracts else None,
+        "clipped": None if call.earned.clipped is None else call.earned.clipped[scored],
+        "vetoed": None if measured.vetoed is None else measured.vetoed[~measured.skipped],
+    }
+    for name, flags in shares.items():
+        if flags is not None:
+            every = from_all(flags.tolist())
+            log_metric(f"diagnostics/{name}", sum(every) / len(every) if every else 0.0)
     columns = {f"reward_{level}": call.details["improvements"][level] for level in LEVELS}
     columns |= {f"ppl/{level}": call.details["ppls"][level] for level in LEVELS}
-    rows = np.stack([column.numpy()[call.scored] for column in columns.values()], axis=1)
+    rows = np.stack([column.numpy()[scored] for column in columns.values()], axis=1)
     means = np.array(from_all(rows.tolist())).reshape(-1, len(columns))
     means = means.mean(axis=0) if len(means) else np.zeros(len(columns))
     for (name, column), mean in zip(columns.items(), means, strict=True):
@@ -428,21 +414,15 @@ class MultiLevelPPLRewardFunction:
     baselines: a file of compute_baselines_trl.py, a dict `{id or prompt: {"word", "phrase", "sentence"}}`, or None:
         the data set's columns `baseline_word`, ...; else, for references, their perplexity given the prompt alone; else
         each prompt's first completions, which get 0.
-    weights: of word, phrase and sentence; None: 0.2, 0.3, 0.5, of nested levels 1, 1, 1.
-    reward_thresholds: (improvement in %, reward), in any order.
-    normalize: shift and scale each call's rewards to mean 0 and (sample) standard deviation 1.
+    weights, reward_thresholds, normalize, settings: the fields of `ppl.config.RewardConfig`, which says what each is.
+        normalize shifts and scales each call's rewards to mean 0 and (sample) standard deviation 1.
     device: moves the model there; None: it stays. use_cache: keep perplexities already computed, by content.
-    form: "nats" takes the log-likelihood ratio instead of thresholds, within `NATS_CLIP` of 0.
-    target, missing ("error" or "skip" a row that `baselines` lacks), allow_baseline_mismatch (use a file made by
-        another model or with other definitions).
     scorer: instead of a baseline_model, something that scores, such as `ppl.scoring.server.ServerScorer`; it may be
         given as baseline_model, too.
     policy: (model, tokenizer) of what is trained, if it is another model than the scorer: its tokenizer says what the
         sampled ids are as text, and both say which of them end it. Its ids are scored if the scorer would make the same
         ids of the prompt and has the same vocabulary, otherwise their text. None: the scorer's own tokenizer.
-    extract, template: for references, the part of a completion that counts and how the three texts are put together:
-        see `ppl.prompts.ReferenceContext`.
-    Further keywords go to `MultiLevelPPLCalculator`.
+    batch_size, max_batch_tokens, chat_template_kwargs, tools: of `MultiLevelPPLCalculator`.
 
     Raises `InputError` (a `ValueError`) for settings or columns that make no sense, `BaselineError` for baselines.
     """
@@ -453,20 +433,18 @@ class MultiLevelPPLRewardFunction:
         tokenizer=None,
         baselines: str | Path | Mapping | None = None,
         weights: Sequence[float] | None = None,
-        reward_thresholds: Sequence[tuple[float, float]] = DEFAULT_THRESHOLDS,
+        reward_thresholds: Sequence[tuple[float, float]] | None = None,
         normalize: bool = False,
         device: str | torch.device | None = None,
         use_cache: bool = True,
         *,
-        target: str = DEFAULT_TARGET,
-        form: str = "thresholds",
-        missing: str = "error",
-        allow_baseline_mismatch: bool = False,
-        extract: str | None = None,
-        template: str = DEFAULT_TEMPLATE,
         scorer: Scorer | None = None,
         policy: tuple[Any, Any] | None = None,
-        **calculator_options,
+        batch_size: int | None = None,
+        max_batch_tokens: int | None = None,
+        chat_template_kwargs: Mapping | None = None,
+        tools: Sequence | None = None,
+        **settings,
     ) -> None:
         self.__name__ = "multi_level_ppl"
         if (baseline_model is None) == (scorer is None) or tokenizer is None:
@@ -478,19 +456,16 @@ class MultiLevelPPLRewardFunction:
                 self.model = self.model.to(device)
         elif device is not None:
             raise InputError(f"device is {device!r}, but the scorer has a place of its own: leave device out")
-        self.calculator = MultiLevelPPLCalculator(tokenizer, **without_retired(calculator_options))
+        self.config = config = RewardConfig.of(
+            {"weights": weights, "reward_thresholds": reward_thresholds, "normalize": normalize, **settings}
+        )
+        definitions = (config.max_phrase_words, config.language, config.aggregation)
+        self.calculator = MultiLevelPPLCalculator(
+            tokenizer, *definitions, batch_size, max_batch_tokens, chat_template_kwargs, tools
+        )
         self.tokenizer = self.calculator.tokenizer
         self.policy = Policy(self.calculator, self.model, policy)
-        self.weights = checked_weights(DEFAULT_WEIGHTS[self.calculator.aggregation] if weights is None else weights)
-        self.thresholds = Thresholds(reward_thresholds)
-        self.form = one_of("form", form, FORMS)
-        if form == "nats" and tuple(reward_thresholds) != DEFAULT_THRESHOLDS:
-            raise InputError("form='nats' has no thresholds: leave out reward_thresholds")
-        self.normalize = normalize
         self.use_cache = use_cache
-        self.target = one_of("target", target, TARGETS)
-        self.missing = one_of("missing", missing, MISSING)
-        self.reference_context = ReferenceContext(extract, template, target)
         if isinstance(baselines, str | Path):
             baselines = Baselines.load(baselines)
         elif baselines is not None and not isinstance(baselines, Baselines):
@@ -498,7 +473,7 @@ class MultiLevelPPLRewardFunction:
                 raise BaselineError("baselines holds no row: expected one for each row, or None for the first visits")
             baselines = Baselines(baselines)
         self.baselines = baselines
-        if self.baselines is not None and self.baselines.meta and not allow_baseline_mismatch:
+        if self.baselines is not None and self.baselines.meta and not config.allow_baseline_mismatch:
             check_meta(self.baselines, self.identity)
         self.first_visits = FirstVisits()
         self._cache = PerplexityCache()
@@ -514,31 +489,13 @@ class MultiLevelPPLRewardFunction:
         return getattr(self.model, "device", torch.device("cpu"))
 
     @property
-    def highest(self) -> float:
-        """The most that a completion can earn, before `normalize`."""
-        return NATS_CLIP if self.form == "nats" else self.thresholds.highest
-
-    @property
-    def lowest(self) -> float:
-        """The least that a level can earn: what a blank completion gets there."""
-        return -NATS_CLIP if self.form == "nats" else min(0.0, self.thresholds.lowest)
-
-    @property
-    def vetoed(self) -> float:
-        """What a vetoed completion gets at each level: a tenth of the range less than the lowest. Not further below,
-        since an outlier widens its group's standard deviation, by which the others are divided."""
-        return self.lowest - 0.1 * (self.highest - self.lowest)
-
-    @property
     def identity(self) -> dict:
         """What a baselines file must have been made with to be compared with this reward's numbers."""
         return identity(
             as_scorer(self.model, self.tokenizer),
             self.tokenizer,
+            self.config,
             name=getattr(getattr(self.model, "config", None), "_name_or_path", ""),
-            target=self.target,
-            definitions=self.calculator.definitions,
-            template=self.reference_context.template,
             prompt=chat_identity(self.tokenizer, **self.calculator.chat),
         )
 
@@ -550,7 +507,7 @@ class MultiLevelPPLRewardFunction:
         Raises `InputError` for a prompt that has begun the answer if GRPOTrainer itself calls: see `refuse_begun`.
         """
         rewards, seconds = self._timed(prompts, completions, columns)
-        skipped = self._last.skipped.tolist() if self._last else [False] * len(completions)
+        skipped = self._last.measured.skipped.tolist() if self._last else [False] * len(completions)
         for reward, skip in zip(rewards, skipped, strict=True):
             if not (skip or math.isfinite(reward)):
                 raise FloatingPointError(f"{self.__name__} gave a reward of {reward}, expected a finite number")
@@ -563,18 +520,18 @@ class MultiLevelPPLRewardFunction:
         add, so that a level with a large spread does not drown one with a small spread: TRL with
         `multi_objective_aggregation="normalize_then_sum"` (GDPO, https://arxiv.org/abs/2601.05242).
 
-        Each is this function with all the weight on its level, but for blank completions, which get `lowest` in both
-        forms. They share model and cache: what the first has scored the others look up (with use_cache=False each
+        Each is this function with all the weight on its level, but for blank completions, which get `config.lowest` in
+        both forms. They share model and cache: what the first has scored the others look up (with use_cache=False each
         scores). Called for the same completions, each has the same first visits. Give `weights` to the trainer, too.
 
-        veto: of `ppl.reward.loop_guard.loop_veto`. What it says True of gets `vetoed` at each level, less than anything
-        else. Normalising within a group keeps the order at each level, and so does a sum with weights that are not
-        negative. So within its group a vetoed completion's advantage is below that of every one that is not vetoed,
+        veto: of `ppl.reward.loop_guard.loop_veto`. What it says True of gets `config.vetoed` at each level, less than
+        anything else. Normalising within a group keeps the order at each level, and so does a sum with weights that are
+        not negative. So within its group a vetoed completion's advantage is below that of every one that is not vetoed,
         whatever the model makes of the texts, as long as a level has a weight and no further reward stands beside the
         levels. Where a whole group is vetoed, all are alike and nothing is learned from it.
         Raises `InputError` with `normalize`, and for a subclass whose `compute_rewards` is its own.
         """
-        if self.normalize:
+        if self.config.normalize:
             raise InputError("per_level: the trainer normalises each level itself: leave out normalize=True")
         if type(self).compute_rewards is not MultiLevelPPLRewardFunction.compute_rewards:
             raise InputError(
@@ -593,7 +550,7 @@ class MultiLevelPPLRewardFunction:
         of = (list(prompts), [message_text(completion) for completion in completions])
         if self._last is None or self._last.of != of:
             self._timed(prompts, completions, columns)
-        return self._last.skipped.tolist() if self._last else [False] * len(completions)
+        return self._last.measured.skipped.tolist() if self._last else [False] * len(completions)
 
     def _timed(self, prompts, completions, columns: Mapping) -> tuple[list[float], float]:
         """(what `compute_rewards` gives for TRL's columns, seconds it took)"""
@@ -619,13 +576,13 @@ class MultiLevelPPLRewardFunction:
         if self._last is None or self.level not in (None, LEVELS[0]):
             return
         if log_metric := columns.get("log_metric"):
-            log(self._last, self.reference_context.extracts, log_metric, columns.get("log_extra"))
+            log(self._last, self.config.extract is not None, log_metric, columns.get("log_extra"))
             log_metric("reward_time", seconds)  # as TRL's step_time
         if self.observer is not None:
             texts = [message_text(completion) for completion in completions]
             if self.level is not None:
                 rewards = [None if math.isnan(one) else one for one in self._last.details["rewards"].tolist()]
-            self.observer.observe(self._last, self.highest, prompts, texts, rewards, **columns)
+            self.observer.observe(self._last, self.config.highest, prompts, texts, rewards, **columns)
 
     def compute_rewards(
         self,
@@ -665,7 +622,7 @@ class MultiLevelPPLRewardFunction:
         }.items():
             if column is not None and len(column) != n:
                 raise InputError(f"{len(column)} {name} for {n} texts: there must be one for each")
-        if self.target == "reference" and references is None:
+        if self.config.target == "reference" and references is None:
             raise InputError("target='reference' needs a column `reference`: rename the data set's column to it")
         if not is_scorer(self.model):
             self._cache.forget_if_trained(self.model)
@@ -675,12 +632,12 @@ class MultiLevelPPLRewardFunction:
         completions = texts if completions is None else completions
         pairs, written = self.written(prompts, completions, completion_ids, prompt_ids)
 
-        of_reference = self.target == "reference"
+        of_reference = self.config.target == "reference"
         baseline = given_baselines(self.baselines, of_reference, prompts, references, ids, baselines)
         absent = np.isnan(baseline).any(axis=1)
         first_visit = np.zeros(n, dtype=bool)
         if of_reference:
-            current, alone, has_part = measured(self, contexts, written, references, absent)
+            current, alone, has_part = behind(self, contexts, written, references, absent)
             baseline[absent] = alone[absent]
         else:
             current = np.minimum(self.perplexities(pairs), HIGHEST)
@@ -688,25 +645,26 @@ class MultiLevelPPLRewardFunction:
                 rows = np.flatnonzero(absent)
                 visited = [contexts[row] for row in rows]
                 baseline[rows], first_visit[rows] = self.first_visits.measure(visited, current[rows])
-            elif absent.any() and self.missing == "error":
+            elif absent.any() and self.config.missing == "error":
                 refuse(self.baselines, absent, prompts, references, ids)
 
         unscorable = np.isnan(current).any(axis=1)
         skipped = np.isnan(baseline).any(axis=1) & ~first_visit
         if of_reference:
-            if unscorable.any() and self.missing == "error":
+            if unscorable.any() and self.config.missing == "error":
                 index = np.flatnonzero(unscorable)[0]
                 raise InputError(f"row {index} of this call has a blank reference: drop it, or use missing='skip'")
             skipped |= unscorable
-        one = earned(self, current, baseline, first_visit, skipped, unscorable, vetoed)
-        details = details_of(one, current, baseline)
+        extracted = np.array(has_part, dtype=bool) if of_reference else np.ones(n, dtype=bool)
+        veto = None if vetoed is None else np.array(vetoed, dtype=bool)
+        measured = Measured(current, baseline, first_visit, skipped, extracted, veto)
+        one = earned(measured, self.config, by_level=self.level is not None)
+        details = details_of(measured, one)
         rewards = one.rewards if self.level is None else one.of_levels[:, LEVELS.index(self.level)]
-        if self.normalize:
+        if self.config.normalize:
             every, mine = of_this(rewards[~skipped].tolist())
             rewards[~skipped] = normalized(np.array(every))[mine]
-        extracted = np.array(has_part, dtype=bool) if of_reference else np.ones(n, dtype=bool)
-        scored, of = ~(skipped | unscorable), (prompts, list(map(message_text, texts)))
-        self._last = LastCall(details, skipped, scored, first_visit, extracted, one.clipped, vetoed, of)
+        self._last = LastCall(measured, one, details, (prompts, list(map(message_text, texts))))
         result = torch.from_numpy(rewards).float().to(self.device)
         return (result, details) if return_details else result
 

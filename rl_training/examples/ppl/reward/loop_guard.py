@@ -14,7 +14,7 @@ WEIGHT = 20.0  # times what the perplexity reward can differ by
 
 def loop_guard(
     weight: float = WEIGHT,
-    reward_thresholds: Sequence[tuple[float, float]] = DEFAULT_THRESHOLDS,
+    reward_thresholds: Sequence[tuple[float, float]] | None = DEFAULT_THRESHOLDS,
     normalized_over: int | None = None,
     form: str = "thresholds",
     tokenizer=None,
@@ -53,7 +53,7 @@ def loop_guard(
     [0.0, -13.846153846153847]
     """
     check_weight(weight)
-    values = [0.0, *(reward for _, reward in reward_thresholds)]
+    values = [0.0, *(reward for _, reward in reward_thresholds or ())]
     widest = 2 * NATS_CLIP if form == "nats" else max(values) - min(values)
     if normalized_over:
         widest = math.sqrt(2 * (normalized_over - 1))

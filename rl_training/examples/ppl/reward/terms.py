@@ -1,68 +1,92 @@
-"""Improvement in percent -> reward."""
+"""What was measured -> what each text earns: functions of numbers and settings alone."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ..config import LEVELS, NATS_CLIP
-from ..errors import InputError
+from ..config import LEVELS, NATS_CLIP, RewardConfig
 
-# --- thresholds ------------------------------------------------------------------------------------------------------
+HIGHEST = 1e300  # in place of a perplexity too large for float64: means and differences stay finite
 
 
-class Thresholds:
-    """The reward of the highest threshold reached, 0 below the lowest.
+class Measured(NamedTuple):
+    """Of B texts of one call."""
 
-    points: (improvement in %, reward) in any order. Raises `InputError` if one is not finite or stands twice.
+    perplexities: np.ndarray  # float64 [B, 3], nan where nothing can be scored
+    baselines: np.ndarray  # float64 [B, 3], nan where there is none
+    first_visit: np.ndarray  # bool [B]: rows that make their prompt's baseline
+    skipped: np.ndarray  # bool [B]: rows without a baseline or a reference
+    extracted: np.ndarray  # bool [B]: completions that `extract` matches
+    vetoed: np.ndarray | None  # bool [B]: with a veto
+
+    @property
+    def unscorable(self) -> np.ndarray:
+        """bool [B]: rows without a perplexity."""
+        return np.isnan(self.perplexities).any(axis=1)
+
+    @property
+    def scored(self) -> np.ndarray:
+        """bool [B]: rows with a perplexity and a baseline."""
+        return ~(self.skipped | self.unscorable)
+
+
+class Earned(NamedTuple):
+    rewards: np.ndarray  # float64 [B], nan for a skipped row
+    of_levels: np.ndarray  # float64 [B, 3], what each level would earn alone
+    improvement: np.ndarray  # float64 [B, 3], in percent
+    average: np.ndarray  # float64 [B], of the levels, by their weights
+    clipped: np.ndarray | None  # bool [B]: with form="nats", those whose ratio is beyond NATS_CLIP
+
+
+def earned(measured: Measured, config: RewardConfig, by_level: bool = False) -> Earned:
+    """What each text earns. A first visit earns 0; a text without a perplexity 0 with thresholds, the lowest reward
+    with nats and at each level. by_level: the rewards are the sum of the levels' own, by their weights."""
+    current, baseline, unscorable = measured.perplexities, measured.baselines, measured.unscorable
+    weights = np.array(config.weights)
+    with np.errstate(over="ignore", invalid="ignore"):
+        improvement = 100 * (baseline - current) / baseline
+    # Floored: one text near the limit of float64 would drown every mean that is logged.
+    improvement = np.maximum(improvement, -1e9)
+    improvement[(measured.first_visit | unscorable) & ~measured.skipped] = 0.0
+    average = improvement @ weights / weights.sum()
+    if config.form == "nats":
+        ratio = nats(baseline, current, weights)
+        beyond = np.abs(ratio) > NATS_CLIP
+        rewards = clipped(ratio)
+        rewards[unscorable] = config.lowest  # no honest text earns less than a blank one
+        with np.errstate(divide="ignore", invalid="ignore"):
+            of_levels = clipped(np.log(baseline) - np.log(current))
+    else:
+        beyond = None
+        rewards = threshold_rewards(average, config.reward_thresholds)
+        rewards[unscorable] = 0.0
+        of_levels = threshold_rewards(improvement, config.reward_thresholds)
+    of_levels[unscorable] = config.lowest
+    for values in (rewards, of_levels):
+        values[measured.first_visit] = 0.0
+    if measured.vetoed is not None:
+        of_levels[measured.vetoed] = config.vetoed
+    if by_level:
+        rewards = of_levels @ weights / weights.sum()
+    for values in (rewards, of_levels):
+        values[measured.skipped] = np.nan
+    return Earned(rewards, of_levels, improvement, average, beyond)
+
+
+def threshold_rewards(improvement: np.ndarray, thresholds: Sequence[tuple[float, float]]) -> np.ndarray:
+    """The reward of the highest threshold reached, 0 below the lowest; of improvements in percent of any shape.
+
+    thresholds: (improvement in %, reward), ascending. nan gives nan.
+
+    >>> threshold_rewards(np.array([0.4, 3.0, -1.0]), ((0.5, 0.5), (3.0, 1.0)))
+    array([0., 1., 0.])
     """
-
-    def __init__(self, points: Sequence[tuple[float, float]]) -> None:
-        points = sorted((float(improvement), float(reward)) for improvement, reward in points)
-        if not points:
-            raise InputError("reward_thresholds is empty, expected at least one (improvement %, reward)")
-        if bad := [point for point in points if not all(map(math.isfinite, point))]:
-            raise InputError(f"reward_thresholds holds {bad[0]}, expected finite numbers")
-        self.improvements, self.values = np.array(points).T
-        if (twice := self.improvements[1:][np.diff(self.improvements) == 0]).size:
-            raise InputError(f"reward_thresholds holds {twice[0]:g} % twice, expected each improvement once")
-
-    @property
-    def highest(self) -> float:
-        return float(self.values.max())
-
-    @property
-    def lowest(self) -> float:
-        return float(self.values.min())
-
-    def rewards(self, improvement: np.ndarray) -> np.ndarray:
-        """As many rewards as improvements, in percent, whatever their shape; nan gives nan."""
-        # Rounded, so that the last bit of a float does not decide whether 3 % is 3 %.
-        improvement = np.round(improvement, 9)
-        reached = np.searchsorted(self.improvements, improvement, side="right")
-        return np.where(np.isnan(improvement), np.nan, np.concatenate([[0.0], self.values])[reached])
-
-
-def checked_weights(weights: Sequence[float]) -> np.ndarray:
-    """float64 [3], of word, phrase and sentence. Raises `InputError` unless finite, not negative and not all 0."""
-    values = np.array(weights, dtype=float)
-    if values.shape != (3,) or not np.isfinite(values).all() or (values < 0).any() or values.sum() == 0:
-        raise InputError(f"weights are {tuple(weights)}, expected (word, phrase, sentence), none negative, not all 0")
-    return values
-
-
-def normalized(rewards: np.ndarray) -> np.ndarray:
-    """Shifted and scaled to mean 0 and sample standard deviation 1, as `torch.std` has it; all 0 if all are equal."""
-    if len(rewards) < 2 or np.ptp(rewards) == 0:
-        return np.zeros_like(rewards)
-    return (rewards - rewards.mean()) / rewards.std(ddof=1)
-
-
-# --- nats ------------------------------------------------------------------------------------------------------------
-
-# Log-likelihood ratio -> reward: dense, and without thresholds.
+    improvements, values = np.array(thresholds).T
+    # Rounded, so that the last bit of a float does not decide whether 3 % is 3 %.
+    reached = np.searchsorted(improvements, np.round(improvement, 9), side="right")
+    return np.where(np.isnan(improvement), np.nan, np.concatenate([[0.0], values])[reached])
 
 
 def nats(baseline: np.ndarray, current: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -88,71 +112,21 @@ def clipped(ratio: np.ndarray) -> np.ndarray:
     return np.clip(ratio, -NATS_CLIP, NATS_CLIP)
 
 
-# --- earned ----------------------------------------------------------------------------------------------------------
-
-# Perplexities and their baselines -> what each text earns, as a whole and by level.
-
-HIGHEST = 1e300  # in place of a perplexity too large for float64: means and differences stay finite
-
-
-class Earned(NamedTuple):
-    rewards: np.ndarray  # float64 [B], nan for a skipped row; of a level's function the sum of the levels
-    of_levels: np.ndarray  # float64 [B, 3], what each level would earn alone
-    improvement: np.ndarray  # float64 [B, 3], in percent
-    average: np.ndarray  # float64 [B], of the levels, by their weights
-    clipped: np.ndarray | None  # bool [B]: with form="nats", those whose ratio is beyond NATS_CLIP
+def normalized(rewards: np.ndarray) -> np.ndarray:
+    """Shifted and scaled to mean 0 and sample standard deviation 1, as `torch.std` has it; all 0 if all are equal."""
+    if len(rewards) < 2 or np.ptp(rewards) == 0:
+        return np.zeros_like(rewards)
+    return (rewards - rewards.mean()) / rewards.std(ddof=1)
 
 
-def earned(
-    reward_fn,
-    current: np.ndarray,
-    baseline: np.ndarray,
-    first_visit: np.ndarray,
-    skipped: np.ndarray,
-    unscorable: np.ndarray,
-    vetoed: Sequence[bool] | None = None,
-) -> Earned:
-    """current, baseline: float64 [B, 3]. first_visit: bool [B], rows that make their prompt's baseline: they earn 0.
-    unscorable: bool [B], rows without a perplexity. vetoed: bool [B], rows that get `reward_fn.vetoed` at each level.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        improvement = 100 * (baseline - current) / baseline
-    # Floored: one text near the limit of float64 would drown every mean that is logged.
-    improvement = np.maximum(improvement, -1e9)
-    improvement[(first_visit | unscorable) & ~skipped] = 0.0
-    average = improvement @ reward_fn.weights / reward_fn.weights.sum()
-    if reward_fn.form == "nats":
-        ratio = nats(baseline, current, reward_fn.weights)
-        beyond = np.abs(ratio) > NATS_CLIP
-        rewards = clipped(ratio)
-        rewards[unscorable] = -NATS_CLIP  # no honest text earns less than a blank one
-        with np.errstate(divide="ignore", invalid="ignore"):
-            of_levels = clipped(np.log(baseline) - np.log(current))
-    else:
-        beyond = None
-        rewards = reward_fn.thresholds.rewards(average)
-        rewards[unscorable] = 0.0
-        of_levels = reward_fn.thresholds.rewards(improvement)
-    of_levels[unscorable] = reward_fn.lowest
-    for values in (rewards, of_levels):
-        values[first_visit] = 0.0
-    if vetoed is not None:
-        of_levels[np.asarray(vetoed, dtype=bool)] = reward_fn.vetoed
-    if reward_fn.level is not None:
-        rewards = of_levels @ reward_fn.weights / reward_fn.weights.sum()
-    for values in (rewards, of_levels):
-        values[skipped] = np.nan
-    return Earned(rewards, of_levels, improvement, average, beyond)
-
-
-def details_of(one: Earned, current: np.ndarray, baseline: np.ndarray) -> dict:
+def details_of(measured: Measured, one: Earned) -> dict:
     """What `compute_rewards` returns beside the rewards: copies, as tensors."""
     return {
         "rewards": torch.from_numpy(one.rewards.copy()),
         "level_rewards": _by_level(one.of_levels),
         "improvements": {**_by_level(one.improvement), "avg": torch.from_numpy(one.average)},
-        "ppls": _by_level(current),
-        "baselines": _by_level(baseline),
+        "ppls": _by_level(measured.perplexities),
+        "baselines": _by_level(measured.baselines),
     }
 
 

@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from ..config import AGGREGATIONS, DEFAULT_AGGREGATION, DEFAULT_LANGUAGE, DEFAULT_PHRASE_WORDS, LEVELS
-from ..data import Text, check_text, checked_language, message_text
-from ..errors import InputError, one_of
+from ..config import DEFAULT_AGGREGATION, DEFAULT_LANGUAGE, DEFAULT_PHRASE_WORDS, LEVELS, RewardConfig
+from ..data import Text, check_text, message_text
+from ..errors import InputError
 from ..prompts import Turn, Turns, completion_turns, of_text, render_prompt
 from .levels import Scopes, Scores, level_perplexities, nested_perplexities, score_scopes, unit_sums
 from .surprisal import Scorer, SurprisalScorer, is_scorer
@@ -78,18 +78,14 @@ class MultiLevelPPLCalculator:
         chat_template_kwargs: Mapping | None = None,
         tools: Sequence | None = None,
     ) -> None:
-        one_of("aggregation", aggregation, AGGREGATIONS)
-        for name, value in {
-            "max_phrase_words": max_phrase_words,
-            "batch_size": batch_size,
-            "max_batch_tokens": max_batch_tokens,
-        }.items():
+        config = RewardConfig(aggregation=aggregation, max_phrase_words=max_phrase_words, language=language)
+        for name, value in {"batch_size": batch_size, "max_batch_tokens": max_batch_tokens}.items():
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}, expected at least 1")
         self.tokenizer = tokenizer = of_text(tokenizer)
-        self.max_phrase_words = max_phrase_words
-        self.language = checked_language(language)
-        self.aggregation = aggregation
+        self.definitions = config.definitions
+        self.max_phrase_words, self.language = config.max_phrase_words, config.language
+        self.aggregation = config.aggregation
         self.batch_size = batch_size
         self.max_batch_tokens = max_batch_tokens
         self.chat = {"chat_template_kwargs": chat_template_kwargs, "tools": tools}
@@ -101,15 +97,6 @@ class MultiLevelPPLCalculator:
                 "expected another tokenizer, or aggregation='geometric'"
             )
         self._scorer: SurprisalScorer | None = None  # of a model in this process
-
-    @property
-    def definitions(self) -> dict:
-        """What two numbers must share to be compared."""
-        return {
-            "max_phrase_words": self.max_phrase_words,
-            "language": self.language,
-            "aggregation": self.aggregation,
-        }
 
     def render(self, prompt: Text | None) -> str:
         """A prompt as the scorer reads it."""

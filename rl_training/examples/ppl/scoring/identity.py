@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+from ..config import RewardConfig
 from ..models import weight_shape
 from ..prompts import added_ids
 from .packing import Row, windows
@@ -171,32 +172,24 @@ PROBE_NATS, FLOAT32_NATS = 0.1, 0.01
 def identity(
     scorer,
     tokenizer,
+    config: RewardConfig,
     *,
     name: str,
-    target: str,
-    definitions: Mapping,
-    template: str,
     prompt: Mapping,
 ) -> dict:
     """What perplexities were computed with: the same keys in a baselines file's meta and in a reward.
 
     scorer: a `ppl.scoring.surprisal.Scorer`. name: its model's, which is told but not compared; a server names its own.
-    definitions: the calculator's. template: how a reference stands behind its prompt; only of that target.
     prompt: how prompts are made of a data set's texts, and how chat messages become text, as far as it is known.
     """
     return {
-        "target": target,
-        "definitions": of_target(definitions, target, template),
+        "target": config.target,
+        "definitions": config.definitions,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "model": {"name": name, **scorer.identity},
         "window": scorer.window,
         "prompt": dict(prompt),
     }
-
-
-def of_target(definitions: Mapping, target: str, template: str) -> dict:
-    """The definitions that a baseline must share: for references also how they stand behind their prompt."""
-    return {**definitions, **({"template": template} if target == "reference" else {})}
 
 
 def differences(made: Mapping, expected: Mapping) -> dict[str, tuple]:

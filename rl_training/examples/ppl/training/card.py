@@ -56,11 +56,12 @@ def complete_card(job: Job, state) -> None:
 def settings(job: Job) -> list[tuple[str, str]]:
     """(what, value) of the card's table."""
     args, load = job.args, job.scorer_load
-    thresholds = ", ".join(f"{reward:g} from {percent:g} %" for percent, reward in job.settings["reward_thresholds"])
-    form = "log-likelihood ratio in nats" if args.reward_form == "nats" else thresholds
+    thresholds = job.settings["reward_thresholds"] or ()
+    steps = ", ".join(f"{reward:g} from {percent:g} %" for percent, reward in thresholds)
+    form = "log-likelihood ratio in nats" if job.settings["form"] == "nats" else steps
     precision = "4-bit" if load["load_in_4bit"] else "" if load["dtype"] == "auto" else load["dtype"]
     scorer = "the model itself before training" if args.scorer_model is None else f"`{shown(args.scorer_model)}`"
-    weights = ", ".join(f"{level} {weight:g}" for level, weight in zip(LEVELS, args.ppl_weights, strict=True))
+    weights = ", ".join(f"{level} {weight:g}" for level, weight in zip(LEVELS, job.settings["weights"], strict=True))
     return [
         ("Base model", f"`{shown(model_path(base_name(args.model_name)))}`"),
         ("Data", f"`{shown(args.dataset_name)}`, {args.dataset_split}: {len(job.train_rows):,} prompts"),

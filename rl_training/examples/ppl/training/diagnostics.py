@@ -154,8 +154,8 @@ class Diagnostics(TrainerCallback):
         levels = list(zip(*(call.details["improvements"][level].tolist() for level in LEVELS), strict=True))
         local = [
             _Sample(
-                repr(prompts[index]), reward, raw[index] <= 0, raw[index] >= top, bool(call.scored[index]),
-                bool(call.skipped[index]), bool(call.first_visit[index]),
+                repr(prompts[index]), reward, raw[index] <= 0, raw[index] >= top, bool(call.measured.scored[index]),
+                bool(call.measured.skipped[index]), bool(call.measured.first_visit[index]),
                 average[index], levels[index], distinct([text], 2), len(text),
             )
             for index, (text, reward) in enumerate(zip(texts, rewards, strict=True))

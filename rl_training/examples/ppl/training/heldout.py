@@ -130,7 +130,7 @@ def evaluate(
     columns["prompt_ids"] = [GivenIds(one.prompt_ids) for group in sampled for one in group]  # as the trainer has it
     own = [one for index in indices for one in groups[index]]
     scores = _scores(rewards, columns, own, state)
-    if reward_fn.target == "reference" and len(rows) > 1:
+    if reward_fn.config.target == "reference" and len(rows) > 1:
         strangers = [one for index in indices for one in groups[(index + 1) % len(rows)]]
         improvements = _measured(reward_fn, columns, strangers)["improvements"]
         scores.append((SWAPPED, np.mean([np.asarray(improvements[level]) for level in LEVELS], axis=0)))
@@ -166,7 +166,7 @@ def _scores(rewards: Sequence[Reward], columns: Mapping[str, list], written: Seq
     others = rewards if levels else rewards[1:]
     # Without baselines, completions make their prompt's at the first visit, and are measured at the second: before
     # training against the same ones as after it.
-    if reward_fn.target == "completion" and reward_fn.baselines is None:
+    if reward_fn.config.target == "completion" and reward_fn.baselines is None:
         for one in (reward_fn, *levels):
             _measured(one, columns, written)
     details = _measured(reward_fn, columns, written)

@@ -24,7 +24,6 @@ from ..models import import_unsloth, model_path
 from ..processes import is_first
 from ..reward.function import MultiLevelPPLRewardFunction
 from ..scoring.calculator import MultiLevelPPLCalculator
-from ..scoring.identity import of_target
 from ..scoring.sampling import prompt_ids
 from .diagnostics import Diagnostics
 from .settings import (
@@ -86,7 +85,7 @@ class Job:
         """Make the output folder, and write down every setting of the run."""
         self.output.mkdir(parents=True, exist_ok=True)
         chosen = {**vars(self.args), **self.policy_load, "heldout_samples": len(self.heldout_rows)}
-        chosen["reward_thresholds"] = self.settings["reward_thresholds"]
+        chosen |= {name: self.settings[name] for name in ("weights", "reward_thresholds")}
         if self.config.process_index == 0:
             write_config(self.config_file, chosen, self.asked, self.defaults)
 
@@ -116,9 +115,14 @@ def prepare(args: argparse.Namespace, rest: list[str], command: list[str], prepa
     column_meta = Baselines({}, read_meta(Path(args.dataset_name, ".baselines")), args.dataset_name)
     made = baselines or column_meta
     if not args.allow_baseline_mismatch:
-        definitions = of_target(cli.definitions(args), args.target, args.template)
+        config = cli.reward_config(args)
         scorer = {"name": args.scorer_model or args.model_name}
-        expected = {"prompt": form.identity, "definitions": definitions, "target": args.target, "model": scorer}
+        expected = {
+            "prompt": form.identity,
+            "definitions": config.definitions,
+            "target": config.target,
+            "model": scorer,
+        }
         check_meta(made, expected)
     policy_load, scorer_load = loading(args, made.meta)
     notices: list[str] = []

@@ -20,11 +20,9 @@ from psutil import Error, Process
 
 from .. import cli
 from ..cli import script_name
-from ..config import DEFAULT_THRESHOLDS
 from ..errors import InputError
 from ..files import write_text
 from ..models import model_path
-from ..prompts import ReferenceContext
 from ..reward.loop_guard import check_weight
 
 # --- flags -----------------------------------------------------------------------------------------------------------
@@ -56,7 +54,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
             raise InputError(f"{rest[0]!r} belongs to no flag: see --help")
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
-    return args, rest
+    return cli.parsed(parser, args), rest
 
 
 def _config_file(argv: Sequence[str]) -> str | None:
@@ -422,28 +420,9 @@ REPORTERS = ("none", "wandb", "tensorboard", "trackio")
 
 
 def reward_settings(args: argparse.Namespace) -> dict:
-    """The keywords of `MultiLevelPPLRewardFunction` that the flags set, checked."""
-    from ..reward.terms import Thresholds, checked_weights
-
-    thresholds = args.reward_thresholds or DEFAULT_THRESHOLDS
-    Thresholds(thresholds)
-    if args.reward_form == "nats" and args.reward_thresholds:
-        raise InputError("--reward_form nats has no thresholds: leave out --reward_thresholds")
-    checked_weights(args.ppl_weights)
+    """The keywords of `MultiLevelPPLRewardFunction` that the flags set, checked: `RewardConfig`'s, and the chat's."""
     check_weight(args.loop_penalty)
-    ReferenceContext(args.extract, args.template, args.target)
-    return {
-        "weights": tuple(args.ppl_weights),
-        "reward_thresholds": thresholds,
-        "target": args.target,
-        "extract": args.extract,
-        "template": args.template,
-        "form": args.reward_form,
-        "missing": args.missing,
-        "allow_baseline_mismatch": args.allow_baseline_mismatch,
-        **cli.definitions(args),
-        **cli.chat_options(args),
-    }
+    return {**vars(cli.reward_config(args)), **cli.chat_options(args)}
 
 
 def loading(args: argparse.Namespace, meta: Mapping) -> tuple[dict, dict]:
