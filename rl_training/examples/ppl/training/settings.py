@@ -361,6 +361,8 @@ def check_settings(config) -> None:
     for name, package in (("use_vllm", "vllm"), ("use_liger_kernel", "liger_kernel")):
         if getattr(config, name) and importlib.util.find_spec(package) is None:
             raise InputError(f"--{name} needs the package {package}: install it, or leave --{name} out")
+    if str(config.pad_to_multiple_of) == "0":  # a string in TRL 1.16, where it may be "auto"
+        raise InputError("--pad_to_multiple_of is 0, expected at least 1, or leave it out")
     if config.fsdp and config.world_size == 1:
         raise InputError(f"--fsdp {config.fsdp} needs several processes: start the script with accelerate launch")
     _check_made(config)
@@ -410,7 +412,7 @@ def _check_made(config) -> None:
 # (field of GRPOConfig, least, most): beyond these TRL trains nothing, or fails once a model is loaded.
 _BOUNDS = (
     *((name, 1, math.inf) for name in ("num_iterations", "steps_per_generation", "generation_batch_size")),
-    *((name, 1, math.inf) for name in ("num_generations_eval", "per_device_eval_batch_size", "pad_to_multiple_of")),
+    *((name, 1, math.inf) for name in ("num_generations_eval", "per_device_eval_batch_size")),
     *((name, 0, math.inf) for name in ("learning_rate", "beta", "epsilon", "epsilon_high", "delta", "max_grad_norm")),
     *((name, 0, math.inf) for name in ("weight_decay", "warmup_steps", "dataloader_num_workers")),
 )
