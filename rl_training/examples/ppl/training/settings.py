@@ -531,7 +531,6 @@ def grpo_config(args: argparse.Namespace, rest: list[str], plan):
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         raise counts_refused(asked, make, processes, error) or InputError(str(error)) from error
     check_evaluation(config, asked, args.eval_split)
-    check_settings(config)
     if config.use_vllm and config.generation_kwargs:
         raise InputError(
             "--generation_kwargs are transformers' names, and --use_vllm has names of its own, which the held-out "
@@ -541,4 +540,5 @@ def grpo_config(args: argparse.Namespace, rest: list[str], plan):
         raise InputError(
             "--remove_unused_columns true takes id and reference from the rows, which the reward needs: leave it out"
         )
+    check_settings(config)
     return config, asked, defaults
