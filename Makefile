@@ -8,6 +8,7 @@
 #                 to work: Python 3.11 to 3.14
 #   make engines  OpenRLHF's, verl's and Ray's own code with our files, in .venv-engines
 #   make vllm     a server of vLLM on the CPU as scorer, in .venv-vllm (2 GB; x86 with AVX2)
+#   make check    lint, types and the fast tests: what one runs while working
 #   make lint     ruff's checks and format, mypy
 #   make clean    remove the virtual environments and the caches; the next target then sets up anew
 #
@@ -52,7 +53,7 @@ ifneq ($(MODEL),smollm2)
     export OMP_NUM_THREADS ?= 1
 endif
 
-.PHONY: demo test newest engines vllm lint clean setup browser smollm2
+.PHONY: demo check test newest engines vllm lint clean setup browser smollm2
 
 # The four scripts on the embedded data set; OUT is where everything goes. MODEL=smollm2 is pretrained and reads chats.
 MODEL ?= tiny-stories

@@ -1,6 +1,6 @@
 """Runs of training and of baselines, killed at random moments, gone on with and compared with undisturbed ones.
 
-    python tests/killed.py training --kills 50 --out killed.jsonl
+    python tools/killed.py training --kills 50 --out killed.jsonl
 
 A run is killed at a moment drawn from the time an undisturbed one takes, and started again as its user would: the same
 command, with --resume_from_checkpoint once there is a checkpoint. It is killed again and again until it comes to its
@@ -22,9 +22,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-import warm
 
-EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "rl_training" / "examples"
+sys.path.insert(0, str(ROOT / "tests"))
+
+import warm  # noqa: E402  starts scripts in a process that has the libraries imported
+
 TRAINING = [
     *("train_grpo_multilevel_unsloth.py", "--max_samples", "7", "--heldout_samples", "2", "--max_new_tokens", "12"),
     *("--max_steps", "18", "--num_iterations", "2", "--save_steps", "3", "--learning_rate", "1e-3", "--output_dir"),

@@ -1,6 +1,6 @@
 """Made-up files and flags: each is read, or refused in one line; never a traceback, and nothing in a file is executed.
 
-    python tests/fuzzed.py --count 100000
+    python tools/fuzzed.py --count 100000
 
 Inputs are valid ones damaged at random: bytes changed, cut, doubled; in JSON and YAML also keys renamed, values
 replaced by others of any kind, lists emptied. Flags are drawn from each script's own, with values of every kind. What
