@@ -98,7 +98,7 @@ def test_without_mkl_nothing_changes(model, monkeypatch):
 @pytest.mark.parametrize("which", ["model", "gpt2_model"])
 def test_scores_equal_the_slow_twin(which, request, tokenizer, pays, by_onednn, monkeypatch):
     model = request.getfixturevalue(which)
-    monkeypatch.setattr(surprisal, "_LEAST", 0)
+    monkeypatch.setattr(surprisal, "_LEAST_PRODUCT", 0)
     found = SurprisalScorer(model).score(TextEncoder(tokenizer).encode(["Once upon"] * 4, toys.SENTENCES))
     assert by_onednn
     for text, ours in zip(toys.SENTENCES, found, strict=True):

@@ -238,7 +238,7 @@ def with_chats(tmp_path):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     stories = [
-        {"prompt": f"{animal} sat on the mill.", "completion": f" It ate {number} plums. It slept. It ran."}
+        {"prompt": f"{animal} sat on mill {number}.", "completion": f" It ate {number} plums. It slept. It ran."}
         for number, animal in enumerate(["A fox", "A crow", "A dog", "An ant", "A cat", "A cow"] * 4)
     ]
     (tmp_path / "stories.jsonl").write_text("".join(json.dumps(story) + "\n" for story in stories))
@@ -357,7 +357,7 @@ def test_stories_through_a_chat_are_scored_in_it_and_judged_without_it(tmp_path,
     else:
         assert all(prompt[0] == {"role": "user", "content": said} for prompt, _ in pairs)
         stories, texts = [prompt[1]["content"] for prompt, _ in pairs], [text for _, text in pairs]
-        assert all(re.fullmatch(r"An? \w+ sat on the mill\.", story) for story in stories)
+        assert all(re.fullmatch(r"An? \w+ sat on mill \d+\.", story) for story in stories)
     expected = judged(*load_model("tiny-stories")[:2], stories, texts)
     assert {level: before[f"judge tiny-stories: {level}"] for level in expected} == pytest.approx(expected)
 

@@ -19,7 +19,6 @@ from ..config import DEFAULT_PROMPT_TEMPLATE, LEVELS, RewardConfig
 from ..data import Text, message_text, stable_id
 from ..errors import BaselineError, retired
 from ..files import write_text
-from ..scoring.identity import BEHIND_AN_ADDRESS, differences
 from . import safe_pickle
 
 # --- formats ---------------------------------------------------------------------------------------------------------
@@ -351,6 +350,8 @@ def check_meta(baselines: Baselines, expected: Mapping) -> None:
     its word, a model's name is told but not compared, and another window only matters if a text was longer. Raises
     `BaselineError`.
     """
+    from ..scoring.identity import differences  # here, since a file is read without torch
+
     differing = differences(baselines.meta, expected)
     if differing:
         made, scorer = (", ".join(f"{key} {both[side]}" for key, both in differing.items()) for side in (0, 1))
@@ -368,6 +369,8 @@ def _named(identity: Mapping) -> str:
 
 def _command(baselines: Baselines, expected: Mapping, differing: Iterable[str]) -> str:
     """The call of compute_baselines_trl.py that makes the file as `expected` has it."""
+    from ..scoring.identity import BEHIND_AN_ADDRESS
+
     model = {**baselines.meta.get("model", {}), **expected.get("model", {})}
     made_from = baselines.meta.get("dataset", {})
     flags = {"model_name": model.get("name") or "MODEL"}
