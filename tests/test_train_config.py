@@ -227,3 +227,44 @@ def test_a_remedy_that_is_proposed_is_taken(tmp_path):
         else:
             assert batch * steps % generations == 0
     assert tried > 8
+
+
+def test_one_file_is_read_by_both_scripts_and_the_names_are_those_of_a_rewards_file(tmp_path, monkeypatch):
+    """What only the other script knows is passed over, and what neither knows is refused by both."""
+    from compute_baselines_trl import parse_args as parse_baselines
+    from ppl.cli import sampling
+    from ppl.reward.configured import read_settings
+
+    reward = "form: nats\naggregation: nested\nweights: [1, 2, 3]\nmax_phrase_words: 3\nlanguage: de-AT\n"
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"{reward}model_name: tiny-stories\ntemperature: 0.7\ntop_k: 50\ngenerate: 4\nlearning_rate: 1e-3\nbeta: 0.04\n"
+        "lora_r: 4\nload_in_4bit: false\nbaselines_path: b.pkl\noutput_path: b.pkl\n"
+        "prompt_template: 'Go on: {prompt}'\n"
+    )
+    training, rest = parse_args(["--config", str(path)])
+    baselines = parse_baselines(["--config", str(path), "--top_k", "40"])
+    assert (training.learning_rate, training.lora_r, training.baselines_path, rest) == (
+        1e-3,
+        4,
+        "b.pkl",
+        ["--beta=0.04"],
+    )
+    assert (baselines.generate, baselines.output_path, baselines.load_in_4bit) == (4, "b.pkl", False)
+    assert baselines.prompt_template == training.prompt_template == "Go on: {prompt}"
+    assert sampling(training).top_k == 50 and sampling(baselines).top_k == 40
+    assert sampling(training).temperature == sampling(baselines).temperature == 0.7
+    definitions = {"max_phrase_words": 3, "language": "de", "aggregation": "nested"}
+    assert reward_config(training).definitions == reward_config(baselines).definitions == definitions
+
+    (tmp_path / "reward.yaml").write_text(f"{reward}model_name: tiny-stories\n")
+    of_reward = read_settings(tmp_path / "reward.yaml")
+    of_training = vars(reward_config(training))
+    assert {name: of_reward[name] for name in ("form", "aggregation", "weights")} == {
+        "form": of_training["form"], "aggregation": of_training["aggregation"], "weights": [1, 2, 3],
+    }  # fmt: skip
+
+    path.write_text("aggregaton: nested\n")
+    for parse in (parse_args, parse_baselines):
+        with pytest.raises(SystemExit):
+            parse(["--config", str(path)])

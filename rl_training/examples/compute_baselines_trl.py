@@ -13,11 +13,13 @@ import sys
 from ppl import cli
 from ppl.cli import script
 from ppl.config import DEFAULT_SEED
+from ppl.training.settings import parse_baselines
 
 
-def parse_args(argv=None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     summary, _, rest = __doc__.partition("\n")
     parser = cli.parser(summary, epilog=rest.rpartition("\n\n")[2])
+    parser.add_argument("--config", help="YAML file of flags, the training's too; those on the command line win")
     parser.add_argument("--output_path", default="baselines.pkl", help="file to make: .pkl or .json")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there under that name")
     parser.add_argument("--output_dataset", metavar="DIR", help="also write the data set with the baselines as columns")
@@ -40,7 +42,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     cli.add_data_flags(parser)
     cli.add_prompt_flags(parser)
     cli.add_definition_flags(parser)
-    return cli.parsed(parser, parser.parse_args(argv))
+    return parser
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    from train_grpo_multilevel_unsloth import make_parser as training_parser
+
+    return parse_baselines(make_parser(), argv, training_parser())
 
 
 @script

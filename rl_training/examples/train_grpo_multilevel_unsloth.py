@@ -18,8 +18,7 @@ from ppl.training import settings as train_flags
 from ppl.training.settings import LATEST, REPORTERS
 
 
-def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
-    """(our flags, the rest: flags of GRPOConfig)."""
+def make_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__.splitlines()[0], epilog=" ".join(__doc__.splitlines()[-2:]))
     cli.add_model_flags(parser)
     cli.add_unsloth_flags(parser)
@@ -49,7 +48,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
 
     reward = parser.add_argument_group("reward")
     reward.add_argument(
-        "--baselines_path", help="of compute_baselines_trl.py (default: each prompt's first completions)"
+        "--baselines_path", "--baselines", help="of compute_baselines_trl.py (default: each prompt's first completions)"
     )
     cli.add_reward_flags(reward, "target", "extract", "template", "form", "weights", "reward_thresholds")
     reward.add_argument(
@@ -90,7 +89,14 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
         "--resume_from_checkpoint", nargs="?", const=LATEST, metavar="PATH",
         help="go on with this checkpoint, without PATH with the newest in --output_dir",
     )  # fmt: skip
-    return train_flags.parse(parser, argv)
+    return parser
+
+
+def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
+    """(our flags, the rest: flags of GRPOConfig)."""
+    from compute_baselines_trl import make_parser as baselines_parser
+
+    return train_flags.parse(make_parser(), argv, baselines_parser())
 
 
 def prepare_dataset(dataset, columns, form):

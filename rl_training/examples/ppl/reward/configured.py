@@ -71,7 +71,8 @@ def read_settings(path: str | Path | None = None) -> dict:
         raise InputError(f"{VARIABLE} {path}: {' '.join(str(error).split())}: expected a YAML file") from error
     if not isinstance(settings, dict) or "model_name" not in settings:
         raise InputError(f"{path}: expected 'name: value' lines, model_name among them, found {settings!r:.80}")
-    settings = {ALIASES.get(name, name): value for name, value in settings.items()}
+    aliases = {**ALIASES, "baselines_path": "baselines"}
+    settings = {aliases.get(name, name): value for name, value in settings.items()}
     for name in settings:
         if name not in NAMES and name not in RETIRED:
             raise InputError(f"{path}: unknown setting {name!r}{did_you_mean(name, NAMES)}")

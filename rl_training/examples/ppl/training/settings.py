@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,16 +35,19 @@ _NOT_KEPT = ("debug", "config", "resume_from_checkpoint")  # of one call, not of
 _OF_THE_MACHINE = ("bf16", "fp16", "use_cpu")  # told in the file, chosen again where it is used
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, other: argparse.ArgumentParser
+) -> tuple[argparse.Namespace, list[str]]:
     """(the flags of `parser`, the other words: flags of GRPOConfig), those of `--config FILE` filled in.
 
-    Ends the process with one line for a name that is neither, before anything heavy is imported.
+    other: the parser of compute_baselines_trl.py, which reads the same file: its flags are passed over there. Ends the
+    process with one line for a name that is none of these, before anything heavy is imported.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    actions = {flag: action for action in parser._actions for flag in action.option_strings}
+    actions = flags_of(parser)
     try:
         if file := _config_file(argv):
-            argv = config_words(file, actions) + argv
+            argv = config_words(file, actions, flags_of(other).keys() - actions) + argv
         # argparse would take the threshold -50:0 for a flag; with a space in front it does not.
         args, rest = parser.parse_known_args(
             [f" {word}" if re.match(r"-(\d|\.|inf|nan)[^\s:]*:", word) else word for word in argv]
@@ -55,6 +58,28 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
     return cli.parsed(parser, args), rest
+
+
+def parse_baselines(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, other: argparse.ArgumentParser
+) -> argparse.Namespace:
+    """The flags of compute_baselines_trl.py, those of `--config FILE` filled in, which may be a file of the training's.
+
+    other: the training script's parser. Its flags, and the fields of GRPOConfig, are passed over.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    actions = flags_of(parser)
+    try:
+        if file := _config_file(argv):
+            passed_over = {*flags_of(other), *(f"--{name}" for name in grpo_fields())} - actions.keys()
+            argv = config_words(file, actions, passed_over) + argv
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
+    return cli.parsed(parser, parser.parse_args(argv))
+
+
+def flags_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {flag: action for action in parser._actions for flag in action.option_strings}
 
 
 def _config_file(argv: Sequence[str]) -> str | None:
@@ -68,11 +93,11 @@ def _config_file(argv: Sequence[str]) -> str | None:
     return files[0] if files else None
 
 
-def config_words(path: str, actions: Mapping[str, argparse.Action]) -> list[str]:
+def config_words(path: str, actions: Mapping[str, argparse.Action], passed_over: Collection[str] = ()) -> list[str]:
     """The YAML mapping in the file as words of a command line.
 
-    A list is several values, pairs in it are thresholds, a mapping is JSON, null is left out. Raises `InputError` for
-    a file or a name that is none.
+    A list is several values, pairs in it are thresholds, a mapping is JSON, null is left out. passed_over: flags that
+    another script reads. Raises `InputError` for a file or a name that is none.
     """
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -82,11 +107,11 @@ def config_words(path: str, actions: Mapping[str, argparse.Action]) -> list[str]
         raise InputError(f"--config {path}: expected 'name: value' lines, found {settings!r:.80}")
     if "config" in settings:
         raise InputError(f"--config {path}: config is {settings['config']!r}, but a file names no other: leave it out")
-    check_names([f"--{name}" for name in settings], actions, f"--config {path}: ")
+    check_names([f"--{name}" for name in settings], {*actions, *passed_over}, f"--config {path}: ")
     words = []
     for name, value in settings.items():
         flag, action = f"--{name}", actions.get(f"--{name}")
-        if value is None:
+        if value is None or flag in passed_over:
             continue
         if action is not None and action.nargs == 0:  # --debug, --load_in_4bit: without a value, and perhaps --no-
             if not isinstance(value, bool):
