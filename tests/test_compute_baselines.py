@@ -479,7 +479,7 @@ def test_damaged_and_foreign_parts_are_refused(small_windows, monkeypatch, capsy
     Path("other.pkl.parts").mkdir()
     Path("other.pkl.parts/diary.txt").write_text("mine")
     assert stub(*flags, "--output_path", "other.pkl") == 2
-    assert "holds diary.txt, which is none of ours" in capsys.readouterr().err
+    assert "holds diary.txt, which this script did not write" in capsys.readouterr().err
     assert os.listdir("other.pkl.parts") == ["diary.txt"]
 
 

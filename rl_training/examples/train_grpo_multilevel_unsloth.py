@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="what loops and copies of the prompt cost, in ranges of the reward; with --per_level, one over the share "
         "that is vetoed; 0: nothing",
     )  # fmt: skip
-    reward.add_argument("--allow_copies", action="store_true", help="what repeats the prompt is no loop")
+    reward.add_argument("--allow_copies", action="store_true", help="do not penalise copying from the prompt")
     cli.add_reward_flags(reward, "missing", "allow_baseline_mismatch")
 
     training = parser.add_argument_group("training (every other field of TRL's GRPOConfig is a flag, too)")
@@ -78,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
     training.add_argument("--lora_alpha", type=cli.positive_int, default=16, help="scale of the adapter")
     training.add_argument("--logging_steps", type=float, default=10, help="steps between log lines")
     training.add_argument("--save_steps", type=float, default=500, help="steps between checkpoints")
-    training.add_argument("--seed", type=cli.seed, default=DEFAULT_SEED, help="of everything random")
+    training.add_argument("--seed", type=cli.seed, default=DEFAULT_SEED, help="random seed")
     training.add_argument("--wandb_project", help="log to this project of Weights & Biases")
     training.add_argument(
         "--report_to", nargs="+", choices=REPORTERS,

@@ -15,8 +15,6 @@ from .data import PromptForm
 from .errors import SETTINGS, InputError, retired
 from .prompts import read_template, read_tools
 
-# --- cli -------------------------------------------------------------------------------------------------------------
-
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a flag's default unless that is None or False: then the help says what happens without it."""
@@ -117,7 +115,8 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--system_prompt", metavar="TEXT", help="with --chat, the system's message before it")
     group.add_argument(
         "--user_prompt", metavar="TEXT",
-        help="with --chat, the user's message; the prompt then begins the assistant's, which is gone on with",
+        help="with --chat, the user's message; the prompt becomes the start of the assistant's message, which the "
+        "model continues",
     )  # fmt: skip
     group.add_argument("--chat_template_path", metavar="FILE", help="chat template in Jinja (default: the tokenizer's)")
     group.add_argument(

@@ -1,10 +1,8 @@
-"""What is the user's to mend."""
+"""Errors that the user can fix, and what is retired."""
 
 from collections.abc import Mapping, Sequence
 
-# --- retired ---------------------------------------------------------------------------------------------------------
-
-# What is gone since version 0.2, refused by name for one version, and what to use instead. Imports nothing.
+# What is gone since version 0.2, refused by name for one version, and what to use instead.
 
 _SINCE = "retired in 0.2"
 # setting: (the value with which it asked for nothing, what to use instead). A file of before that has it so is read.
@@ -29,9 +27,6 @@ def retired(name: str, value) -> str | None:
         return None if value is None or str(value).lower() == usual else f"{_SINCE}: {instead}"
     gone = (instead for (setting, end), instead in _VALUES.items() if name == setting and str(value).endswith(end))
     return next((f"{_SINCE}: {instead}" for instead in gone), None)
-
-
-# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 class InputError(ValueError):

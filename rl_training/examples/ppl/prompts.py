@@ -70,8 +70,8 @@ def render_prompt(
 
 def refuse_begun(prompts: Sequence[Text | None], trainer: str, remedy: str = "") -> None:
     """Raises `InputError` for a prompt that ends with an assistant's message, for a trainer that begins another one
-    behind it: here it is gone on with (`render_prompt`), and a completion would be scored behind another text than it
-    was written behind. remedy: before the one that there always is."""
+    behind it: here the model continues it (`render_prompt`), so a completion would be scored behind another text than
+    the one it was written behind. remedy: before the one that there always is."""
     for index, prompt in enumerate(prompts):
         if prompt is not None and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
             raise InputError(

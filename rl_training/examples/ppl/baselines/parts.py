@@ -61,7 +61,9 @@ class Parts:
             there = os.listdir(self.folder)
         foreign = [name for name in there if not name.startswith((".", "process-"))]
         if foreign and _SETTINGS not in there:
-            raise InputError(f"{self.folder} holds {foreign[0]}, which is none of ours: choose another output")
+            raise InputError(
+                f"{self.folder} holds {foreign[0]}, which this script did not write: choose another output"
+            )
 
     def start(self, settings: Mapping, **kept) -> None:
         """Note the settings of the windows to come, and `kept` with them, unless some are there already.
