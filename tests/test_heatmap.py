@@ -9,7 +9,7 @@ import toys
 from chromium import Chromium
 
 from ppl.config import LEVELS
-from ppl.pages import heatmap
+from ppl.scoring import heatmap
 from ppl.scoring.calculator import MultiLevelPPLCalculator
 
 TEXT = (

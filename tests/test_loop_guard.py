@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.rewards import get_repetition_penalty_reward
 from written_down import TOKENIZER
 
+from ppl.config import LOOP_PENALTY
 from ppl.data import TINY_STORIES
 from ppl.errors import InputError
 from ppl.reward.function import MultiLevelPPLRewardFunction
-from ppl.reward.loop_guard import NGRAM, WEIGHT, RepeatedShare, loop_guard, loop_veto
+from ppl.reward.loop_guard import NGRAM, RepeatedShare, loop_guard, loop_veto
 from ppl.reward.terms import normalized
 from ppl.scoring.sampling import sample_completions
 from ppl.scoring.units import segment
@@ -48,9 +49,9 @@ def test_a_loop_repeats_at_least_the_share_that_the_bound_says(before, unit, loo
     st.lists(st.tuples(st.integers(-100, 100), st.integers(-5, 5)), min_size=1, max_size=4, unique_by=lambda p: p[0]),
 )
 def test_who_repeats_more_by_one_over_the_weight_earns_less_whatever_the_perplexities_say(one, other, thresholds):
-    penalty, weight = loop_guard(WEIGHT, thresholds)
+    penalty, weight = loop_guard(LOOP_PENALTY, thresholds)
     rewards = [0, *(reward for _, reward in thresholds)]
-    if max(rewards) > min(rewards) and share(one) > share(other) + 1 / WEIGHT + 1e-9:
+    if max(rewards) > min(rewards) and share(one) > share(other) + 1 / LOOP_PENALTY + 1e-9:
         of_one, of_other = penalty(completion_ids=[one, other])
         assert max(rewards) + weight * of_one < min(rewards) + weight * of_other
 
@@ -87,10 +88,10 @@ def test_brute_force_and_the_guarantee_with_a_prompt(one, other, prompt):
     penalty, weight = loop_guard(form="nats", tokenizer=object())
     paid = penalty(completion_ids=[one, other], prompt_ids=[prompt] * 2)
     assert paid == pytest.approx([-slow(one), -slow(other)])
-    if slow(one) > slow(other) + 1 / WEIGHT + 1e-9:
+    if slow(one) > slow(other) + 1 / LOOP_PENALTY + 1e-9:
         assert 0.5 + weight * paid[0] < -0.5 + weight * paid[1]
     veto = loop_veto(tokenizer=object())
-    assert veto(completion_ids=[one], prompt_ids=[prompt]) == [slow(one) > 1 / WEIGHT]
+    assert veto(completion_ids=[one], prompt_ids=[prompt]) == [slow(one) > 1 / LOOP_PENALTY]
 
 
 @given(st.lists(st.sampled_from([0.0, 0.2, 0.5, 1.0]), min_size=2, max_size=32))
@@ -100,7 +101,7 @@ def test_normalized_rewards_differ_by_no_more_than_the_weight_counts_on(rewards)
 
 
 def test_a_larger_reward_makes_loops_dearer_in_proportion():
-    assert loop_guard()[1] == WEIGHT
+    assert loop_guard()[1] == LOOP_PENALTY
     assert loop_guard(10, [(0, 5.0), (1, -2.0)])[1] == 10 * 7
     assert loop_guard(10, [(0, 3.0)])[1] == 10 * 3  # below the threshold it is 0
 

@@ -9,10 +9,11 @@ import toys
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ppl.config import LOOP_PENALTY
 from ppl.config import NATS_CLIP as CLIP
 from ppl.errors import InputError
 from ppl.reward.function import MultiLevelPPLRewardFunction
-from ppl.reward.loop_guard import WEIGHT, loop_guard
+from ppl.reward.loop_guard import loop_guard
 from ppl.reward.terms import clipped, nats
 from ppl.training.settings import reward_settings
 from train_grpo_multilevel_unsloth import parse_args
@@ -75,7 +76,7 @@ def test_a_first_visit_earns_nothing_and_the_second_is_measured(tokenizer, model
 
 def test_the_loop_guard_outweighs_all_that_nats_can_pay():
     penalty, weight = loop_guard(form="nats")
-    assert weight == WEIGHT * 2 * CLIP
+    assert weight == LOOP_PENALTY * 2 * CLIP
     honest, loop = list(range(200)), list(range(40)) + [1, 2, 3, 4] * 40
     paid = [weight * share for share in penalty(completion_ids=[honest, loop])]
     assert paid[0] - CLIP > paid[1] + CLIP

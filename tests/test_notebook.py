@@ -16,9 +16,8 @@ from waiting import PATIENCE
 
 from ppl import cli
 from ppl.config import LEVELS
-from ppl.pages.heatmap import number
-from ppl.pages.run import Framed
 from ppl.scoring.calculator import MultiLevelPPLCalculator
+from ppl.scoring.heatmap import Framed, number
 
 EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
 NOTEBOOK = EXAMPLES / "multi_level_ppl.ipynb"

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from ppl.cli import reward_config
+from ppl.cli import grpo_fields, reward_config
+from ppl.config import LOOP_PENALTY
 from ppl.errors import InputError
-from ppl.reward.loop_guard import WEIGHT
-from ppl.training.settings import grpo_config, grpo_fields, plan_batches, write_config
+from ppl.training.settings import grpo_config, plan_batches, write_config
 from train_grpo_multilevel_unsloth import parse_args
 
 
@@ -73,7 +73,7 @@ def test_what_a_loop_costs_does_not_reach_the_sampling(tmp_path):
     assert args.loop_penalty == 20 and config.repetition_penalty == defaults["repetition_penalty"] == 1
     args, rest = parse_args(["--repetition_penalty", "1.1", "--output_dir", str(tmp_path)])
     config, _, _ = grpo_config(args, rest, plan_batches(4, None, None))
-    assert args.loop_penalty == WEIGHT and config.repetition_penalty == 1.1
+    assert args.loop_penalty == LOOP_PENALTY and config.repetition_penalty == 1.1
 
 
 def test_variables_of_the_chat_template_are_the_trainers_too(tmp_path):
@@ -257,8 +257,9 @@ def test_one_file_is_read_by_both_scripts_and_the_names_are_those_of_a_rewards_f
     definitions = {"max_phrase_words": 3, "language": "de", "aggregation": "nested"}
     assert reward_config(training).definitions == reward_config(baselines).definitions == definitions
 
-    (tmp_path / "reward.yaml").write_text(f"{reward}model_name: tiny-stories\n")
-    of_reward = read_settings(tmp_path / "reward.yaml")
+    (tmp_path / "b.pkl").write_bytes(b"")
+    of_reward = read_settings(path)
+    assert of_reward["baselines"] == str(tmp_path / "b.pkl") and "learning_rate" not in of_reward
     of_training = vars(reward_config(training))
     assert {name: of_reward[name] for name in ("form", "aggregation", "weights")} == {
         "form": of_training["form"], "aggregation": of_training["aggregation"], "weights": [1, 2, 3],
@@ -268,3 +269,6 @@ def test_one_file_is_read_by_both_scripts_and_the_names_are_those_of_a_rewards_f
     for parse in (parse_args, parse_baselines):
         with pytest.raises(SystemExit):
             parse(["--config", str(path)])
+    path.write_text("model_name: tiny-stories\naggregaton: nested\n")
+    with pytest.raises(InputError, match="unknown setting 'aggregaton', did you mean aggregation"):
+        read_settings(path)

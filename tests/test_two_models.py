@@ -12,6 +12,7 @@ from test_sampled import CHATS, PROMPTS, generate
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
 from ppl.baselines.file import Baselines
+from ppl.config import Sampling
 from ppl.data import message_text
 from ppl.models import load_model
 from ppl.scoring.sampling import end_tokens, prompt_ids
@@ -205,7 +206,9 @@ def test_baselines_of_texts_are_said_to_begin_elsewhere_only_where_ids_are_score
     made = Baselines({"a": dict.fromkeys(LEVELS, 1.0)}, {"target": "completion", "generated": None}, "b.json")
     config = SimpleNamespace(multi_objective_aggregation="sum_then_normalize", reward_weights=None)
     rows, args = {"prompt": ["The fox"]}, SimpleNamespace(allow_baseline_mismatch=True)
-    job = SimpleNamespace(baselines=made, config=config, args=args, train_rows=rows, column_meta=None)
+    job = SimpleNamespace(
+        baselines=made, config=config, args=args, train_rows=rows, column_meta=None, sampling=Sampling()
+    )
     weighted(job, [(MultiLevelPPLRewardFunction(model, scorer(), policy=(model, policy)), 1.0)])
     assert ("behind <s>" in capsys.readouterr().err) == (scorer is toys.byte_level)
 

@@ -245,7 +245,7 @@ class Fuzz:
         import compute_baselines_trl
         import multi_level_ppl_trl
         import train_grpo_multilevel_unsloth
-        from ppl.training.settings import grpo_fields
+        from ppl.cli import grpo_fields
 
         if not hasattr(self, "names"):
             self.names = [f"--{name}" for name in sorted(grpo_fields())]

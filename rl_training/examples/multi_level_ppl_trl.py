@@ -155,7 +155,7 @@ def print_tables(explained, perplexities, top: int = 5) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ppl.pages.heatmap import most_surprising, number, one_line
+    from ppl.scoring.heatmap import most_surprising, number, one_line
 
     levels = Table("Level", box=box.SIMPLE_HEAD)
     for name in ("Perplexity", "Units", "Tokens"):
@@ -180,7 +180,7 @@ def print_tables(explained, perplexities, top: int = 5) -> None:
 
 
 def write_page(path: Path, args, model, text: str, explained, perplexities) -> None:
-    from ppl.pages import heatmap
+    from ppl.scoring import heatmap
 
     fragment = heatmap.heatmap(explained, text, perplexities, context=args.context, language=args.language)
     facts = {

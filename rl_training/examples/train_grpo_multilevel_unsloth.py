@@ -11,92 +11,15 @@ import sys
 
 from ppl import cli
 from ppl.cli import script
-from ppl.config import DEFAULT_SEED
 from ppl.data import prepare_rows
-from ppl.reward.loop_guard import WEIGHT
 from ppl.training import settings as train_flags
-from ppl.training.settings import LATEST, REPORTERS
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__.splitlines()[0], epilog=" ".join(__doc__.splitlines()[-2:]))
-    cli.add_model_flags(parser)
-    cli.add_unsloth_flags(parser)
-    cli.add_data_flags(parser)
-    cli.add_prompt_flags(parser)
-    cli.add_definition_flags(parser)
-    model = parser.add_argument_group("what is trained (default: a LoRA adapter; the folder of one goes on with it)")
-    model.add_argument("--full_finetuning", action="store_true", help="train all weights; a frozen copy is the scorer")
-    model.add_argument(
-        "--scorer_model",
-        help="scorer (default: the model itself as it was before training); with --scorer_url, what is served there",
-    )
-    cli.add_server_flag(model)
-    model.add_argument(
-        "--save_merged", action="store_true", help="also save model and adapter as one 16-bit model, OUTPUT_DIR/merged"
-    )
-
-    data = parser.add_argument_group("training data")
-    data.add_argument("--max_samples", type=cli.positive_int, help="use the first rows only (default: all)")
-    data.add_argument(
-        "--heldout_samples", type=cli.positive_int,
-        help="prompts kept out of training and scored before and after it (default: a fifth, at most 16)",
-    )  # fmt: skip
-
-    data.add_argument("--eval_split", help="split evaluated while training, for instance test or test[:64]")
-    data.add_argument("--eval_steps", type=float, default=100, help="steps between two evaluations of it")
-
-    reward = parser.add_argument_group("reward")
-    reward.add_argument(
-        "--baselines_path", "--baselines", help="of compute_baselines_trl.py (default: each prompt's first completions)"
-    )
-    cli.add_reward_flags(reward, "target", "extract", "template", "form", "weights", "reward_thresholds")
-    reward.add_argument(
-        "--per_level", action="store_true",
-        help="three rewards over one cache, each normalised within its group (GDPO); --weights weigh them",
-    )  # fmt: skip
-    reward.add_argument(
-        "--loop_penalty", type=float, default=WEIGHT, metavar="W",
-        help="what loops and copies of the prompt cost, in ranges of the reward; with --per_level, one over the share "
-        "that is vetoed; 0: nothing",
-    )  # fmt: skip
-    reward.add_argument("--allow_copies", action="store_true", help="do not penalise copying from the prompt")
-    cli.add_reward_flags(reward, "missing", "allow_baseline_mismatch")
-
-    training = parser.add_argument_group("training (every other field of TRL's GRPOConfig is a flag, too)")
-    training.add_argument("--config", help="YAML file of flags; those on the command line win")
-    training.add_argument("--output_dir", default="output_grpo", help="adapter, tokenizer, checkpoints, report")
-    training.add_argument("--num_train_epochs", type=float, default=1.0, help="passes over the prompts")
-    training.add_argument("--per_device_train_batch_size", type=cli.positive_int, default=4, help="in completions")
-    training.add_argument("--gradient_accumulation_steps", type=cli.positive_int, help="(default: the least that fits)")
-    training.add_argument(
-        "--num_generations", type=cli.positive_int, help="completions a prompt (default: 8 if it fits)"
-    )
-    cli.add_sampling_flags(training)
-    training.add_argument("--learning_rate", type=float, default=5e-5, help="peak")
-    training.add_argument("--lora_r", type=cli.positive_int, default=16, help="rank of the adapter")
-    training.add_argument("--lora_alpha", type=cli.positive_int, default=16, help="scale of the adapter")
-    training.add_argument("--logging_steps", type=float, default=10, help="steps between log lines")
-    training.add_argument("--save_steps", type=float, default=500, help="steps between checkpoints")
-    training.add_argument("--seed", type=cli.seed, default=DEFAULT_SEED, help="random seed")
-    training.add_argument("--wandb_project", help="log to this project of Weights & Biases")
-    training.add_argument(
-        "--report_to", nargs="+", choices=REPORTERS,
-        help="where logs go (default: wandb with --wandb_project; without one, nothing is sent anywhere)",
-    )  # fmt: skip
-    training.add_argument("--run_name", help="name of the run")
-    training.add_argument(
-        "--resume_from_checkpoint", nargs="?", const=LATEST, metavar="PATH",
-        help="go on with this checkpoint, without PATH with the newest in --output_dir",
-    )  # fmt: skip
-    return parser
 
 
 def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
     """(our flags, the rest: flags of GRPOConfig)."""
-    from compute_baselines_trl import make_parser as baselines_parser
-
-    return train_flags.parse(make_parser(), argv, baselines_parser())
+    parser = cli.parser(__doc__.splitlines()[0], epilog=" ".join(__doc__.splitlines()[-2:]))
+    cli.add_training_flags(parser)
+    return train_flags.parse(parser, argv)
 
 
 def prepare_dataset(dataset, columns, form):

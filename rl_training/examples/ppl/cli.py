@@ -1,7 +1,9 @@
 """The flags that scripts share, and how a script ends."""
 
 import argparse
+import ast
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -10,10 +12,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from .config import DEFAULT_PROMPT_TEMPLATE, DTYPES, GENERATION_KWARGS, RewardConfig, Sampling
+from .config import (
+    DEFAULT_PROMPT_TEMPLATE,
+    DEFAULT_SEED,
+    DTYPES,
+    GENERATION_KWARGS,
+    LOOP_PENALTY,
+    RewardConfig,
+    Sampling,
+)
 from .data import PromptForm
 from .errors import SETTINGS, InputError, retired
 from .prompts import read_template, read_tools
+
+LATEST = "latest"  # checkpoint
+REPORTERS = ("none", "wandb", "tensorboard", "trackio")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -166,11 +179,15 @@ def add_definition_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parsed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """The flags that were parsed. Ends the process with one line where the reward's make no sense."""
+    """The flags that were parsed, the reward's as `RewardConfig` has them. Ends the process with one line where those
+    make no sense."""
     try:
-        reward_config(args)
+        config = reward_config(args)
     except InputError as error:
         parser.error(str(error))
+    for one in fields(config):
+        if hasattr(args, one.name):
+            setattr(args, one.name, getattr(config, one.name))
     return args
 
 
@@ -178,6 +195,126 @@ def reward_config(args: argparse.Namespace) -> RewardConfig:
     """What the flags that a script has of `add_reward_flags` say. Raises `InputError` if it makes no sense."""
     names = [one.name for one in fields(RewardConfig) if hasattr(args, one.name)]
     return RewardConfig.of({name: getattr(args, name) for name in names})
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of train_grpo_multilevel_unsloth.py."""
+    add_model_flags(parser)
+    add_unsloth_flags(parser)
+    add_data_flags(parser)
+    add_prompt_flags(parser)
+    add_definition_flags(parser)
+    model = parser.add_argument_group("what is trained (default: a LoRA adapter; the folder of one goes on with it)")
+    model.add_argument("--full_finetuning", action="store_true", help="train all weights; a frozen copy is the scorer")
+    model.add_argument(
+        "--scorer_model",
+        help="scorer (default: the model itself as it was before training); with --scorer_url, what is served there",
+    )
+    add_server_flag(model)
+    model.add_argument(
+        "--save_merged", action="store_true", help="also save model and adapter as one 16-bit model, OUTPUT_DIR/merged"
+    )
+
+    data = parser.add_argument_group("training data")
+    data.add_argument("--max_samples", type=positive_int, help="use the first rows only (default: all)")
+    data.add_argument(
+        "--heldout_samples", type=positive_int,
+        help="prompts kept out of training and scored before and after it (default: a fifth, at most 16)",
+    )  # fmt: skip
+
+    data.add_argument("--eval_split", help="split evaluated while training, for instance test or test[:64]")
+    data.add_argument("--eval_steps", type=float, default=100, help="steps between two evaluations of it")
+
+    reward = parser.add_argument_group("reward")
+    reward.add_argument(
+        "--baselines_path", "--baselines", help="of compute_baselines_trl.py (default: each prompt's first completions)"
+    )
+    add_reward_flags(reward, "target", "extract", "template", "form", "weights", "reward_thresholds")
+    reward.add_argument(
+        "--per_level", action="store_true",
+        help="three rewards over one cache, each normalised within its group (GDPO); --weights weigh them",
+    )  # fmt: skip
+    reward.add_argument(
+        "--loop_penalty", type=float, default=LOOP_PENALTY, metavar="W",
+        help="what loops and copies of the prompt cost, in ranges of the reward; with --per_level, one over the share "
+        "that is vetoed; 0: nothing",
+    )  # fmt: skip
+    reward.add_argument("--allow_copies", action="store_true", help="do not penalise copying from the prompt")
+    add_reward_flags(reward, "missing", "allow_baseline_mismatch")
+
+    training = parser.add_argument_group("training (every other field of TRL's GRPOConfig is a flag, too)")
+    training.add_argument("--config", help="YAML file of flags; those on the command line win")
+    training.add_argument("--output_dir", default="output_grpo", help="adapter, tokenizer, checkpoints, report")
+    training.add_argument("--num_train_epochs", type=float, default=1.0, help="passes over the prompts")
+    training.add_argument("--per_device_train_batch_size", type=positive_int, default=4, help="in completions")
+    training.add_argument("--gradient_accumulation_steps", type=positive_int, help="(default: the least that fits)")
+    training.add_argument("--num_generations", type=positive_int, help="completions a prompt (default: 8 if it fits)")
+    add_sampling_flags(training)
+    training.add_argument("--learning_rate", type=float, default=5e-5, help="peak")
+    training.add_argument("--lora_r", type=positive_int, default=16, help="rank of the adapter")
+    training.add_argument("--lora_alpha", type=positive_int, default=16, help="scale of the adapter")
+    training.add_argument("--logging_steps", type=float, default=10, help="steps between log lines")
+    training.add_argument("--save_steps", type=float, default=500, help="steps between checkpoints")
+    training.add_argument("--seed", type=seed, default=DEFAULT_SEED, help="random seed")
+    training.add_argument("--wandb_project", help="log to this project of Weights & Biases")
+    training.add_argument(
+        "--report_to", nargs="+", choices=REPORTERS,
+        help="where logs go (default: wandb with --wandb_project; without one, nothing is sent anywhere)",
+    )  # fmt: skip
+    training.add_argument("--run_name", help="name of the run")
+    training.add_argument(
+        "--resume_from_checkpoint", nargs="?", const=LATEST, metavar="PATH",
+        help="go on with this checkpoint, without PATH with the newest in --output_dir",
+    )  # fmt: skip
+
+
+def add_baseline_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of compute_baselines_trl.py."""
+    parser.add_argument("--config", help="YAML file of flags, the training's too; those on the command line win")
+    parser.add_argument("--output_path", default="baselines.pkl", help="file to make: .pkl or .json")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there under that name")
+    parser.add_argument("--output_dataset", metavar="DIR", help="also write the data set with the baselines as columns")
+    parser.add_argument("--plot", metavar="OUT.png", help="also draw the distribution of the three levels")
+    add_reward_flags(parser, "target", "template")
+    parser.add_argument("--num_samples", type=positive_int, help="only the first rows with text (default: all)")
+    parser.add_argument(
+        "--batch_size", type=positive_int, help="most texts in one forward pass (default: as many as fit)"
+    )
+    own = parser.add_argument_group("baselines of the model's own writing (sampled as in training: the same flags)")
+    own.add_argument(
+        "--generate", type=positive_int, metavar="N", help="sample N completions a prompt and take their mean"
+    )
+    add_sampling_flags(own)
+    own.add_argument("--seed", type=seed, default=DEFAULT_SEED, help="of the sampling")
+    add_server_flag(parser)
+    parser.add_argument("--streaming", action="store_true", help="read the data set as it is scored, and keep no copy")
+    add_model_flags(parser)
+    add_unsloth_flags(parser)
+    add_data_flags(parser)
+    add_prompt_flags(parser)
+    add_definition_flags(parser)
+
+
+def flags_of(add: Callable[[argparse.ArgumentParser], None]) -> set[str]:
+    """The flags that `add_training_flags` or `add_baseline_flags` adds."""
+    made = argparse.ArgumentParser(add_help=False)
+    add(made)
+    return set(made._option_string_actions)
+
+
+def grpo_fields() -> set[str]:
+    """The names of GRPOConfig's fields, its parents' too, as the installed TRL and transformers have them.
+
+    Read from their source, since importing them takes seconds.
+    """
+    names = set()
+    for package, *parts in (("trl", "trainer", "grpo_config.py"), ("trl", "trainer", "base_config.py"),
+                            ("transformers", "training_args.py")):  # fmt: skip
+        folder = importlib.util.find_spec(package).submodule_search_locations[0]
+        tree = ast.parse(Path(folder, *parts).read_text(encoding="utf-8"))
+        for node in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+            names |= {ast.unparse(line.target) for line in node.body if isinstance(line, ast.AnnAssign)}
+    return names
 
 
 def column_options(args: argparse.Namespace) -> tuple:

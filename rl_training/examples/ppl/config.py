@@ -36,6 +36,7 @@ DEFAULT_WEIGHTS = {"geometric": (0.2, 0.3, 0.5), "nested": (1.0, 1.0, 1.0)}
 # (improvement in %, reward), as the guide that this project began with has them. Those of VR-CLI (Gurung & Lapata,
 # https://arxiv.org/abs/2503.22828) are (0.05, 0.5), (1, 0.9), (2, 1).
 DEFAULT_THRESHOLDS = ((0.05, 0.2), (0.5, 0.5), (1.0, 0.7), (2.0, 0.9), (3.0, 1.0))
+LOOP_PENALTY = 20.0  # the loop guard's weight, in what the perplexity reward can differ by
 NATS_CLIP = 0.5  # how far form="nats" goes from 0: a perplexity that is 39 % lower or 65 % higher
 
 # Of sampling, for baselines as in training
@@ -168,7 +169,7 @@ def checked_count(name: str, value) -> int:
     """A whole number of at least 1, from a flag as a string. Raises `InputError`."""
     text = str(value).strip()
     if isinstance(value, bool) or not text.isdecimal() or not 1 <= int(text) <= 10**9:
-        raise InputError(f"{name} is {value!r}, expected a whole number of at least 1")
+        raise InputError(f"{name} is {value!r}, expected a whole number of at least 1, at most 1,000,000,000")
     return int(text)
 
 

@@ -10,7 +10,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
-from markupsafe import escape
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
@@ -20,11 +19,11 @@ from ..config import COLORS, LEVELS
 from ..data import Text, message_text
 from ..files import write_atomically, write_text
 from ..processes import is_first
+from ..scoring.heatmap import ENVIRONMENT, Framed, heatmap, number
 from ..training.heldout import SWAPPED, HeldOut, gained_by_any
 from ..training.job import Job
 from ..training.settings import launched
 from .charts import charts
-from .heatmap import ENVIRONMENT, heatmap, number
 
 # --- comparison ------------------------------------------------------------------------------------------------------
 
@@ -121,25 +120,9 @@ def hand_to_trackio(path: Path, reporters: Sequence[str]) -> None:
 
 # --- notebook --------------------------------------------------------------------------------------------------------
 
-# Pages in a notebook, each in a frame that keeps its style to itself, and the curves of a run that goes on.
+# In a notebook, the curves of a run that goes on.
 
 SECONDS_OF_CURVES = 1  # at least, between two drawings of the curves
-
-
-class Framed:
-    """A page as the last value of a cell shows it; the frame's lower edge can be dragged.
-
-    html: a whole page. height: in CSS pixels.
-    """
-
-    def __init__(self, html: str, height: int = 560) -> None:
-        self.html = html
-        self.height = height
-
-    def _repr_html_(self) -> str:
-        # The page's script runs, and reaches nothing outside of the frame.
-        style = f"width: 100%; height: {self.height}px; border: 0; resize: vertical; overflow: auto"
-        return f'<iframe srcdoc="{escape(self.html)}" sandbox="allow-scripts" style="{style}"></iframe>'
 
 
 class LiveCurves:

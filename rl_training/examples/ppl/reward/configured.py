@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import yaml
 
+from .. import cli
 from ..config import ALIASES, DTYPES, RewardConfig, did_you_mean
 from ..errors import SETTINGS as RETIRED
 from ..errors import InputError, one_of, without_retired
@@ -74,14 +75,14 @@ def read_settings(path: str | Path | None = None) -> dict:
     aliases = {**ALIASES, "baselines_path": "baselines"}
     settings = {aliases.get(name, name): value for name, value in settings.items()}
     for name in settings:
-        if name not in NAMES and name not in RETIRED:
+        if name not in NAMES and name not in RETIRED and name not in _of_scripts():
             raise InputError(f"{path}: unknown setting {name!r}{did_you_mean(name, NAMES)}")
     try:
         RewardConfig.of({name: value for name, value in settings.items() if name in REWARD or name in RETIRED})
         for name in ("load_in_4bit", "use_cache"):
             if not isinstance(settings.get(name) or False, bool):
                 raise InputError(f"{name} is {settings[name]!r}, expected true or false")
-        settings = without_retired(settings)
+        settings = {name: value for name, value in without_retired(settings).items() if name in NAMES}
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -107,6 +108,12 @@ def read_settings(path: str | Path | None = None) -> dict:
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
     return settings
+
+
+def _of_scripts() -> set[str]:
+    """What else a file may hold that the scripts read with --config: it is passed over here."""
+    flags = cli.flags_of(cli.add_training_flags) | cli.flags_of(cli.add_baseline_flags)
+    return {flag.removeprefix("--") for flag in flags} | cli.grpo_fields()
 
 
 def _make(path: str) -> MultiLevelPPLRewardFunction:

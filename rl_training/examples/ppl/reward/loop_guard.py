@@ -4,16 +4,15 @@ for saying it again."""
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from ..config import DEFAULT_THRESHOLDS, NATS_CLIP
+from ..config import DEFAULT_THRESHOLDS, LOOP_PENALTY, NATS_CLIP
 from ..data import Text
 from ..errors import InputError
 
 NGRAM = 8  # tokens; human stories repeat 0.08 % of theirs, a sentence said over and over nearly all
-WEIGHT = 20.0  # times what the perplexity reward can differ by
 
 
 def loop_guard(
-    weight: float = WEIGHT,
+    weight: float = LOOP_PENALTY,
     reward_thresholds: Sequence[tuple[float, float]] | None = DEFAULT_THRESHOLDS,
     normalized_over: int | None = None,
     form: str = "thresholds",
@@ -60,7 +59,7 @@ def loop_guard(
     return LoopPenalty(RepeatedShare(tokenizer, chat), skips), weight * widest
 
 
-def loop_veto(weight: float = WEIGHT, tokenizer=None, chat: Mapping | None = None) -> "LoopVeto":
+def loop_veto(weight: float = LOOP_PENALTY, tokenizer=None, chat: Mapping | None = None) -> "LoopVeto":
     """The guard of `MultiLevelPPLRewardFunction.per_level`: who repeats more than 1 / weight of its n-grams is vetoed.
 
     The arguments are those of `loop_guard`. The guarantee is that of the veto: see there.

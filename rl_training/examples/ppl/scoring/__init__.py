@@ -1,5 +1,4 @@
-"""Text and model -> the perplexity of its words, phrases and sentences. Imports no other wing; only an explained text
-that is shown imports pages.
+"""Text and model -> the perplexity of its words, phrases and sentences. Imports no other wing.
 
 calculator.py  the whole way: texts and a model -> the perplexity of each level
 units.py       text -> sentences, words, phrases, as character offsets
@@ -10,5 +9,6 @@ levels.py      surprisals and units -> the perplexity of each level, nested leve
 identity.py    what two numbers must share to be compared
 frozen.py      adapters off, eval mode, no gradient, and back
 sampling.py    completions of the model as it stands
+heatmap.py     a text coloured by surprisal, with heatmap.html.j2; what all pages share, with frame.html.j2
 server.py      the scorer behind an address: a server of vLLM
 """

@@ -35,10 +35,10 @@ class Explained(dict):
         self.language = language
 
     def _repr_html_(self) -> str:
-        from ..pages import heatmap, run
+        from . import heatmap  # here, since numbers need no page
 
         fragment = heatmap.heatmap(self, self.text, self.perplexities, context=self.context, language=self.language)
-        return run.Framed(heatmap.page("Multi-level perplexity", [fragment]))._repr_html_()
+        return heatmap.Framed(heatmap.page("Multi-level perplexity", [fragment]))._repr_html_()
 
 
 # --- calculator ------------------------------------------------------------------------------------------------------

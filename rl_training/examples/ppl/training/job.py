@@ -85,7 +85,6 @@ class Job:
         """Make the output folder, and write down every setting of the run."""
         self.output.mkdir(parents=True, exist_ok=True)
         chosen = {**vars(self.args), **self.policy_load, "heldout_samples": len(self.heldout_rows)}
-        chosen |= {name: self.settings[name] for name in ("weights", "reward_thresholds")}
         if self.config.process_index == 0:
             write_config(self.config_file, chosen, self.asked, self.defaults)
 

@@ -1,7 +1,6 @@
 """Flags of the training script -> how the model is loaded, the reward's settings, TRL's GRPOConfig."""
 
 import argparse
-import ast
 import difflib
 import importlib.util
 import json
@@ -19,7 +18,7 @@ import yaml
 from psutil import Error, Process
 
 from .. import cli
-from ..cli import script_name
+from ..cli import LATEST, add_baseline_flags, add_training_flags, flags_of, grpo_fields, script_name
 from ..errors import InputError
 from ..files import write_text
 from ..models import model_path
@@ -35,19 +34,17 @@ _NOT_KEPT = ("debug", "config", "resume_from_checkpoint")  # of one call, not of
 _OF_THE_MACHINE = ("bf16", "fp16", "use_cpu")  # told in the file, chosen again where it is used
 
 
-def parse(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, other: argparse.ArgumentParser
-) -> tuple[argparse.Namespace, list[str]]:
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """(the flags of `parser`, the other words: flags of GRPOConfig), those of `--config FILE` filled in.
 
-    other: the parser of compute_baselines_trl.py, which reads the same file: its flags are passed over there. Ends the
-    process with one line for a name that is none of these, before anything heavy is imported.
+    In a file the flags of compute_baselines_trl.py, which reads the same one, are passed over. Ends the process with
+    one line for a name that is none of these, before anything heavy is imported.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    actions = flags_of(parser)
+    actions = parser._option_string_actions
     try:
         if file := _config_file(argv):
-            argv = config_words(file, actions, flags_of(other).keys() - actions) + argv
+            argv = config_words(file, actions, flags_of(add_baseline_flags) - actions.keys()) + argv
         # argparse would take the threshold -50:0 for a flag; with a space in front it does not.
         args, rest = parser.parse_known_args(
             [f" {word}" if re.match(r"-(\d|\.|inf|nan)[^\s:]*:", word) else word for word in argv]
@@ -60,26 +57,18 @@ def parse(
     return cli.parsed(parser, args), rest
 
 
-def parse_baselines(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, other: argparse.ArgumentParser
-) -> argparse.Namespace:
-    """The flags of compute_baselines_trl.py, those of `--config FILE` filled in, which may be a file of the training's.
-
-    other: the training script's parser. Its flags, and the fields of GRPOConfig, are passed over.
-    """
+def parse_baselines(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags of compute_baselines_trl.py, those of `--config FILE` filled in, which may be a file of the training's:
+    its flags, and the fields of GRPOConfig, are passed over."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    actions = flags_of(parser)
+    actions = parser._option_string_actions
     try:
         if file := _config_file(argv):
-            passed_over = {*flags_of(other), *(f"--{name}" for name in grpo_fields())} - actions.keys()
+            passed_over = {*flags_of(add_training_flags), *(f"--{name}" for name in grpo_fields())} - actions.keys()
             argv = config_words(file, actions, passed_over) + argv
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
     return cli.parsed(parser, parser.parse_args(argv))
-
-
-def flags_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    return {flag: action for action in parser._actions for flag in action.option_strings}
 
 
 def _config_file(argv: Sequence[str]) -> str | None:
@@ -136,21 +125,6 @@ def check_names(flags: Iterable[str], ours: Iterable[str], where: str = "") -> N
             raise InputError(
                 f"{where}unknown flag --{name}" + (f", did you mean --{near[0]}?" if near else ": see --help")
             )
-
-
-def grpo_fields() -> set[str]:
-    """The names of GRPOConfig's fields, its parents' too, as the installed TRL and transformers have them.
-
-    Read from their source, since importing them takes seconds.
-    """
-    names = set()
-    for package, *parts in (("trl", "trainer", "grpo_config.py"), ("trl", "trainer", "base_config.py"),
-                            ("transformers", "training_args.py")):  # fmt: skip
-        folder = importlib.util.find_spec(package).submodule_search_locations[0]
-        tree = ast.parse(Path(folder, *parts).read_text(encoding="utf-8"))
-        for node in (node for node in tree.body if isinstance(node, ast.ClassDef)):
-            names |= {ast.unparse(line.target) for line in node.body if isinstance(line, ast.AnnAssign)}
-    return names
 
 
 def write_config(path: Path, ours: Mapping, asked: Mapping, defaults: Mapping) -> None:
@@ -244,7 +218,6 @@ def plan_batches(
 # Where a stopped run goes on: its newest whole checkpoint, and the command for it.
 
 STATE_FILE = "reward_state.json"  # of `ppl.training.trainer.RewardState`: written last
-LATEST = "latest"
 SCRIPT = "train_grpo_multilevel_unsloth.py"
 
 
@@ -442,8 +415,6 @@ _BOUNDS = (
     *((name, 0, math.inf) for name in ("weight_decay", "warmup_steps", "dataloader_num_workers")),
 )
 _ABOVE_0 = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")
-
-REPORTERS = ("none", "wandb", "tensorboard", "trackio")
 
 
 def reward_settings(args: argparse.Namespace) -> dict:

@@ -16,7 +16,7 @@ from ..config import LEVELS
 # What the HTML pages share: one file each, nothing is loaded from anywhere, every string is shown as text.
 
 ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    loader=jinja2.FileSystemLoader([Path(__file__).parent, Path(__file__).parent.parent / "pages"]),
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -35,6 +35,22 @@ def script_hash(script: str) -> str:
 
 
 ENVIRONMENT.filters.update(characters=characters, script_hash=script_hash)
+
+
+class Framed:
+    """A page as the last value of a cell shows it; the frame's lower edge can be dragged.
+
+    html: a whole page. height: in CSS pixels.
+    """
+
+    def __init__(self, html: str, height: int = 560) -> None:
+        self.html = html
+        self.height = height
+
+    def _repr_html_(self) -> str:
+        # The page's script runs, and reaches nothing outside of the frame.
+        style = f"width: 100%; height: {self.height}px; border: 0; resize: vertical; overflow: auto"
+        return f'<iframe srcdoc="{escape(self.html)}" sandbox="allow-scripts" style="{style}"></iframe>'
 
 
 # --- heatmap ---------------------------------------------------------------------------------------------------------
