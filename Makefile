@@ -53,7 +53,12 @@ ifneq ($(MODEL),smollm2)
     export OMP_NUM_THREADS ?= 1
 endif
 
-.PHONY: demo check test newest engines vllm lint clean setup browser smollm2
+.DEFAULT_GOAL := help
+.PHONY: help demo check test newest engines vllm lint clean setup browser smollm2
+
+# `make` alone says what there is to make: the head of this file.
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 # The four scripts on the embedded data set; OUT is where everything goes. MODEL=smollm2 is pretrained and reads chats.
 MODEL ?= tiny-stories
