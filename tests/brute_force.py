@@ -84,6 +84,7 @@ def units(text: str, language: str = "en", max_phrase_words: int = 4) -> dict[st
     for sentence in sentencex.segment(language, without_panic):  # beyond 10,000 characters it leaves out blank lines
         starts.append(without_panic.index(sentence, starts[-1] + len(previous) if starts else 0))
         previous = sentence
+    starts = [start - (text[max(0, start - 1) : start + 1] == "\r\n") for start in starts]
     for start, end in zip([0, *starts[1:]], [*starts[1:], len(text)], strict=True):
         sentence = text[start:end]
         piece = ""

@@ -12,6 +12,7 @@ import torch
 import toys
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from training_runs import EXAMPLES
+from transformers import LlamaForCausalLM
 
 from ppl.baselines.file import Baselines
 from ppl.data import TINY_STORIES
@@ -154,6 +155,23 @@ def test_the_same_model_is_the_same(make, dtype, tmp_path):
     tied = make in (untied, reloaded)
     model, other = (toys.llama(tie_word_embeddings=tied).to(dtype) for _ in range(2))
     assert apart(model, make(other, tmp_path)) == set()
+
+
+@pytest.mark.parametrize("scaling", [{}, {"factor": 2.0}], ids=["default", "linear"])
+def test_a_rope_scaling_is_the_same_in_the_old_words_and_in_the_new(scaling, tmp_path):
+    kind = "linear" if scaling else "default"
+    toys.llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    made = []
+    for written in (
+        {"rope_theta": 10000, "rope_scaling": {"type": kind, **scaling}},
+        {"rope_theta": 10000.0, "rope_scaling": {"rope_type": kind, **scaling}},
+        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": kind, **scaling}},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **written}))
+        made.append(LlamaForCausalLM.from_pretrained(tmp_path))
+    assert [apart(made[0], one) for one in made] == [set()] * 3
 
 
 def test_a_model_with_a_smaller_window_reads_the_beginning_of_the_text():

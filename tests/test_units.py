@@ -38,6 +38,12 @@ def test_a_blank_line_is_no_part_of_a_sentence_with_words():
     assert cut("one\n\ntwo", "sentence") == ["one", "\n", "\n", "two"]
 
 
+@pytest.mark.parametrize("text", ["one\n\ntwo", "One.\n\n\nTwo. Three\n\n", "one\n \ntwo\n", "\n\none"])
+def test_a_windows_line_break_divides_as_any_other(text):
+    windows = cut(text.replace("\n", "\r\n"), "sentence")
+    assert [unit.replace("\r\n", "\n") for unit in windows] == cut(text, "sentence")
+
+
 def test_the_language_decides_what_an_abbreviation_is():
     text = "Das gilt z.B. Hunden. Und Katzen."
     assert cut(text, "sentence", "de") == ["Das gilt z.B. Hunden. ", "Und Katzen."]

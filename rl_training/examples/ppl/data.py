@@ -374,8 +374,9 @@ def sentence_starts(text: str, language: str) -> list[int]:
     for sentence in sentencex.segment(language, readable):
         # Looked for, not counted: sentencex 1.0.32 leaves out blank lines of texts beyond 10,000 characters.
         start = readable.index(sentence, end)
-        starts.append(start)
         end = start + len(sentence)
+        # It takes the two characters of a Windows line break apart before a blank line.
+        starts.append(start - (text[max(0, start - 1) : start + 1] == "\r\n"))
     return starts
 
 

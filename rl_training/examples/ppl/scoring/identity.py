@@ -97,7 +97,9 @@ def _config(config) -> dict:
         return {
             name: kept(value) if isinstance(value, dict) else value
             for name, value in sorted(fields.items())
-            if name not in common and (name in scaled or not _NOT_OF_LOGITS.search(name))
+            if name not in common
+            and (name in scaled or not _NOT_OF_LOGITS.search(name))
+            and not (name == "type" and "rope_type" in fields)  # the old name of it, which may stand beside it
         }
 
     own = {*type(config).__dataclass_fields__, "rope_parameters", "per_layer_config"}
