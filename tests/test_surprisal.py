@@ -176,24 +176,25 @@ def test_a_bidirectional_model_is_no_language_model(tokenizer):
     assert_close(score(causal, tokenizer, MIXED), twin(causal, tokenizer, MIXED))
 
 
-def ruling_out(model, lowest):
-    """The model, with a token that it never writes."""
+def ruling_out(model, lowest, tokens=1):
+    """The model, with tokens that it never writes."""
     bias = torch.zeros(toys.VOCABULARY)
-    bias[3] = lowest
+    bias[3 : 3 + tokens] = lowest
     head = model.get_output_embeddings()
     head.bias = torch.nn.Parameter(bias if head.bias is None else head.bias.detach() + bias)
     return model
 
 
-LOWEST = [-np.inf, *(torch.finfo(dtype).min for dtype in (torch.float32, torch.bfloat16, torch.float16)), -1e4]
+LOWEST = [-np.inf, *(torch.finfo(dtype).min for dtype in (torch.float32, torch.bfloat16, torch.float16)), -1e4, -500.0]
 
 
+@pytest.mark.parametrize("tokens", [1, 1000])
 @pytest.mark.parametrize("lowest", LOWEST)
-def test_a_token_that_is_ruled_out_hides_no_look_at_later_tokens(lowest, tokenizer):
+def test_a_token_that_is_ruled_out_hides_no_look_at_later_tokens(lowest, tokens, tokenizer):
     """Minus infinity minus itself is NaN, and the lowest numbers make every other difference small."""
     bert = toys.build(transformers.BertLMHeadModel, transformers.BertConfig(**toys.SIZES))
     with pytest.raises(InputError, match="BertLMHeadModel is not causal"):
-        score(ruling_out(bert, lowest), tokenizer, MIXED)
+        score(ruling_out(bert, lowest, tokens), tokenizer, MIXED)
 
 
 @pytest.mark.parametrize("lowest", LOWEST)

@@ -93,8 +93,9 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 # Bytes of a piece of the logits that stays in a core's caches; a GPU's pieces are as large as they may be.
 _CACHED = {"cpu": 4 << 20}
 _LEAST = torch.finfo(torch.float32).min
-# Logits from here on down are of tokens that a model never writes: minus infinity, a dtype's lowest number, -10,000.
-_RULED_OUT = -9_999.0
+# A token so far below the likeliest one is never written, whatever its logit is: minus infinity, a dtype's lowest number,
+# -500. Such logits would make every other difference small.
+_RULED_OUT = -100.0
 
 
 class Head:
@@ -182,7 +183,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
     A token that both rule out says nothing. One that only one of them rules out, and NaN, is infinitely far.
     """
-    a, b = a.float(), b.float()
+    a, b = (x.float() - x.float().amax(-1, keepdim=True) for x in (a, b))
     ruled_out = (a <= _RULED_OUT) & (b <= _RULED_OUT)
     count = (~ruled_out).sum(-1, keepdim=True)
     a, b = (x.masked_fill(ruled_out, 0.0) for x in (a, b))
