@@ -167,10 +167,11 @@ def test_a_head_that_is_a_little_wrong_does_not_pass(dtype, factor, tokenizer, m
     assert np.abs(np.concatenate(found) - expected).mean() < (1e-4 if dtype == torch.float32 else 0.02)
 
 
-def test_a_bidirectional_model_is_no_language_model(tokenizer):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_bidirectional_model_is_no_language_model(dtype, tokenizer):
     config = transformers.BertConfig(**toys.SIZES)
     with pytest.raises(InputError, match="BertLMHeadModel is not causal"):
-        score(toys.build(transformers.BertLMHeadModel, config), tokenizer, MIXED)
+        score(toys.build(transformers.BertLMHeadModel, config).to(dtype), tokenizer, MIXED)
     config.is_decoder = True
     causal = toys.build(transformers.BertLMHeadModel, config)
     assert_close(score(causal, tokenizer, MIXED), twin(causal, tokenizer, MIXED))
@@ -188,13 +189,14 @@ def ruling_out(model, lowest, tokens=1):
 LOWEST = [-np.inf, *(torch.finfo(dtype).min for dtype in (torch.float32, torch.bfloat16, torch.float16)), -1e4, -500.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 1000])
 @pytest.mark.parametrize("lowest", LOWEST)
-def test_a_token_that_is_ruled_out_hides_no_look_at_later_tokens(lowest, tokens, tokenizer):
+def test_a_token_that_is_ruled_out_hides_no_look_at_later_tokens(lowest, tokens, dtype, tokenizer):
     """Minus infinity minus itself is NaN, and the lowest numbers make every other difference small."""
     bert = toys.build(transformers.BertLMHeadModel, transformers.BertConfig(**toys.SIZES))
     with pytest.raises(InputError, match="BertLMHeadModel is not causal"):
-        score(ruling_out(bert, lowest, tokens), tokenizer, MIXED)
+        score(ruling_out(bert, lowest, tokens).to(dtype), tokenizer, MIXED)
 
 
 @pytest.mark.parametrize("lowest", LOWEST)
