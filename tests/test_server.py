@@ -215,6 +215,20 @@ def test_a_server_whose_numbers_depend_on_the_order_of_requests_is_refused(serve
         server.behave()
 
 
+def test_a_token_that_the_server_rules_out_is_infinitely_surprising_and_hides_nothing(server, local):
+    ids = local[1](PROBE)["input_ids"]
+    try:
+        server.misbehave("ruled_out", ids[40])
+        probe = ServerScorer(server.url, local[1]).identity["probe"]
+        assert probe.count(np.inf) == ids.count(ids[40]) and max(set(probe) - {np.inf}) < 100
+        server.misbehave("cached", 1)
+        with pytest.raises(InputError, match="--no-enable-prefix-caching") as error:
+            ServerScorer(server.url, local[1])
+        assert "up to 1.00 nats" in str(error.value)
+    finally:
+        server.behave()
+
+
 def test_connecting_takes_three_requests_for_numbers(server, local):
     before = server.requests()["answered"]
     ServerScorer(server.url, local[1])

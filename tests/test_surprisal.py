@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ppl.errors import InputError
 from ppl.scoring import packing, surprisal
+from ppl.scoring.calculator import MultiLevelPPLCalculator
 from ppl.scoring.identity import differences
 from ppl.scoring.packing import Group
 from ppl.scoring.surprisal import Head, SurprisalScorer, difference
@@ -175,6 +176,23 @@ def test_a_bidirectional_model_is_no_language_model(dtype, tokenizer):
     config.is_decoder = True
     causal = toys.build(transformers.BertLMHeadModel, config)
     assert_close(score(causal, tokenizer, MIXED), twin(causal, tokenizer, MIXED))
+
+
+def test_an_encoder_decoder_is_refused_by_name():
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    config = transformers.BartConfig(vocab_size=toys.VOCABULARY, **sizes)
+    with pytest.raises(InputError, match="BartForConditionalGeneration is an encoder-decoder"):
+        SurprisalScorer(toys.build(transformers.BartForConditionalGeneration, config))
+    SurprisalScorer(toys.build(transformers.BartForCausalLM, config))
+
+
+def test_a_token_that_the_model_has_no_logit_for_is_refused(model):
+    """At the end of a text no embedding misses it."""
+    tokenizer = toys.byte_level()
+    tokenizer.add_tokens([f"<{number}>" for number in range(toys.VOCABULARY - len(tokenizer) + 1)])
+    text = f"a fox {tokenizer.convert_ids_to_tokens(toys.VOCABULARY)}"
+    with pytest.raises(InputError, match="token number 512, and the model knows 0 to 511"):
+        MultiLevelPPLCalculator(tokenizer).compute_all_levels(model, [text])
 
 
 def ruling_out(model, lowest, tokens=1):

@@ -9,6 +9,7 @@ itself. Run as a script it serves the embedded model. A file of such a name in i
     other       as if it served another model
     slow        each request takes so many seconds
     cached      tokens of a beginning that it has seen before are off by so many nats, in blocks of 16 tokens
+    ruled_out   this token is never written
     batched     texts after the first of a request are off by so many nats at their last token
 """
 
@@ -77,6 +78,8 @@ def serve(folder, port):
             logprobs = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
         if asked("other"):
             logprobs = logprobs / 2
+        if token := asked("ruled_out"):
+            logprobs[:, int(token)] = -9999.0  # as vLLM writes minus infinity
         blocks = [tuple(ids[:end]) for end in range(16, len(ids) + 1, 16)]
         if off := asked("cached"):
             logprobs[: 16 * len(seen.intersection(blocks))] -= float(off)

@@ -133,7 +133,8 @@ class ServerScorer:
                     f", found {str(entry)!r:.60}: expected that of the token itself, whatever the likeliest ones are"
                 )
             given = entry[str(label)]["logprob"]
-            values[index] = math.nan if given is None else -given
+            # JSON knows no infinity: vLLM says -9999.
+            values[index] = math.nan if given is None else -given if given > -9999 else math.inf
         return values
 
     def _ask(
@@ -248,8 +249,9 @@ class ServerScorer:
             (begins_alike[: half - 1], alone[: half - 1]),  # what follows cannot change them
             (probe_again, np.array(self.identity["probe"])),
         ):
-            off = abs(found - expected)
-            if off.mean() > PROBE_NATS or off.max(initial=0) > _TOKEN_NATS:
+            # Two infinities are equal.
+            off = abs(np.subtract(found, expected, out=np.zeros(len(found)), where=found != expected))
+            if not (off.mean() <= PROBE_NATS and off.max(initial=0) <= _TOKEN_NATS):
                 raise InputError(
                     f"the scorer at {self.url} gives a fixed text other numbers between others than alone (up to "
                     f"{off.max():.2f} nats a token, {off.mean():.2f} in the mean): prefix caching can cause that, so "

@@ -287,6 +287,12 @@ class SurprisalScorer:
     ) -> None:
         if adapters:
             check_weights_only(model)
+        # Of BART's kind the encoder would read the whole text, and the decoder would guess it one token late.
+        if base_of(model).config.is_encoder_decoder:
+            raise InputError(
+                f"{type(base_of(model)).__name__} is an encoder-decoder, which reads the whole text before it writes: "
+                "expected a causal language model"
+            )
         self.model = model
         self.adapters = adapters
         self.tokenizer = tokenizer
@@ -312,6 +318,12 @@ class SurprisalScorer:
         """Gives a GPU the work of `score` and does not wait for it. What is returned does, and gives what `score` gives
         or raises what it raises."""
         results = Results(texts)
+        highest, vocabulary = max((int(text.ids.max(initial=0)) for text in texts), default=0), self._head.vocabulary
+        if highest >= vocabulary:  # as a label it would have no logit
+            raise InputError(
+                f"a text has token number {highest}, and the model knows 0 to {vocabulary - 1}: take the model's own "
+                "tokenizer, or resize the model (model.resize_token_embeddings(len(tokenizer))) and train the new rows"
+            )
         if is_sharded(self.model):
             with frozen(self.model, self.adapters):
                 self._score_in_step(self._sides(texts), results)
