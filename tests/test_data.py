@@ -138,10 +138,19 @@ def test_the_other_columns_of_a_csv_stay_numbers(folder):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_csv_with_more_cells_than_names_is_refused(folder, streaming):
-    """Its first cells would become an index, and each name the next column's."""
-    (folder / "f.csv").write_text("prompt,completion\nThe cat sat, on the mat, and slept.\n")
-    with pytest.raises(InputError, match=r"f\.csv: its rows have more cells than its header has names"):
-        load_split("f.csv", streaming=streaming)
+    """Its first cells would become an index, and each name the next column's; one of numbers leaves no trace."""
+    cells = {"prompt,completion": ["The cat sat, on the mat, and slept."], "id,prompt,completion": ["1,a,b,c", "2,a,b"]}
+    for header, rows in cells.items():
+        (folder / "f.csv").write_text("\n".join([header, *rows, ""]))
+        with pytest.raises(InputError, match=r"f\.csv: its rows have more cells than its header has names"):
+            load_split("f.csv", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_commas_at_the_ends_of_a_csvs_rows_move_no_column(folder, streaming):
+    (folder / "f.csv").write_text("id,prompt,completion\n1,a,b,\n2,c,d,\n")
+    rows = [{"id": "1", "prompt": "a", "completion": "b"}, {"id": "2", "prompt": "c", "completion": "d"}]
+    assert list(load_split("f.csv", streaming=streaming)) == rows
 
 
 # --- images ----------------------------------------------------------------------------------------------------------

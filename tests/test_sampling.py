@@ -217,15 +217,16 @@ def test_its_end_tokens_still_end_a_completion(tokenizer, tmp_path):
     assert written(trainer, seed=5) == [one.ids for [one] in ours]
 
 
-def test_the_model_is_saved_with_the_settings_its_author_wrote(tokenizer, tmp_path):
+@pytest.mark.parametrize("sampled", [True, None])  # transformers refuses to save `min_p` beside None
+def test_the_model_is_saved_with_the_settings_its_author_wrote(tokenizer, tmp_path, sampled):
     model = toys.llama()
-    model.generation_config = GenerationConfig(min_p=0.3, do_sample=True, eos_token_id=1)
+    model.generation_config = GenerationConfig(min_p=0.3, do_sample=sampled, eos_token_id=1)
     trainer = grpo(tmp_path, tokenizer, model=model, save_steps=1)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     for folder in ("saved", "checkpoint-1"):
         kept = GenerationConfig.from_pretrained(tmp_path / folder)
-        assert (kept.min_p, kept.do_sample) == (0.3, True)
+        assert (kept.min_p, kept.do_sample) == (0.3, sampled)
 
 
 def test_the_base_model_of_an_adapter_is_asked_without_its_settings(tokenizer):

@@ -305,10 +305,9 @@ def load_split(
             builder = datasets.load_dataset_builder(source, config, data_files=files)
             texts = {*PROMPT_COLUMNS, *REFERENCE_COLUMNS, "id", *filter(None, text_columns)}
             options = {**splits.options(builder, texts), "split": split, "streaming": streaming}
-            data = datasets.load_dataset(source, config, data_files=files, **options)
-            # pandas makes an index of the cells that are too many: each name would be the next column's.
-            if builder.name == "csv" and "__index_level_0__" in splits.column_names(data):
-                raise InputError(f"{name}: its rows have more cells than its header has names: quote cells with commas")
+            with splits.more_cells_refused(name):
+                data = datasets.load_dataset(source, config, data_files=files, **options)
+                splits.column_names(data)  # of a stream, reads its first rows
         splits.refuse_media(data)
         return data
     except InputError:

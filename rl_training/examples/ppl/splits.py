@@ -5,6 +5,7 @@ from which the text cannot be told any more.
 """
 
 import types
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.json
 from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.json import json as json_reader
+from pandas.errors import ParserWarning
 
 from .errors import InputError
 
@@ -22,15 +24,31 @@ MEDIA_TYPES = ("Image", "Audio", "Video")  # features of `datasets`
 
 def options(builder, text_columns: Iterable[str]) -> dict:
     """The keywords of `datasets.load_dataset` for the files that a builder reads. text_columns: of a CSV, the columns
-    that are text whatever stands in them; in the others only an empty cell is missing."""
+    that are text whatever stands in them; in the others only an empty cell is missing. Cells that are too many are no
+    index, after which each name would be the next column's: see `more_cells_refused`."""
     if builder.name == "csv":
         converters = dict.fromkeys(sorted(text_columns), str)
-        return {"keep_default_na": False, "na_values": [""], "converters": converters}
+        return {"keep_default_na": False, "na_values": [""], "converters": converters, "index_col": False}
     if builder.name == "json":
         json_reader.paj = types.SimpleNamespace(ReadOptions=pyarrow.json.ReadOptions, read_json=_read_json)
         # What it is anyway; but with it, nothing comes from a cache that another program has filled with dates.
         return {"encoding_errors": "strict"}
     return {}
+
+
+@contextmanager
+def more_cells_refused(name: str) -> Iterator[None]:
+    """Raises `InputError` where pandas would only warn that it drops cells, which are more than a CSV's header has."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ParserWarning)
+            yield
+    except (ParserWarning, DatasetsError) as error:
+        if not isinstance(error, ParserWarning) and not isinstance(error.__cause__, ParserWarning):
+            raise
+        raise InputError(
+            f"{name}: its rows have more cells than its header has names: quote cells with commas"
+        ) from error
 
 
 def _read_json(source, read_options) -> pa.Table:

@@ -5,11 +5,13 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..config import Sampling
 from ..data import Text
@@ -145,6 +147,16 @@ def own_settings(model) -> Iterator[None]:
                 stack.callback(setattr, module, "generation_config", settings)
                 module.generation_config = GenerationConfig(**tokens)
         yield
+
+
+@contextmanager
+def settings_kept(model, folder: str | Path) -> Iterator[None]:
+    """Within it the model is saved into `folder`, with its generation settings as their author wrote them: some that
+    transformers loads it refuses to save, such as Llama 2's `temperature` without `do_sample`."""
+    with own_settings(model):
+        yield
+    if (path := Path(folder, GENERATION_CONFIG_NAME)).exists():
+        model.generation_config.to_json_file(path)
 
 
 @contextmanager

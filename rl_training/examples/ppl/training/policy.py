@@ -16,7 +16,7 @@ from ..models import add_lora, load_model, train_text_only
 from ..processes import is_first
 from ..prompts import render_prompt
 from ..scoring.frozen import frozen
-from ..scoring.sampling import ignores_padding, prompt_ids
+from ..scoring.sampling import ignores_padding, prompt_ids, settings_kept
 from ..scoring.surprisal import SurprisalScorer
 from .job import Job, push_command
 
@@ -66,7 +66,8 @@ def save_merged(model, tokenizer, adapter: str | Path, folder: str | Path) -> No
 
     partial = Path(f"{folder}.part")
     shutil.rmtree(partial, ignore_errors=True)
-    merged.save_pretrained(partial)
+    with settings_kept(merged, partial):
+        merged.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)

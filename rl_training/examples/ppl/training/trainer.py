@@ -16,7 +16,7 @@ from trl.trainer.utils import RepeatSampler
 from ..config import LEVELS
 from ..errors import InputError
 from ..files import write_text
-from ..scoring.sampling import GivenIds, own_settings, prompt_ids
+from ..scoring.sampling import GivenIds, own_settings, prompt_ids, settings_kept
 from .diagnostics import in_one_line
 from .job import Job, Reward, perplexity_rewards
 from .settings import STATE_FILE, resume_command
@@ -26,9 +26,9 @@ from .settings import STATE_FILE, resume_command
 
 class ResumableGRPOTrainer(GRPOTrainer):
     """Seven differences: prompts are read as the scorer reads them, of the model's generation_config.json only the
-    special tokens act on the sampling, reward functions get the `prompt_ids` that the policy was given, adapters keep
-    their precision, an epoch's order follows from its number, a resumed run with `beta` takes up the trained adapter,
-    too, the model card says what the run was.
+    special tokens act on the sampling and all of it is saved, reward functions get the `prompt_ids` that the policy was
+    given, adapters keep their precision, an epoch's order follows from its number, a resumed run with `beta` takes up
+    the trained adapter, too, the model card says what the run was.
 
     chat: what the chat template is given, keywords of `ppl.prompts.render_prompt`. card: called with the trainer's
     state when TRL has written README.md into the output folder.
@@ -65,6 +65,10 @@ class ResumableGRPOTrainer(GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         inputs = [{**row, "prompt_ids": GivenIds(ids)} for row, ids in zip(inputs, self._given_ids, strict=True)]
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        with settings_kept(self.model, output_dir or self.args.output_dir):
+            super()._save(output_dir, state_dict)
 
     def create_model_card(self, *args, **kwargs) -> None:
         super().create_model_card(*args, **kwargs)
