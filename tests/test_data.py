@@ -57,6 +57,12 @@ def test_slices_are_those_of_datasets(folder, name):
         assert list(load_split(name, split=split)["prompt"]) == expected
 
 
+def test_a_slice_behind_the_last_row_of_a_saved_data_set_is_empty(folder):
+    one_split("saved")
+    assert len(load_split("saved", split="train[100:]")) == 0
+    assert len(load_split("saved", split="train[:1]+train[100:]")) == 1
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("split", ["test", "test[:2]", "train[:2]+test"])
 @pytest.mark.parametrize("name", ["f.json", "f.csv", "f.parquet", "saved"])

@@ -264,13 +264,43 @@ def test_a_part_that_is_no_text_is_refused_by_its_type(chat, part):
         render_prompt(messages, chat)
 
 
+def test_what_stands_in_the_template_or_in_another_message_is_not_taken_for_a_text_that_was_read(through):
+    """A template of parts loops over a string's letters and writes none of them: `user` is in its markup anyway."""
+    short = {"role": "user", "content": "user"}
+    assert through(OF_PARTS["parts"], [short]) == "<user>user|"
+    beside = [
+        {"role": "user", "content": [{"type": "text", "text": "yes or no?"}]},
+        {"role": "assistant", "content": "yes"},
+    ]
+    assert through(OF_PARTS["parts"], [*beside, short]) == "<user>yes or no?|<assistant>yes|<user>user|"
+    only_users = OF_PARTS["parts"].replace("messages %}", "messages if m.role == 'user' %}")
+    assert through(only_users, [{"role": "system", "content": "Tell."}, USER]) == "<user>Tell me about the fox.|"
+    with pytest.raises(InputError, match=r"leaves out what .* say, 'Tell me about the fox.': .*--chat_template_path"):
+        through("{% for m in messages %}<{{ m.role }}>{{ m.text }}{% endfor %}", [USER])
+
+
+@pytest.mark.parametrize("name", [*OF_TEXT, *OF_PARTS])
+def test_a_list_without_parts_says_nothing(through, name):
+    empty, blank = ([{"role": "user", "content": content}, USER] for content in ([], ""))
+    assert through(({**OF_TEXT, **OF_PARTS})[name], empty) == through(({**OF_TEXT, **OF_PARTS})[name], blank)
+
+
+@pytest.mark.parametrize("opening", ["", "<assistant>", "{% if add_generation_prompt %}<assistant>{% endif %}"])
+def test_an_end_behind_all_messages_is_left_out_of_a_prompt(through, opening):
+    template = f"{OF_TEXT['plain']}{opening}{{{{ eos_token }}}}"
+    shown = "<assistant>" if opening else ""
+    assert through(template, [USER]) == f"<user>Tell me about the fox.{shown}"
+    each = OF_TEXT["plain"].replace("{% endfor %}", "{{ eos_token }}{% endfor %}")  # DialoGPT's: an answer follows it
+    assert through(each, [USER]) == "<user>Tell me about the fox.</s>"
+
+
 THINKS = (
     "{% for m in messages %}<{{ m.role }}>{% if loop.last %}({{ m.reasoning_content }}){% endif %}"
     "{{ m.content }}{% endfor %}"
 )
 
 
-@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "name", "images", "tool_calls"])
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "weight", "images", "tool_calls"])
 def test_a_key_of_a_message_that_the_template_does_not_read_is_refused_by_name(through, key):
     messages = [USER, {"role": "assistant", "content": "Red.", key: ["hm"]}, USER]
     with pytest.raises(InputError, match=f"message 1 of a prompt, of the assistant, has the key '{key}', which"):
@@ -285,6 +315,15 @@ def test_a_key_that_the_template_reads_in_other_places_is_not_refused(through):
     assert "hm" not in through(THINKS, [USER, thought, USER])
     named = [{**USER, "name": "Ann"}]
     assert through("{% for m in messages %}{{ m.name }}: {{ m.content }}{% endfor %}", named).startswith("Ann: Tell")
+
+
+def test_a_speakers_name_that_the_template_does_not_read_is_said_once(through, caplog):
+    say_once.cache_clear()
+    for _ in range(2):
+        assert through(OF_TEXT["plain"], [{**USER, "name": "Ann"}]) == "<user>Tell me about the fox."
+    assert [one.message for one in caplog.records] == [
+        "messages have the key 'name', which the chat template does not read"
+    ]
 
 
 def test_a_tools_answer_may_say_again_which_call_it_is_of(chat):

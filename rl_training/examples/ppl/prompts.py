@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import re
@@ -52,8 +53,8 @@ def render_prompt(
     """A prompt as the model reads it: a string as it is, chat messages through the tokenizer's template.
 
     As TRL's `apply_chat_template`: a prompt that ends with an assistant's message is continued, any other one opens
-    the assistant's turn. An EOS token that the template writes behind that opening is left out, which a warning says
-    once: nobody writes behind its own end.
+    the assistant's turn. An EOS token that the template writes behind that, where no answer would follow it, is left
+    out, which a warning says once: nobody writes behind its own end.
 
     chat_template_kwargs: more variables of the template, such as `{"enable_thinking": False}`. tools: JSON schemas or
     functions that the template shows the model. Both must be the same wherever the prompt is read.
@@ -111,10 +112,16 @@ def _opened(messages, tokenizer, continued: bool, chat_template_kwargs, tools) -
     rendered = _through_template(messages, tokenizer, continued, chat_template_kwargs, tools)
     eos = of_text(tokenizer).eos_token
     end = re.search(rf"(?:{re.escape(eos)}\s*)*\Z", rendered)[0] if eos and not continued else ""
-    # A template that opens no turn (DialoGPT's) ends the user's with EOS, and a completion follows on that.
-    if not end or rendered == _through_template(messages, tokenizer, None, chat_template_kwargs, tools):
+    if not end:
         return rendered
-    say_once(f"the chat template writes {end.strip()} behind the opening of the assistant's turn: left out of prompts")
+    # A template that opens no turn (DialoGPT's) may end the user's with EOS, and an answer then follows on that.
+    try:
+        answered = [*messages, {"role": "assistant", "content": "a"}]
+        if _through_template(answered, tokenizer, None, chat_template_kwargs, tools).startswith(rendered):
+            return rendered
+    except InputError:
+        pass
+    say_once(f"the chat template writes {end.strip()} behind a prompt: left out")
     return rendered.removesuffix(end)
 
 
@@ -129,30 +136,39 @@ def _through_template(messages, tokenizer, continued: bool | None, chat_template
         )
     contents = [message.get("content") or "" for message in messages]
     message_text([{"role": "user", "content": one} for one in contents])  # raises for a part that is no text
-    parts = [one if isinstance(one, list) else [{"text": one}] for one in contents]
-    texts = [text for one in parts for part in one if (text := part["text"].strip())]
-    fallback = refusal = None
+
+    def render(form: list[dict]) -> str:
+        return tokenizer.apply_chat_template(
+            form,
+            tools=list(tools) if tools else None,
+            tokenize=False,
+            add_generation_prompt=continued is False,
+            continue_final_message=continued is True,
+            **(chat_template_kwargs or {}),
+        )
+
+    unread = refusal = None
     for form, first in _forms(list(map(_as_sent, messages))):
         try:
-            rendered = tokenizer.apply_chat_template(
-                form,
-                tools=list(tools) if tools else None,
-                tokenize=False,
-                add_generation_prompt=continued is False,
-                continue_final_message=continued is True,
-                **(chat_template_kwargs or {}),
-            )
+            rendered = render(form)
+            if _MARK in rendered:
+                continue
+            # What a message says may stand in the template, too: a mark around it tells whether it is read.
+            marked, number = _marked(form)
+            read = render(marked) if number else ""
         # A template raises what it likes for a role or an order it does not know, and Jinja for None where it wants
         # text.
         except (TemplateError, TypeError, ValueError) as error:
             refusal = refusal or error
             continue
-        if _MARK not in rendered:
-            if all(text in rendered for text in texts[first:]):
-                return rendered
-            fallback = fallback or rendered
-    if fallback is not None:
-        return fallback
+        if all(f"{_MARK}{index};" in read for index in range(number)[first:]):
+            return rendered
+        unread = unread or InputError(
+            f"the chat template leaves out what a prompt's messages say, {message_text(messages)!r:.60}: change the "
+            "messages, or name another template with --chat_template_path"
+        )
+    if unread is not None:
+        raise unread
     roles = ", ".join(str(message.get("role")) for message in messages)
     raise InputError(
         f"the chat template refuses messages of {roles}: {' '.join(str(refusal).split())}: change the messages, or "
@@ -160,21 +176,39 @@ def _through_template(messages, tokenizer, continued: bool | None, chat_template
     ) from refusal
 
 
-_MARK = "no_key_of_a_part"
+_MARK = "8172635490"  # no text, and no key of a part; digits are neither escaped nor lowered
+
+
+def _marked(form: list[dict]) -> tuple[list[dict], int]:
+    """Messages with a mark on both sides of each text that is not blank, by its number, and how many there are: a
+    template may leave out what was thought before, or what stands behind an end."""
+    numbers = itertools.count()
+
+    def mark(text: str) -> str:
+        sign = f"{_MARK}{next(numbers)};" if text.strip() else ""
+        return sign + text + sign
+
+    def marked(content):
+        if isinstance(content, list):
+            return [{**part, "text": mark(part["text"])} for part in content]
+        return content and mark(content)
+
+    made = [{**message, "content": marked(message["content"])} if "content" in message else message for message in form]
+    return made, next(numbers)
 
 
 def _forms(messages: list[dict]) -> Iterator[tuple[list[dict], int]]:
-    """Messages in the forms that a template may read, each with the first text that must be in what it renders.
+    """Messages in the forms that a template may read, each with the first text that it must read.
 
     Parts as they came: a template that takes none writes down a list as Python shows it, and then the mark is seen.
-    Strings: of these only the last text must be there, since templates leave out what was thought before. Parts again:
-    some templates of models that see images take nothing else.
+    Strings, and parts again, since some templates of models that see images take nothing else: of these only the last
+    text must be read, since templates leave out what was thought before, or all that a system says.
     """
-    contents = [message.get("content") for message in messages]
+    contents = ["" if message.get("content") == [] else message.get("content") for message in messages]
     came = [[{**part, _MARK: True} for part in one] if isinstance(one, list) else one for one in contents]
     strings = [message_text([{"role": "user", "content": one}]) if one else one for one in contents]
     parts = [[{"type": "text", "text": one, _MARK: True}] if isinstance(one, str) else one for one in came]
-    for form, first in [*([(came, 0)] if came != contents else []), (strings, -1), (parts, 0)]:
+    for form, first in [*([(came, 0)] if came != contents else []), (strings, -1), (parts, -1)]:
         yield (
             [
                 {**message, "content": content} if "content" in message else message
@@ -186,7 +220,8 @@ def _forms(messages: list[dict]) -> Iterator[tuple[list[dict], int]]:
 
 def _refuse_unread(messages, render: Callable[[list], str]) -> None:
     """Raises `InputError` for a key of a message without which the template renders the same, behind it and behind all
-    messages: it does not read what stands there. The answer of a tool may say again which call it is of."""
+    messages: it does not read what stands there. The answer of a tool may say again which call it is of; of a speaker's
+    name a warning says once that it is not read."""
 
     def rendered(messages: list) -> str:
         try:
@@ -201,6 +236,9 @@ def _refuse_unread(messages, render: Callable[[list], str]) -> None:
             without = {name: value for name, value in message.items() if name != key}
             before, after = messages[:index], messages[index + 1 :]
             if all(rendered([*before, message, *end]) == rendered([*before, without, *end]) for end in ([], after)):
+                if key == "name":
+                    say_once("messages have the key 'name', which the chat template does not read")
+                    continue
                 raise InputError(
                     f"message {index} of a prompt, of the {message['role']}, has the key {key!r}, which the chat "
                     "template does not read: drop it, put what it says into the content, or name another template "

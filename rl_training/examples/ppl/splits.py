@@ -74,7 +74,9 @@ def _without_dates(kind: pa.DataType) -> pa.DataType:
 def sliced(splits: Mapping, spec: str):
     """Of data sets by the names of their splits, what `datasets.load_dataset(split=spec)` would give of files."""
     parts = datasets.ReadInstruction.from_spec(spec).to_absolute({name: len(one) for name, one in splits.items()})
-    return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+    # `select` takes no empty range behind the last row.
+    ranges = [(splits[part.splitname], range(part.from_, part.to) or ()) for part in parts]
+    return datasets.concatenate_datasets([data.select(rows) for data, rows in ranges])
 
 
 def refuse_media(dataset) -> None:
