@@ -121,6 +121,8 @@ def test_what_baselines_do_not_say_of_their_sampling_was_off():
         ({"top_p": 1.5}, "--top_p is 1.5, expected a number from 0 to 1"),
         ({"min_p": -0.1}, "--min_p is -0.1, expected a number from 0 to 1"),
         ({"top_k": -1}, "--top_k is -1, expected a number of at least 0"),
+        ({"temperature": 0}, "--temperature is 0, expected a number above 0"),
+        ({"max_new_tokens": 0}, "--max_new_tokens is 0, expected a number above 0"),
         ({"repetition_penalty": 0.0}, "--repetition_penalty is 0.0, expected a number above 0"),
         ({"generation_kwargs": {"top_p": 0.5}}, "holds 'top_p': use the flag --top_p"),
         ({"generation_kwargs": {"no_repeat_ngram": 2}}, "did you mean no_repeat_ngram_size?"),
@@ -139,6 +141,13 @@ def test_what_cannot_be_sampled_alike_everywhere_is_refused(settings, words):
     with pytest.raises(InputError) as caught:
         Sampling(**settings)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["suppress_tokens", "begin_suppress_tokens", "bad_words_ids"])
+def test_the_id_of_a_token_that_the_model_has_not_is_refused(tokenizer, name):
+    value = [[3], [toys.VOCABULARY]] if name == "bad_words_ids" else [3, toys.VOCABULARY]
+    with pytest.raises(InputError, match=f"holds '{name}' with the id 512: expected ids below 512"):
+        sample(toys.llama(), tokenizer, PROMPTS, generation_kwargs={name: value})
 
 
 def test_every_kwarg_that_is_allowed_is_tried_and_known_to_transformers():

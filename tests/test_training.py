@@ -233,6 +233,11 @@ def test_without_unsloth_it_says_why_and_trains_with_peft(tmp_path):
         (["--max_steps", "-3"], ["--max_steps is -3"]),
         (["--top_p", "2"], ["--top_p is 2.0", "from 0 to 1"]),
         (["--generation_kwargs", '{"num_beams": 2}'], ["--generation_kwargs holds 'num_beams'"]),
+        (
+            ["--use_transformers_continuous_batching", "true", "--repetition_penalty", "1.1"],
+            ["--use_transformers_continuous_batching drops --repetition_penalty", "leave it out, or them"],
+        ),
+        (["--max_completion_length", "0"], ["--max_completion_length is 0, expected a number of at least 1"]),
         (["--use_vllm", "--generation_kwargs", '{"typical_p": 0.9}'], ["--use_vllm", "drop one of them"]),
         (["--logging_steps", "nan"], ["--logging_steps is nan", "above 0"]),
         (["--report_to", "none", "wandb"], ["--report_to is none wandb", "stands alone"]),

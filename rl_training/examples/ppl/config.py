@@ -350,8 +350,9 @@ class Sampling:
             if value is not None and not (0 <= value <= most and math.isfinite(value)):
                 span = "of at least 0" if most == math.inf else f"from 0 to {most}"
                 raise InputError(f"--{name} is {value}, expected a number {span}")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise InputError(f"--repetition_penalty is {self.repetition_penalty}, expected a number above 0")
+        for name in ("max_new_tokens", "temperature", "repetition_penalty"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"--{name} is {getattr(self, name)}, expected a number above 0")
         for name, value in (self.generation_kwargs or {}).items():
             if name in self.__dataclass_fields__:
                 raise InputError(f"--generation_kwargs holds {name!r}: use the flag --{name}")

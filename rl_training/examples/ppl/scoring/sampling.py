@@ -119,6 +119,7 @@ def sample(
     sampling: fields of `ppl.config.Sampling`.
     """
     tokenizer, settings = of_text(tokenizer), Sampling(**sampling)
+    _check_ids(model, settings.generation_kwargs or {})
     jobs = [prompt for prompt in prompts for _ in range(num_generations)]
     given = prompt_ids(jobs, tokenizer, chat_template_kwargs=chat_template_kwargs, tools=tools)
     # A model that reads the padding gets none: a batch then holds prompts of one length.
@@ -132,6 +133,19 @@ def sample(
         for batch in tqdm(batches, desc=progress, unit="batch", disable=progress is None or not is_first()):
             completions.extend(_sample(model, tokenizer, batch, settings))
     return [completions[index : index + num_generations] for index in range(0, len(completions), num_generations)]
+
+
+def _check_ids(model, generation_kwargs: Mapping) -> None:
+    """Raises `InputError` for the id of a token that the model has not: some kwargs would do nothing, others fail."""
+    for name, value in generation_kwargs.items():
+        if isinstance(value, list):
+            size = model.config.get_text_config(decoder=True).vocab_size
+            ids = itertools.chain(*(one if isinstance(one, list) else [one] for one in value))
+            if unknown := [token for token in ids if token >= size]:
+                raise InputError(
+                    f"--generation_kwargs holds {name!r} with the id {unknown[0]}: expected ids below {size}, the "
+                    "model's number of tokens"
+                )
 
 
 @contextmanager

@@ -410,7 +410,7 @@ def _check_made(config) -> None:
 # (field of GRPOConfig, least, most): beyond these TRL trains nothing, or fails once a model is loaded.
 _BOUNDS = (
     *((name, 1, math.inf) for name in ("num_iterations", "steps_per_generation", "generation_batch_size")),
-    *((name, 1, math.inf) for name in ("num_generations_eval", "per_device_eval_batch_size")),
+    *((name, 1, math.inf) for name in ("num_generations_eval", "per_device_eval_batch_size", "max_completion_length")),
     *((name, 0, math.inf) for name in ("learning_rate", "beta", "epsilon", "epsilon_high", "delta", "max_grad_norm")),
     *((name, 0, math.inf) for name in ("weight_decay", "warmup_steps", "dataloader_num_workers")),
 )
@@ -531,6 +531,11 @@ def grpo_config(args: argparse.Namespace, rest: list[str], plan):
         raise InputError(
             "--generation_kwargs are transformers' names, and --use_vllm has names of its own, which the held-out "
             "completions would not follow: drop one of them"
+        )
+    if config.use_transformers_continuous_batching and (config.generation_kwargs or config.repetition_penalty != 1):
+        raise InputError(
+            "--use_transformers_continuous_batching drops --repetition_penalty and some of --generation_kwargs, which "
+            "the held-out completions would follow: leave it out, or them"
         )
     if config.remove_unused_columns:
         raise InputError(
