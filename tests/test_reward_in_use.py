@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import brute_force
 import peft
@@ -15,6 +16,7 @@ from written_down import COLUMNS, MODEL, TOKENIZER, baseline_of, levels, reward
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
 from ppl.errors import BaselineError
+from ppl.reward.loop_guard import loop_guard
 
 # --- a reward of one's own -------------------------------------------------------------------------------------------
 
@@ -339,3 +341,21 @@ def test_a_scorer_that_is_trained_is_asked_anew_whoever_writes_its_weights(way):
     with pytest.warns(UserWarning, match="weights change during training"):
         assert word() == pytest.approx(expected, rel=1e-5)
     assert expected != pytest.approx(before, rel=1e-2)
+
+
+def test_calls_from_several_threads_do_not_see_each_others_rows(tokenizer, model):
+    """AsyncGRPO calls each reward in a thread: one had the skipped rows of another's call, or nan for a reward."""
+    baselines = {f"row {index}": dict.fromkeys(LEVELS, 200.0) for index in range(0, 12, 2)}
+    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, baselines, missing="skip", form="nats")
+    guard, _ = loop_guard(skips=reward_fn.skips)
+    calls = []
+    for start in range(8):
+        said = [f" the fox ran {start + row}" for row in range(2 + start % 3)]
+        prompts = [f"row {start + row}" for row in range(len(said))]
+        calls.append({"prompts": prompts, "completions": said, "completion_ids": tokenizer(said)["input_ids"]})
+    both = [function for function in (reward_fn, guard) for _ in calls]
+    expected = [function(**call) for function, call in zip(both, calls * 2, strict=True)]
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(4):
+            found = threads.map(lambda function, call: function(**call), both, calls * 2)
+            assert list(found) == [pytest.approx(one, abs=1e-6) for one in expected]

@@ -1,5 +1,6 @@
 """Policy and scorer are two models: what is scored is what the policy's own tokenizer says that it wrote."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 import toys
 from datasets import Dataset
 from test_sampled import CHATS, PROMPTS, generate
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
 from ppl.baselines.file import Baselines
@@ -144,6 +147,32 @@ def test_several_turns_get_their_spaces_back(story, tiny):
     assert ppls(reward_fn) == pytest.approx(levels(model, tokenizer, [prompt], [spaced]), rel=1e-5)
 
 
+def test_a_message_begins_where_the_scorers_template_lets_it(model):
+    """Llama 2's answers begin with the space that its own template leaves out, behind the line break of another's."""
+    policy, scorer = toys.llama2_like(), toys.byte_level()
+    policy.chat_template = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+    scorer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}\n{{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant\n{% endif %}"
+    )
+    reward_fn = MultiLevelPPLRewardFunction(model, scorer, policy=(None, policy))
+    ids = policy("the fox ran", add_special_tokens=False)["input_ids"]
+    reward_fn(CHATS[:1], [[{"role": "assistant", "content": "the fox ran"}]], completion_ids=[ids])
+    assert ppls(reward_fn) == pytest.approx(levels(model, scorer, CHATS[:1], ["the fox ran"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("schema", [None, {"type": "object"}])
+def test_an_edited_message_is_scored_as_it_came(model, schema):
+    """Cut to a part of what its ids say. Where the trainer parses messages, the rest is what was thought."""
+    tokenizer = toys.byte_level(chat=True)
+    tokenizer.response_schema = schema
+    ids = tokenizer(" a small fox ran. It fell.")["input_ids"]
+    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)
+    pairs, _ = reward_fn.written(CHATS[:1], [[{"role": "assistant", "content": " a small fox ran."}]], [ids])
+    assert isinstance(pairs[0], Sampled) == (schema is not None)
+    assert schema or pairs == [(reward_fn.calculator.render(CHATS[0]), " a small fox ran.")]
+
+
 # --- ids -------------------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +205,42 @@ def test_a_scorer_without_the_policys_chat_tokens_reads_the_text(rows, told):
     said = [[{"role": "assistant", "content": text}]]
     reward_fn(CHATS[:1], said, completion_ids=[[*ids, policy.eos_token_id]], prompt_ids=[given])
     assert ppls(reward_fn) == pytest.approx(levels(model, scorer, CHATS[:1], [text]), rel=1e-5)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_ids_that_are_other_chat_tokens_of_the_scorer_are_not_read(model, told):
+    """As many of them at the same ids: the scorer read <|reserved 0|> for <|user|>."""
+    policy, scorer = with_chat_tokens(), toys.byte_level(chat=True)
+    scorer.add_tokens([f"<|reserved {index}|>" for index in range(3)], special_tokens=True)
+    [given], text = prompt_ids(CHATS[:1], policy), " a small fox ran."
+    ids = policy(text, add_special_tokens=False)["input_ids"]
+    assert scorer.decode(ids) == text
+    reward_fn = MultiLevelPPLRewardFunction(model, scorer, policy=(None, policy) if told else None)
+    said = [[{"role": "assistant", "content": text}]]
+    reward_fn(CHATS[:1], said, completion_ids=[ids], prompt_ids=[given])
+    assert ppls(reward_fn) == pytest.approx(levels(model, scorer, CHATS[:1], [text]), rel=1e-5)
+
+
+@pytest.mark.parametrize("part", ["merges", "normalizer"])
+def test_ids_of_a_tokenizer_that_divides_words_otherwise_are_not_the_scorers(model, part):
+    """The same vocabulary, and the same ids of the prompt; other ones of the completion."""
+    policy = toys.byte_level()
+    whole = json.loads(policy.backend_tokenizer.to_str())
+    if part == "merges":
+        del whole["model"]["merges"][60:]
+    else:
+        whole["normalizer"] = {"type": "Lowercase"}
+    scorer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(whole)), bos_token="<s>", eos_token="</s>"
+    )
+    prompt, text = "a", " They walked together, slowly."
+    ids = policy(text, add_special_tokens=False)["input_ids"]
+    assert scorer.get_vocab() == policy.get_vocab()
+    assert prompt_ids([prompt], scorer) == prompt_ids([prompt], policy)
+    assert scorer(text, add_special_tokens=False)["input_ids"] != ids
+    reward_fn = MultiLevelPPLRewardFunction(model, scorer, policy=(None, policy))
+    reward_fn([prompt], [text], completion_ids=[ids])
+    assert ppls(reward_fn) == pytest.approx(levels(model, scorer, [prompt], [text]), rel=1e-5)
 
 
 def test_an_id_that_the_scorer_has_no_row_for_is_not_looked_up():
@@ -249,7 +314,9 @@ def test_the_policys_generation_settings_end_a_completion(tokenizer):
     given, ids = tokenizer("The fox")["input_ids"], tokenizer(" ran")["input_ids"]
     reward_fn = MultiLevelPPLRewardFunction(scorer, tokenizer, policy=(policy, tokenizer))
     assert total(reward_fn, "The fox", [*ids, dot], " ran.") == pytest.approx(by_hand(scorer, given, ids), rel=1e-5)
-    # Where the policy is the scorer, its own settings say so.
+    # Also under DDP and its kind; and where the policy is the scorer, its own settings say so.
+    wrapped = MultiLevelPPLRewardFunction(scorer, tokenizer, policy=(torch.nn.DataParallel(policy), tokenizer))
+    assert total(wrapped, "The fox", [*ids, dot], " ran.") == pytest.approx(by_hand(scorer, given, ids), rel=1e-5)
     reward_fn = MultiLevelPPLRewardFunction(policy, tokenizer)
     assert total(reward_fn, "The fox", [*ids, dot], " ran.") == pytest.approx(by_hand(policy, given, ids), rel=1e-5)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import threading
 import time
 import warnings
 from collections import OrderedDict
@@ -27,7 +28,7 @@ from ..prompts import Turn, Turns, chat_identity, of_text, refuse_begun
 from ..scoring.calculator import MultiLevelPPLCalculator
 from ..scoring.frozen import base_parameters
 from ..scoring.identity import identity
-from ..scoring.sampling import end_tokens, given_by_trainer, prompt_ids, refuse_appended, up_to_end
+from ..scoring.sampling import GivenIds, end_tokens, given_by_trainer, prompt_ids, refuse_appended, up_to_end
 from ..scoring.surprisal import Scorer, as_scorer, is_scorer
 from ..scoring.tokens import Pair, Sampled, TextEncoder
 from .terms import HIGHEST, Earned, Measured, details_of, earned, normalized
@@ -211,27 +212,39 @@ class Policy:
         model, tokenizer = policy or (scorer, calculator.tokenizer)
         self._calculator = calculator
         self._warned = False
+        self._told = policy is not None
         self.tokenizer = of_text(tokenizer)
         self._is_scorers = self.tokenizer is calculator.tokenizer
         self.encoder = calculator.encoder if self._is_scorers else TextEncoder(self.tokenizer)
-        vocabulary = calculator.tokenizer.get_vocab()
-        self._same_vocabulary = self._is_scorers or self.tokenizer.get_vocab() == vocabulary
-        self._tokens = set(vocabulary.values())
+        self._same_tokens = self._is_scorers or _division(self.tokenizer) == _division(calculator.tokenizer)
+        self._tokens = set(calculator.tokenizer.get_vocab().values())
         # A model can have rows beyond the tokens of its tokenizer, and sample them.
-        of_model = self._same_vocabulary and hasattr(scorer, "config")
+        of_model = self._same_tokens and hasattr(scorer, "config")
         self._rows = scorer.config.get_text_config().vocab_size if of_model else 0
         # Another model may have written with the scorer's tokenizer, and gone on behind what ends a text of the scorer.
         self._ends = end_tokens(None if policy is None else model, self.tokenizer)
         self._trailing = {*self.encoder.special_ids, *end_tokens(model, self.tokenizer)}
 
-    def shares_ids(self, prompts: Sequence[Text | None]) -> list[bool]:
-        """Per prompt, whether policy and scorer make the same ids of it, and mean the same tokens by them."""
-        if self._is_scorers or not self._same_vocabulary:
-            return [self._is_scorers] * len(prompts)
-        mine, theirs = (
-            prompt_ids(prompts, one, **self._calculator.chat) for one in (self._calculator.tokenizer, self.tokenizer)
-        )
-        return [one == other for one, other in zip(mine, theirs, strict=True)]
+    def shares_ids(
+        self, prompts: Sequence[Text | None], given_ids: Sequence[Sequence[int]] | None = None
+    ) -> list[bool]:
+        """Per prompt, whether policy and scorer make the same ids of it, and mean the same tokens by them.
+
+        given_ids: of `read`. Of a policy of which nothing is known they have to be the scorer's, or the end of those.
+        """
+        if not self._same_tokens or (self._is_scorers and (self._told or given_ids is None)):
+            return [self._same_tokens] * len(prompts)
+        mine = prompt_ids(prompts, self._calculator.tokenizer, **self._calculator.chat)
+        if not self._is_scorers:
+            theirs = prompt_ids(prompts, self.tokenizer, **self._calculator.chat)
+            return [one == other for one, other in zip(mine, theirs, strict=True)]
+        shared, start = [], self.encoder.start
+        for one, given in zip(mine, given_ids, strict=True):
+            ids = list(map(int, given))
+            end = ids[len(start) :] if ids[: len(start)] == start else ids
+            known = isinstance(given, GivenIds) and given.tokenizer is self.tokenizer
+            shared.append(known or one[len(one) - len(end) :] == end)
+        return shared
 
     def read(
         self,
@@ -248,23 +261,26 @@ class Policy:
         completion_ids = [list(map(int, ids)) for ids in completion_ids]
         if not completion_ids:  # of which transformers would decode one text
             return []
+        shared = self.shares_ids(prompts, given_ids)
         if given_ids is None:
             given_ids = prompt_ids(prompts, self.tokenizer, **self._calculator.chat)
         written = list(map(self._written, completion_ids))
         # As TRL decodes them; or as they stand behind their prompt, where a space or a mark of continuation is another.
         alone = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         behind = self.encoder.decoding.texts(given_ids, written)
-        shared = self.shares_ids(prompts)
         found: list[tuple[Sampled | None, str] | None] = []
         for index, (prompt, (before, text)) in enumerate(zip(prompts, behind, strict=True)):
             given, ids = tuple(map(int, given_ids[index])), tuple(written[index])
-            if not any(_is_of(texts[index], one, isinstance(prompt, list)) for one in (alone[index], text)):
+            parsed = self._parsed and isinstance(prompt, list)
+            if not any(_is_of(texts[index], one, parsed) for one in (alone[index], text)):
                 found.append(None)
             elif shared[index] and self._tokens.issuperset([*given, *(one for one in ids if one >= self._rows)]):
                 found.append((Sampled(given, ids), text))
             else:
-                # Words joined by spaces: a decoder writes the one that the prompt's ids have lost.
-                lost = isinstance(prompt, str) and prompt[-1:].isspace() and not before[-1:].isspace()
+                # Words joined by spaces: a decoder writes the one that the prompt's ids have lost, or that the policy's
+                # chat template does not end in and the scorer's does.
+                space = isinstance(prompt, str) or self.encoder.decoding.loses_a_space
+                lost = space and self._calculator.render(prompt)[-1:].isspace() and not before[-1:].isspace()
                 found.append((None, text.removeprefix(" ") if lost else text))
         return found
 
@@ -277,11 +293,22 @@ class Policy:
             )
         self._warned = True
 
+    @property
+    def _parsed(self) -> bool:
+        """Whether the trainer takes messages apart: what is thought, or said to tools, is then no part of a content."""
+        return any(getattr(self.tokenizer, f"response_{name}", None) is not None for name in ("template", "schema"))
+
     def _written(self, ids: list[int]) -> list[int]:
         """Up to the first end token; special tokens behind the last text are left out like it."""
         ids = up_to_end(ids, self._ends)
         size = next((size for size in range(len(ids), 0, -1) if ids[size - 1] not in self._trailing), 0)
         return ids[:size]
+
+
+def _division(tokenizer) -> tuple:
+    """What makes a text's tokens of it, their ids included."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    return tokenizer.get_vocab(), *(parts[name] for name in ("model", "normalizer", "pre_tokenizer"))
 
 
 def as_scored(
@@ -323,10 +350,10 @@ def as_scored(
     return pairs, texts
 
 
-def _is_of(text: str, decoded: str, is_message: bool) -> bool:
-    """Decoding may lose or add white space; and a message may be the part that a template calls its content."""
+def _is_of(text: str, decoded: str, parsed: bool) -> bool:
+    """Decoding may lose or add white space; and of a parsed message the text is a part."""
     text, decoded = "".join(text.split()), "".join(decoded.split())
-    return text == decoded or bool(is_message and text and text in decoded)
+    return text == decoded or bool(parsed and text and text in decoded)
 
 
 # --- references ------------------------------------------------------------------------------------------------------
@@ -395,6 +422,19 @@ def log(call: LastCall, extracts: bool, log_metric, log_extra=None) -> None:
 
 
 # --- function --------------------------------------------------------------------------------------------------------
+
+# One call at a time: AsyncGRPO calls from several threads, and a call is more than its rewards (`_last`, first visits).
+_ONE_CALL = threading.RLock()
+
+
+def _one_call(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def alone(*args, **kwargs):
+        with _ONE_CALL:
+            return method(*args, **kwargs)
+
+    return alone
+
 
 Veto = Callable[..., Sequence[bool]]  # of the columns that TRL gives a reward function
 
@@ -499,6 +539,7 @@ class MultiLevelPPLRewardFunction:
             prompt=chat_identity(self.tokenizer, **self.calculator.chat),
         )
 
+    @_one_call
     def __call__(self, prompts, completions, **columns) -> list[float | None]:
         """One reward a completion, None for a skipped row: TRL's calling convention.
 
@@ -544,6 +585,7 @@ class MultiLevelPPLRewardFunction:
             one.first_visits = copy.deepcopy(self.first_visits)
         return rewards
 
+    @_one_call
     def skips(self, prompts, completions, **columns) -> list[bool]:
         """Of each completion of a call in TRL's calling convention, whether its row is skipped (`missing="skip"`): what
         stands beside this function has nothing to say of it, either. Scored anew only where another call was last."""
@@ -584,6 +626,7 @@ class MultiLevelPPLRewardFunction:
                 rewards = [None if math.isnan(one) else one for one in self._last.details["rewards"].tolist()]
             self.observer.observe(self._last, self.config.highest, prompts, texts, rewards, **columns)
 
+    @_one_call
     def compute_rewards(
         self,
         texts: Sequence[Text],

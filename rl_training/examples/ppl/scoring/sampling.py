@@ -65,7 +65,11 @@ def refuse_appended(prompts: Sequence[Text], tokenizer) -> None:
 
 
 class GivenIds(list):
-    """What a trainer says that its policy was given, and no column of a data set that has this name."""
+    """What a trainer says that its policy was given, by which tokenizer, and no column of a data set of that name."""
+
+    def __init__(self, ids: Sequence[int], tokenizer) -> None:
+        super().__init__(ids)
+        self.tokenizer = of_text(tokenizer)
 
 
 def given_by_trainer(columns: Mapping) -> bool:
@@ -84,6 +88,7 @@ def given_by_trainer(columns: Mapping) -> bool:
 
 def end_tokens(model, tokenizer) -> list[int]:
     """The ids that end a completion for GRPOTrainer: the tokenizer's, and those in the model's generation settings."""
+    model = getattr(model, "module", model)  # under DDP and its kind
     of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list | tuple) else [of_model])]
     return list(dict.fromkeys(token for token in ends if token is not None))

@@ -127,7 +127,9 @@ def evaluate(
     groups = _of_all_rows(indices, [[(one.text, one.ids) for one in group] for group in sampled], len(rows))
 
     columns = {name: [value for value in column for _ in range(num_generations)] for name, column in columns.items()}
-    columns["prompt_ids"] = [GivenIds(one.prompt_ids) for group in sampled for one in group]  # as the trainer has it
+    columns["prompt_ids"] = [
+        GivenIds(one.prompt_ids, tokenizer) for group in sampled for one in group
+    ]  # as in training
     own = [one for index in indices for one in groups[index]]
     scores = _scores(rewards, columns, own, state)
     if reward_fn.config.target == "reference" and len(rows) > 1:
@@ -191,6 +193,7 @@ def _measured(reward_fn, columns: Mapping[str, list], written: Sequence[tuple]) 
         ids=columns.get("id"),
         baselines=row_baselines(columns),
         completion_ids=[ids for _, ids in written],
+        prompt_ids=columns["prompt_ids"],
         return_details=True,
     )[1]
 

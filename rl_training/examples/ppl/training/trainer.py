@@ -63,7 +63,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
         return generated
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        inputs = [{**row, "prompt_ids": GivenIds(ids)} for row, ids in zip(inputs, self._given_ids, strict=True)]
+        given = [GivenIds(ids, self.processing_class) for ids in self._given_ids]
+        inputs = [{**row, "prompt_ids": ids} for row, ids in zip(inputs, given, strict=True)]
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     def _save(self, output_dir=None, state_dict=None) -> None:
