@@ -18,7 +18,7 @@ from ppl.baselines.file import Baselines
 from ppl.config import Sampling
 from ppl.data import message_text
 from ppl.models import load_model
-from ppl.scoring.sampling import end_tokens, prompt_ids
+from ppl.scoring.sampling import GivenIds, end_tokens, prompt_ids
 from ppl.scoring.tokens import Sampled
 from ppl.training.heldout import evaluate
 from ppl.training.job import weighted
@@ -207,15 +207,16 @@ def test_a_scorer_without_the_policys_chat_tokens_reads_the_text(rows, told):
     assert ppls(reward_fn) == pytest.approx(levels(model, scorer, CHATS[:1], [text]), rel=1e-5)
 
 
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("told", ["policy", "trainer", None])
 def test_ids_that_are_other_chat_tokens_of_the_scorer_are_not_read(model, told):
     """As many of them at the same ids: the scorer read <|reserved 0|> for <|user|>."""
     policy, scorer = with_chat_tokens(), toys.byte_level(chat=True)
     scorer.add_tokens([f"<|reserved {index}|>" for index in range(3)], special_tokens=True)
     [given], text = prompt_ids(CHATS[:1], policy), " a small fox ran."
+    given = GivenIds(given, policy) if told == "trainer" else given
     ids = policy(text, add_special_tokens=False)["input_ids"]
     assert scorer.decode(ids) == text
-    reward_fn = MultiLevelPPLRewardFunction(model, scorer, policy=(None, policy) if told else None)
+    reward_fn = MultiLevelPPLRewardFunction(model, scorer, policy=(None, policy) if told == "policy" else None)
     said = [[{"role": "assistant", "content": text}]]
     reward_fn(CHATS[:1], said, completion_ids=[ids], prompt_ids=[given])
     assert ppls(reward_fn) == pytest.approx(levels(model, scorer, CHATS[:1], [text]), rel=1e-5)

@@ -214,12 +214,12 @@ class Policy:
         self._warned = False
         self._told = policy is not None
         self.tokenizer = of_text(tokenizer)
-        self._is_scorers = self.tokenizer is calculator.tokenizer
-        self.encoder = calculator.encoder if self._is_scorers else TextEncoder(self.tokenizer)
-        self._same_tokens = self._is_scorers or _division(self.tokenizer) == _division(calculator.tokenizer)
-        self._tokens = set(calculator.tokenizer.get_vocab().values())
+        is_scorers = self.tokenizer is calculator.tokenizer
+        self.encoder = calculator.encoder if is_scorers else TextEncoder(self.tokenizer)
+        vocabulary = calculator.tokenizer.get_vocab()
+        self._tokens = set(vocabulary.values())
         # A model can have rows beyond the tokens of its tokenizer, and sample them.
-        of_model = self._same_tokens and hasattr(scorer, "config")
+        of_model = self.tokenizer.get_vocab() == vocabulary and hasattr(scorer, "config")
         self._rows = scorer.config.get_text_config().vocab_size if of_model else 0
         # Another model may have written with the scorer's tokenizer, and gone on behind what ends a text of the scorer.
         self._ends = end_tokens(None if policy is None else model, self.tokenizer)
@@ -230,21 +230,24 @@ class Policy:
     ) -> list[bool]:
         """Per prompt, whether policy and scorer make the same ids of it, and mean the same tokens by them.
 
-        given_ids: of `read`. Of a policy of which nothing is known they have to be the scorer's, or the end of those.
+        given_ids: of `read`. If nothing is known of the policy they have to be the scorer's, or the end of those.
         """
-        if not self._same_tokens or (self._is_scorers and (self._told or given_ids is None)):
-            return [self._same_tokens] * len(prompts)
-        mine = prompt_ids(prompts, self._calculator.tokenizer, **self._calculator.chat)
-        if not self._is_scorers:
-            theirs = prompt_ids(prompts, self.tokenizer, **self._calculator.chat)
+        of_scorer, of_policy = self._calculator.tokenizer, self.tokenizer
+        known = self._told or given_ids is None
+        if not known and (known := all(isinstance(ids, GivenIds) for ids in given_ids)):
+            of_policy = given_ids[0].tokenizer
+        if known and of_policy is of_scorer:
+            return [True] * len(prompts)
+        if _division(of_policy, len(of_policy)) != _division(of_scorer, len(of_scorer)):
+            return [False] * len(prompts)
+        mine = prompt_ids(prompts, of_scorer, **self._calculator.chat)
+        if known:
+            theirs = prompt_ids(prompts, of_policy, **self._calculator.chat)
             return [one == other for one, other in zip(mine, theirs, strict=True)]
-        shared, start = [], self.encoder.start
-        for one, given in zip(mine, given_ids, strict=True):
-            ids = list(map(int, given))
-            end = ids[len(start) :] if ids[: len(start)] == start else ids
-            known = isinstance(given, GivenIds) and given.tokenizer is self.tokenizer
-            shared.append(known or one[len(one) - len(end) :] == end)
-        return shared
+        start = self.encoder.start
+        given = [list(map(int, ids)) for ids in given_ids]
+        ends = [ids[len(start) :] if ids[: len(start)] == start else ids for ids in given]
+        return [one[len(one) - len(end) :] == end for one, end in zip(mine, ends, strict=True)]
 
     def read(
         self,
@@ -305,10 +308,12 @@ class Policy:
         return ids[:size]
 
 
-def _division(tokenizer) -> tuple:
-    """What makes a text's tokens of it, their ids included."""
+@functools.lru_cache(maxsize=8)
+def _division(tokenizer, size: int) -> str:
+    """A hash of what makes tokens of a text, their ids included. size: of the vocabulary, which may have grown."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    return tokenizer.get_vocab(), *(parts[name] for name in ("model", "normalizer", "pre_tokenizer"))
+    content = [tokenizer.get_vocab(), *(parts[name] for name in ("model", "normalizer", "pre_tokenizer"))]
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def as_scored(
