@@ -161,16 +161,22 @@ def test_a_message_begins_where_the_scorers_template_lets_it(model):
     assert ppls(reward_fn) == pytest.approx(levels(model, scorer, CHATS[:1], ["the fox ran"]), rel=1e-5)
 
 
+@pytest.mark.parametrize("more", [{}, {"reasoning_content": "It fell."}])
 @pytest.mark.parametrize("schema", [None, {"type": "object"}])
-def test_an_edited_message_is_scored_as_it_came(model, schema):
+def test_an_edited_message_is_scored_as_it_came(model, schema, more):
     """Cut to a part of what its ids say. Where the trainer parses messages, the rest is what was thought."""
     tokenizer = toys.byte_level(chat=True)
     tokenizer.response_schema = schema
     ids = tokenizer(" a small fox ran. It fell.")["input_ids"]
     reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)
-    pairs, _ = reward_fn.written(CHATS[:1], [[{"role": "assistant", "content": " a small fox ran."}]], [ids])
-    assert isinstance(pairs[0], Sampled) == (schema is not None)
-    assert schema or pairs == [(reward_fn.calculator.render(CHATS[0]), " a small fox ran.")]
+    said = [[{"role": "assistant", "content": " a small fox ran.", **more}]]
+    reward_fn(CHATS[:1], said, completion_ids=[ids])
+    if schema or more:
+        pair = Sampled(tuple(prompt_ids(CHATS[:1], tokenizer)[0]), tuple(ids))
+        expected = reward_fn.calculator.score_pairs(model, [pair])
+    else:
+        expected = levels(model, tokenizer, CHATS[:1], [" a small fox ran."])
+    assert ppls(reward_fn) == pytest.approx(expected, rel=1e-5)
 
 
 # --- ids -------------------------------------------------------------------------------------------------------------

@@ -233,19 +233,21 @@ class Policy:
         given_ids: of `read`. If nothing is known of the policy they have to be the scorer's, or the end of those.
         """
         of_scorer, of_policy = self._calculator.tokenizer, self.tokenizer
-        known = self._told or given_ids is None
-        if not known and (known := all(isinstance(ids, GivenIds) for ids in given_ids)):
-            of_policy = given_ids[0].tokenizer
-        if known and of_policy is of_scorer:
+        unknown = [] if self._told or given_ids is None else list(given_ids)
+        for ids in unknown:
+            if isinstance(ids, GivenIds):  # a trainer's are all of one tokenizer
+                unknown, of_policy = [], ids.tokenizer
+                break
+        if not unknown and of_policy is of_scorer:
             return [True] * len(prompts)
         if _division(of_policy, len(of_policy)) != _division(of_scorer, len(of_scorer)):
             return [False] * len(prompts)
         mine = prompt_ids(prompts, of_scorer, **self._calculator.chat)
-        if known:
+        if not unknown:
             theirs = prompt_ids(prompts, of_policy, **self._calculator.chat)
             return [one == other for one, other in zip(mine, theirs, strict=True)]
         start = self.encoder.start
-        given = [list(map(int, ids)) for ids in given_ids]
+        given = [list(map(int, ids)) for ids in unknown]
         ends = [ids[len(start) :] if ids[: len(start)] == start else ids for ids in given]
         return [one[len(one) - len(end) :] == end for one, end in zip(mine, ends, strict=True)]
 
@@ -255,11 +257,13 @@ class Policy:
         texts: Sequence[str],
         completion_ids: Sequence[Sequence[int]],
         given_ids: Sequence[Sequence[int]] | None,
+        parsed: Sequence[bool],
     ) -> list[tuple[Sampled | None, str] | None]:
         """Per completion (its ids, None if they are not the scorer's; what it adds to its prompt's text); None if the
         ids are not those of its text, which was then changed on its way here.
 
-        given_ids: what the policy was given as prompts; None: what GRPOTrainer makes of them.
+        given_ids: what the policy was given as prompts; None: what GRPOTrainer makes of them. parsed: whether a text is
+        what a trainer calls the content, a part of what was written.
         """
         completion_ids = [list(map(int, ids)) for ids in completion_ids]
         if not completion_ids:  # of which transformers would decode one text
@@ -274,8 +278,8 @@ class Policy:
         found: list[tuple[Sampled | None, str] | None] = []
         for index, (prompt, (before, text)) in enumerate(zip(prompts, behind, strict=True)):
             given, ids = tuple(map(int, given_ids[index])), tuple(written[index])
-            parsed = self._parsed and isinstance(prompt, list)
-            if not any(_is_of(texts[index], one, parsed) for one in (alone[index], text)):
+            part = parsed[index] or (self._parses and isinstance(prompt, list))
+            if not any(_is_of(texts[index], one, part) for one in (alone[index], text)):
                 found.append(None)
             elif shared[index] and self._tokens.issuperset([*given, *(one for one in ids if one >= self._rows)]):
                 found.append((Sampled(given, ids), text))
@@ -297,7 +301,7 @@ class Policy:
         self._warned = True
 
     @property
-    def _parsed(self) -> bool:
+    def _parses(self) -> bool:
         """Whether the trainer takes messages apart: what is thought, or said to tools, is then no part of a content."""
         return any(getattr(self.tokenizer, f"response_{name}", None) is not None for name in ("template", "schema"))
 
@@ -335,7 +339,7 @@ def as_scored(
     pairs = list(map(calculator.turns, prompts, completions))
     read = [None] * len(texts)
     if completion_ids is not None:
-        read = policy.read(prompts, texts, completion_ids, given_ids)
+        read = policy.read(prompts, texts, completion_ids, given_ids, list(map(_is_parsed, completions)))
     one_turn = [isinstance(completion, str) or len(completion) == 1 for completion in completions]
     for index in np.flatnonzero(one_turn):
         if read[index] is not None:
@@ -353,6 +357,13 @@ def as_scored(
         if one_turn[index]:
             texts[index] = whole[0][1]
     return pairs, texts
+
+
+def _is_parsed(completion: Text) -> bool:
+    """Whether a trainer took it apart: what was thought, or said to tools, stands beside its content."""
+    return not isinstance(completion, str) and any(
+        value for one in completion for key, value in one.items() if key not in ("role", "content")
+    )
 
 
 def _is_of(text: str, decoded: str, parsed: bool) -> bool:
@@ -606,7 +617,7 @@ class MultiLevelPPLRewardFunction:
             refuse_appended(prompts, self.policy.tokenizer)
         texts = [message_text(completion) for completion in completions]
         arguments = {"prompts": prompts, "references": columns.get("reference"), "ids": columns.get("id")}
-        if any(not isinstance(completion, str) and len(completion) > 1 for completion in completions):
+        if any(not isinstance(one, str) and (len(one) > 1 or _is_parsed(one)) for one in completions):
             arguments["completions"] = completions
         if self.veto is not None:
             arguments["vetoed"] = self.veto(prompts=prompts, completions=completions, **columns)
