@@ -76,7 +76,7 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> float:
 
 def whole_rows():
     """The scorer's class with prefix sharing left out."""
-    from ppl.scoring.packing import Group
+    from ppl.scoring.batching import Group
     from ppl.scoring.surprisal import SurprisalScorer
 
     class WholeRows(SurprisalScorer):

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppl.scoring.packing import Group, Row, batches, packs, padded, share_prefixes, windows
+from ppl.scoring.batching import Group, Row, batches, packs, padded, share_prefixes, windows
 from ppl.scoring.tokens import Encoded
 
 

@@ -136,6 +136,14 @@ def test_files_are_written_in_one_place():
             assert calls == writers.get(path, set()), path
 
 
+@pytest.mark.parametrize("module", ["ppl.training.job", "ppl.baselines.job"])
+def test_unsloth_can_come_first(module):
+    """It patches trl, transformers and peft, so what runs before it is imported must not import them."""
+    code = f"import sys, {module}; print({{'trl', 'transformers', 'peft'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PPL.parent)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
 SCRIPTS = ["test_multilevel_ppl_trl", "multi_level_ppl_trl", "compute_baselines_trl", "train_grpo_multilevel_unsloth"]
 
 

@@ -23,7 +23,7 @@ from ppl.reward.loop_guard import NGRAM, RepeatedShare, loop_guard, loop_veto
 from ppl.reward.terms import normalized
 from ppl.scoring.sampling import sample_completions
 from ppl.scoring.units import segment
-from ppl.training.job import check_reward_weights
+from ppl.training.rewards import check_reward_weights
 
 LENGTHS = (64, 128, 256)
 

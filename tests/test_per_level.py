@@ -15,7 +15,7 @@ from multi_level_ppl_trl import LEVELS, MultiLevelPPLRewardFunction
 from ppl.config import DEFAULT_THRESHOLDS, NATS_CLIP
 from ppl.errors import InputError
 from ppl.reward.loop_guard import loop_veto
-from ppl.training.job import perplexity_rewards
+from ppl.training.rewards import perplexity_rewards
 from ppl.training.trainer import RewardState
 
 TEXTS = [" fox", " mill", " the old crow laughed", ""]

@@ -34,7 +34,7 @@ from ppl.scoring.sampling import prompt_ids, sample
 from ppl.scoring.tokens import Sampled
 from ppl.scoring.units import segment
 from ppl.training.heldout import evaluate
-from ppl.training.job import other_beginning
+from ppl.training.rewards import other_beginning
 
 USER = {"role": "user", "content": "Tell me about the fox."}
 CALL = {"type": "function", "function": {"name": "look", "arguments": "{}"}}

@@ -20,7 +20,7 @@ from ppl.baselines.file import Baselines
 from ppl.scoring.sampling import end_tokens, prompt_ids, sample
 from ppl.scoring.tokens import Decoding, Sampled, TextEncoder
 from ppl.training.heldout import evaluate, kl_scorers
-from ppl.training.job import other_beginning
+from ppl.training.rewards import other_beginning
 
 PROMPTS = ["Once upon a time", "The fox said: ", "They walked home together,"]
 CHATS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]

@@ -18,7 +18,7 @@ from ppl.config import GENERATION_KWARGS, Sampling
 from ppl.errors import InputError
 from ppl.scoring.sampling import ignores_padding, sample
 from ppl.scoring.tokens import Sampled
-from ppl.training.job import other_sampling
+from ppl.training.rewards import other_sampling
 
 PROMPTS = ["Once upon a time", "The fox said: ", "They walked home together,"]
 EVERY_KWARG = {

@@ -25,9 +25,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ppl.errors import InputError
 from ppl.scoring import packing, surprisal
+from ppl.scoring.batching import Group
 from ppl.scoring.calculator import MultiLevelPPLCalculator
 from ppl.scoring.identity import differences
-from ppl.scoring.packing import Group
 from ppl.scoring.surprisal import Head, SurprisalScorer, difference
 from ppl.scoring.tokens import TextEncoder
 

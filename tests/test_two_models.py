@@ -21,8 +21,8 @@ from ppl.models import load_model
 from ppl.scoring.sampling import GivenIds, end_tokens, prompt_ids
 from ppl.scoring.tokens import Sampled
 from ppl.training.heldout import evaluate
-from ppl.training.job import weighted
 from ppl.training.policy import Loaded
+from ppl.training.rewards import weighted
 from train_grpo_multilevel_unsloth import make_rewards
 
 # Those that decode a prompt to itself, so that what is written behind it can be told by hand.

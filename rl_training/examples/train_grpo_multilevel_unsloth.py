@@ -119,8 +119,8 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
 
     from ppl.pages.run import finish_report, start_report
     from ppl.training.heldout import HeldOutPrompts
-    from ppl.training.job import perplexity_rewards, weighted
     from ppl.training.policy import NOT_PUSHED, load_policy_and_scorer, merge, publish, save
+    from ppl.training.rewards import perplexity_rewards, weighted
     from ppl.training.trainer import stopped_by, watch
 
     policy, scorer = load_policy_and_scorer(job)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from rich import box
@@ -38,11 +38,12 @@ from ..errors import InputError, retired
 from ..files import check_folder, writable_file, write_atomically
 from ..models import load_model, model_path
 from ..prompts import chat_identity
-from ..scoring.identity import differences, identity
-from ..scoring.levels import Scores
 from ..splits import column_names, reading
 from .file import RECORD, SUFFIXES, beginning, meta_path, read_meta, versions, write_meta, write_records
 from .parts import Parts, Processes, cannot_write
+
+if TYPE_CHECKING:  # scoring imports transformers, and Unsloth must come before that
+    from ..scoring.levels import Scores
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
@@ -146,7 +147,7 @@ def windows(rows: Iterable[Row | None], most_rows: int, most_characters: int) ->
 
 
 class Scorer(NamedTuple):
-    score: Callable[[Sequence[Row]], Scores]
+    score: Callable[[Sequence[Row]], "Scores"]
     identity: dict  # what the meta file says of model, tokenizer and definitions
     device: str
 
@@ -186,6 +187,8 @@ def load_scorer(args: argparse.Namespace, columns: Columns, device: str | None) 
 def _scorer_of(args: argparse.Namespace, columns: Columns, server, model, tokenizer, unsloth: bool) -> Scorer:
     """server: what scores, None: the model. model: what writes for --generate, and where there is no server, scores."""
     from ..scoring.calculator import MultiLevelPPLCalculator
+    from ..scoring.identity import identity
+    from ..scoring.levels import Scores
     from ..scoring.sampling import sample
     from ..scoring.surprisal import as_scorer
     from ..scoring.tokens import Sampled
@@ -196,7 +199,7 @@ def _scorer_of(args: argparse.Namespace, columns: Columns, server, model, tokeni
     calculator = MultiLevelPPLCalculator(tokenizer, *definitions, args.batch_size, **chat)
     scoring = model if server is None else server
 
-    def score_own_writing(rows: Sequence[Row]) -> Scores:
+    def score_own_writing(rows: Sequence[Row]) -> "Scores":
         """Per row the mean over completions that the model samples now: what a policy that starts from it can do."""
         completions = sample(
             model,
@@ -217,7 +220,7 @@ def _scorer_of(args: argparse.Namespace, columns: Columns, server, model, tokeni
         tokens, read = (counts.reshape(len(rows), args.generate).sum(axis=1) for counts in (tokens, read))
         return Scores(means, tokens, read, longest)
 
-    def score(rows: Sequence[Row]) -> Scores:
+    def score(rows: Sequence[Row]) -> "Scores":
         if not has_reference(columns, form):
             pairs = [("", message_text(row.prompt)) for row in rows]
         elif config.target == "reference":
@@ -259,7 +262,7 @@ def is_4bit(name: str) -> bool:
         raise InputError(f"{config} is no JSON object ({error}): expected a model of transformers") from error
 
 
-def score_window(window: Window, score: Callable[[Sequence[Row]], Scores]) -> tuple[dict, list[list]]:
+def score_window(window: Window, score: Callable[[Sequence[Row]], "Scores"]) -> tuple[dict, list[list]]:
     """What is counted, and per row [number, id, word, phrase, sentence, scored tokens, and of its texts the
     prompt's hash, the prompt's beginning, the reference's hash]."""
     records = []
@@ -395,6 +398,8 @@ def dataset_baselines(args: argparse.Namespace) -> Path:
 
 def check_other_splits(args: argparse.Namespace, identity: dict) -> None:
     """Splits made with different models would look like one data set."""
+    from ..scoring.identity import differences
+
     if differing := differences(read_meta(dataset_baselines(args)), identity):
         values = ", ".join(f"{name} {theirs}, now {mine}" for name, (theirs, mine) in differing.items())
         raise InputError(
@@ -674,6 +679,8 @@ def _compute(args: argparse.Namespace, load: Callable[..., Scorer], processes: P
 
 def check_probe(parts: Parts, model: dict) -> None:
     """Raises `InputError` if the parts were scored by a model, of the same name and weights, with other numbers."""
+    from ..scoring.identity import differences
+
     kept = parts.settings().get("probe") if parts.look() else None
     if kept and (differing := differences({"model": {**model, "probe": kept}}, {"model": model})):
         before, now = differing["probe"]

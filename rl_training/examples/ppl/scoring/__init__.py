@@ -3,7 +3,8 @@
 calculator.py  the whole way: texts and a model -> the perplexity of each level
 units.py       text -> sentences, words, phrases, as character offsets
 tokens.py      ids <-> characters: what is scored of a text, and which text sampled ids are
-packing.py     which tokens go through the model together, and how: windows, shared prefixes, packs, padded batches
+batching.py    which tokens go through the model together: windows, shared prefixes, packs, batches; integers only
+packing.py     rows end to end in one sequence, each blind to its neighbours; else in a padded batch
 surprisal.py   the only forward pass: which way it goes, and what it gives each token
 levels.py      surprisals and units -> the perplexity of each level, nested levels included
 identity.py    what two numbers must share to be compared

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from ..config import RewardConfig
 from ..models import weight_shape
 from ..prompts import added_ids
-from .packing import Row, windows
+from .batching import Row, windows
 from .tokens import Encoded, TextEncoder
 
 # --- probe -----------------------------------------------------------------------------------------------------------

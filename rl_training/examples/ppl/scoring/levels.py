@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .packing import ID, ID_BYTES, sort_key
+from .batching import ID, ID_BYTES, sort_key
 from .surprisal import Scorer
 from .tokens import Encoded
 from .units import Units

@@ -22,8 +22,8 @@ import numpy as np
 from ..errors import InputError
 from ..models import load_tokenizer
 from ..prompts import read_template
+from .batching import Row, windows
 from .identity import BEHIND_AN_ADDRESS, PROBE, PROBE_NATS, differences, encode_probe, probe_row
-from .packing import Row, windows
 from .tokens import Encoded
 
 logger = logging.getLogger(__name__)

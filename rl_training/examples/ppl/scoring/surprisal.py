@@ -19,26 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import InputError
 from ..processes import in_step, is_sharded
+from .batching import Group, Pack, Row, batches, lay_out, packs, share_prefixes, windows
 from .frozen import base_of, check_weights_only, frozen
 from .identity import describe_model, encode_probe, probe_row
-from .packing import (
-    Group,
-    Pack,
-    Row,
-    batches,
-    cache_name,
-    can_continue,
-    can_pack,
-    lay_out,
-    packs,
-    run_packed,
-    run_padded,
-    run_prefix,
-    share_prefixes,
-    to_device,
-    windows,
-    would_pack,
-)
+from .packing import cache_name, can_continue, can_pack, run_packed, run_padded, run_prefix, to_device, would_pack
 from .tokens import Encoded
 
 # --- onednn ----------------------------------------------------------------------------------------------------------

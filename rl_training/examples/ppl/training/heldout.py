@@ -21,8 +21,9 @@ from ..scoring.sampling import GivenIds, end_tokens, prompt_ids, sample, up_to_e
 from ..scoring.surprisal import SurprisalScorer
 from ..scoring.tokens import Sampled, TextEncoder
 from .diagnostics import described
-from .job import Job, Reward, call_as_trl, name_of, perplexity_rewards
+from .job import Job
 from .policy import Loaded
+from .rewards import Reward, call_as_trl, name_of, perplexity_rewards
 
 SWAPPED = "improvement % with another row's"
 LEAST_GAIN = 2.0  # points of improvement; less is not looked into
@@ -113,7 +114,7 @@ def evaluate(
 
     With references as target there is one more score: what the completions of the next row do for a row's reference.
 
-    rewards: of `ppl.training.job.weighted`. The mean of the first one, before its `normalize`, is the score
+    rewards: of `ppl.training.rewards.weighted`. The mean of the first one, before its `normalize`, is the score
     "reward", or of its three levels the sum's; the mean of each other one, and of a level, that of the function's name.
     rows: a data set of `prepare_dataset`. scorers: of `kl_scorers`, or None without a KL. state: the trainer's.
     sampling: keywords of `ppl.scoring.sampling.sample`.

@@ -18,7 +18,8 @@ from ..errors import InputError
 from ..files import write_text
 from ..scoring.sampling import GivenIds, own_settings, prompt_ids, settings_kept
 from .diagnostics import in_one_line
-from .job import Job, Reward, perplexity_rewards
+from .job import Job
+from .rewards import Reward, perplexity_rewards
 from .settings import STATE_FILE, resume_command
 
 # --- trainer ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,238 @@
+"""Which tokens go through the model together: windows, shared prefixes, packs and batches. Integers only, no model."""
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from .tokens import Encoded
+
+ID = np.dtype(">u4")
+ID_BYTES = ID.itemsize
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence for the model, and the scored tokens that are read off it.
+
+    inputs: int64 [L], the ids the model is given; without the last scored token, which predicts nothing here, unless
+            the model must be given the whole text
+    read:   int64 [m], ascending indices in `inputs`, whose hidden states predict the scored tokens
+    labels: int64 [m], those tokens
+    text, first: the labels are scored tokens first .. first + m of text number `text`
+    """
+
+    inputs: np.ndarray
+    read: np.ndarray
+    labels: np.ndarray
+    text: int
+    first: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that begin with the same `prefix` tokens; 0: nothing is shared."""
+
+    prefix: int
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Groups end to end in one sequence, for a model that lets each row see nothing but its prefix and itself.
+
+    ids:       int64 [T], per group its prefix once, then what each row has behind it
+    positions: int64 [T], the index of each token in its own row
+    spans:     (start, end, prefix_start, prefix): tokens start .. end follow on tokens prefix_start .. + prefix
+    read:      int64 [m]: indices whose hidden states predict the labels of the rows, in order; of a shared prefix one
+               may be read for several rows
+    """
+
+    groups: list[Group]
+    ids: np.ndarray
+    positions: np.ndarray
+    spans: list[tuple[int, int, int, int]]
+    read: np.ndarray
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for group in self.groups for row in group.rows]
+
+    @property
+    def states(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """The indices in `read`, each once, ascending; and which of them predicts each label, None: in order."""
+        states, order = np.unique(self.read, return_inverse=True)
+        return states, None if np.array_equal(states, self.read) else order
+
+
+def windows(encoded: Encoded, window: int | None, text: int, whole: bool = False) -> Iterator[Row]:
+    """The rows that score one text: windows start every window // 2 tokens, each scores what none before it reached.
+
+    whole: give the model also the tokens that predict nothing, for one to which a text's length matters.
+    Source: the strided evaluation of the transformers guide "Perplexity of fixed-length models".
+    """
+    total = len(encoded.ids)
+    if not len(encoded.positions):
+        return
+    reached = 0  # tokens of `ids` that have been in a window
+    for start in range(0, total, window // 2 if window else total):
+        end = min(start + window, total) if window else total
+        first, last = np.searchsorted(encoded.positions, [reached, end])
+        if last > first:
+            # ids      b  t1 t2 t3
+            # hidden   t1 t2 t3 .     token i predicts ids[i + 1]; the last one predicts nothing
+            positions = encoded.positions[first:last]
+            yield Row(
+                inputs=encoded.ids[start : end if whole else positions[-1]],
+                read=positions - 1 - start,
+                labels=encoded.ids[positions],
+                text=text,
+                first=int(first),
+            )
+        reached = end
+        if end == total:
+            return
+
+
+def share_prefixes(rows: Sequence[Row], overhead: int, short: int = 0) -> list[Group]:
+    """Partition the rows into groups of equal prefix where running it once saves more than `overhead` tokens.
+
+    short: rows of at most so many tokens also share those whose hidden states are read. Of longer ones there is little
+    to save (BOS, as a rule), and what stands behind a prefix cannot use the fastest attention everywhere.
+
+    The rows are sorted by their ids, so that rows with a common prefix stand side by side. A run of neighbours shares
+    the shortest of the prefixes that two of them have in common. Runs lie within longer runs with shorter prefixes.
+    They are visited from the innermost out; a run becomes one group if that saves more tokens than the groups found
+    within it.
+    """
+    order = sorted(rows, key=lambda row: sort_key(row.inputs))
+    common = [_common_prefix(a, b, short) for a, b in pairwise(order)]
+    shared: list[tuple[int, int, int]] = []  # (start, end, prefix) of the runs chosen within the last closed one
+    saved = 0
+    open_runs: list[tuple[int, int, int, list]] = []  # (prefix, start, saved within, runs within), prefix ascending
+    for last, below in enumerate([*common, 0]):
+        start, saved, shared = last, 0, []
+        while open_runs and open_runs[-1][0] >= below:
+            prefix, start, inner_saved, inner = open_runs.pop()
+            saved, shared = saved + inner_saved, inner + shared
+            if prefix == below:
+                break
+            whole = prefix * (last - start) - overhead
+            if whole > saved:
+                saved, shared = whole, [(start, last + 1, prefix)]
+        open_runs.append((below, start, saved, shared))
+
+    groups = [Group(prefix, order[start:end]) for start, end, prefix in shared]
+    together = {row for start, end, _ in shared for row in range(start, end)}
+    alone = [row for index, row in enumerate(order) if index not in together]
+    if not groups:
+        return [Group(0, alone)] if alone else []
+    # What is left may share less: the BOS token, where there are many short rows.
+    return groups + share_prefixes(alone, overhead, short)
+
+
+def sort_key(ids: np.ndarray) -> bytes:
+    """`ID_BYTES` an id: sorts as the ids do, and begins with the key of what they begin with."""
+    return ids.astype(ID).tobytes()
+
+
+def _common_prefix(a: Row, b: Row, short: int) -> int:
+    """Tokens both rows begin with, short of the last one, and in long rows of the first hidden state that is read."""
+    least, most = sorted((len(a.inputs), len(b.inputs)))
+    limit = least - 1 if most <= short else min(a.read[0], b.read[0])
+    differ = np.flatnonzero(a.inputs[:limit] != b.inputs[:limit])
+    return int(differ[0]) if len(differ) else int(limit)
+
+
+def batches(group: Group, max_tokens: int, overhead: int, max_rows: int | None = None) -> Iterator[list[Row]]:
+    """Rows of a group in batches of similar length, padded to at most `max_tokens`.
+
+    A batch is closed before its padding costs more than `overhead` tokens: another forward pass would be cheaper.
+    """
+    batch: list[Row] = []
+    longest = padding = 0
+    # Longest first: if memory runs out, it does so on the first batch.
+    for row in sorted(group.rows, key=lambda row: -len(row.inputs)):
+        length = len(row.inputs) - group.prefix
+        padding += longest - length
+        full = (len(batch) + 1) * longest > max_tokens or len(batch) == max_rows
+        if batch and (full or padding > overhead):
+            yield batch
+            batch = []
+        if not batch:
+            longest, padding = length, 0
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def padded(batch: Sequence[Row], skip: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """int64 ids [B, longest] of the rows from token `skip` on, zeros on the right; and of the hidden states that are
+    read, in the rows' order, their rows [m] and indices [m] in it."""
+    ids = np.zeros((len(batch), max(len(row.inputs) for row in batch) - skip), dtype=np.int64)
+    for index, row in enumerate(batch):
+        ids[index, : len(row.inputs) - skip] = row.inputs[skip:]
+    rows = np.repeat(np.arange(len(batch)), [len(row.read) for row in batch])
+    return ids, rows, np.concatenate([row.read for row in batch]) - skip
+
+
+def packs(groups: Sequence[Group], max_tokens: int, enough: int, max_rows: int | None = None) -> list[Pack]:
+    """Groups laid out in packs of at most `max_tokens` tokens and `max_rows` rows; a longer row stands alone.
+
+    A group that is too large is cut, and each part has the prefix of its own. What is not one group is put together
+    up to `enough` tokens only.
+    """
+    enough = min(enough, max_tokens)
+    parts = [part for group in groups for part in _parts(group, max_tokens, max_rows)]
+    bins: list[tuple[int, int, list[Group]]] = []  # (tokens, number, parts), the emptiest first
+    for part in sorted(parts, key=_tokens, reverse=True):
+        tokens = _tokens(part)
+        if bins and bins[0][0] + tokens <= enough:
+            held, number, together = bins[0]
+            if max_rows is None or sum(len(one.rows) for one in together) + len(part.rows) <= max_rows:
+                together.append(part)
+                heapq.heapreplace(bins, (held + tokens, number, together))
+                continue
+        heapq.heappush(bins, (tokens, len(bins), [part]))
+    # Largest first: if memory runs out, it does so on the first one.
+    return [lay_out(together) for _, _, together in sorted(bins, key=lambda one: (-one[0], one[1]))]
+
+
+def lay_out(groups: list[Group]) -> Pack:
+    ids, positions, spans, read = [], [], [], []
+    end = 0
+    for group in groups:
+        shared = end
+        pieces = [(0, group.rows[0].inputs[: group.prefix])] if group.prefix else []
+        pieces += [(group.prefix, row.inputs[group.prefix :]) for row in group.rows]
+        for prefix, own in pieces:
+            ids.append(own)
+            positions.append(np.arange(prefix, prefix + len(own)))
+            spans.append((end, end + len(own), shared, prefix))
+            end += len(own)
+        for row, (start, *_) in zip(group.rows, spans[-len(group.rows) :], strict=True):
+            behind = row.read >= group.prefix
+            read.append(np.where(behind, start - group.prefix, shared) + row.read)
+    return Pack(list(groups), np.concatenate(ids), np.concatenate(positions), spans, np.concatenate(read))
+
+
+def _tokens(group: Group) -> int:
+    return group.prefix + sum(len(row.inputs) - group.prefix for row in group.rows)
+
+
+def _parts(group: Group, max_tokens: int, max_rows: int | None) -> Iterator[Group]:
+    if not group.prefix:
+        yield from (Group(0, [row]) for row in group.rows)
+        return
+    part: list[Row] = []
+    tokens = group.prefix
+    for row in sorted(group.rows, key=lambda row: -len(row.inputs)):
+        own = len(row.inputs) - group.prefix
+        if part and (tokens + own > max_tokens or len(part) == max_rows):
+            yield Group(group.prefix, part)
+            part, tokens = [], group.prefix
+        part.append(row)
+        tokens += own
+    yield Group(group.prefix, part)
