@@ -187,8 +187,11 @@ def test_ids_of_another_loaded_copy_of_the_tokenizer_are_scored_as_they_are(mode
     one, other = toys.byte_level(), toys.byte_level()
     letters = one.convert_tokens_to_ids(["Ġ", "s", "a", "i", "d"])
     reward_fn = MultiLevelPPLRewardFunction(model, one, policy=(model, other))
-    pairs, _ = reward_fn.written(["The fox"], [" said"], [letters])
-    assert pairs == [Sampled(tuple(one("The fox")["input_ids"]), tuple(letters))]
+    given = one("The fox")["input_ids"]
+    for kind in (list, np.array, torch.tensor):
+        for before in (None, kind([given])):
+            pairs, _ = reward_fn.written(["The fox"], [" said"], kind([letters]), before)
+            assert pairs == [Sampled(tuple(given), tuple(letters))]
 
 
 def with_chat_tokens(chat_template=True):

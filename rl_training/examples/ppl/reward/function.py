@@ -271,13 +271,14 @@ class Policy:
         shared = self.shares_ids(prompts, given_ids)
         if given_ids is None:
             given_ids = prompt_ids(prompts, self.tokenizer, **self._calculator.chat)
+        given_ids = [tuple(map(int, ids)) for ids in given_ids]
         written = list(map(self._written, completion_ids))
         # As TRL decodes them; or as they stand behind their prompt, where a space or a mark of continuation is another.
         alone = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         behind = self.encoder.decoding.texts(given_ids, written)
         found: list[tuple[Sampled | None, str] | None] = []
         for index, (prompt, (before, text)) in enumerate(zip(prompts, behind, strict=True)):
-            given, ids = tuple(map(int, given_ids[index])), tuple(written[index])
+            given, ids = given_ids[index], tuple(written[index])
             part = parsed[index] or (self._parses and isinstance(prompt, list))
             if not any(_is_of(texts[index], one, part) for one in (alone[index], text)):
                 found.append(None)
