@@ -137,20 +137,21 @@ def test_metrics_are_means_over_the_rows_that_were_scored():
 def test_metrics_have_the_same_names_at_every_call():
     perplexities = {"a": 99, "": math.nan, ("p", "r"): 100, ("pa", "r"): 90}
     names = []
-    for options, completions, columns in [
-        ({}, ["a"], {}),
-        ({}, [""], {}),
-        ({}, [], {}),
-        ({"baselines": {"x": levels(100)}, "missing": "skip"}, ["a"], {}),
-        ({"target": "reference"}, ["a"], {"reference": ["r"]}),
-        ({"target": "reference", "missing": "skip"}, ["a"], {"reference": [""]}),
-        ({"normalize": True}, ["a"], COLUMNS),
+    for options, completions, columns, scored in [
+        ({}, ["a"], {}, True),
+        ({}, [""], {}, False),
+        ({}, [], {}, False),
+        ({"baselines": {"x": levels(100)}, "missing": "skip"}, ["a"], {}, False),
+        ({"target": "reference"}, ["a"], {"reference": ["r"]}, True),
+        ({"target": "reference", "missing": "skip"}, ["a"], {"reference": [""]}, False),
+        ({"normalize": True}, ["a"], COLUMNS, True),
     ]:
         logged = {}
         prompts = ["p"] * len(completions)
         reward(perplexities, **options)(prompts, completions, log_metric=logged.__setitem__, **columns)
         names.append(list(logged))
-        assert all(math.isfinite(value) for value in logged.values())
+        assert math.isfinite(logged.pop("reward_time"))
+        assert all(math.isfinite(value) == scored for value in logged.values())  # the mean of nothing is not 0
     per_level = {f"{name}{level}" for name in ("reward_", "ppl/") for level in LEVELS}
     assert set(names[0]) == per_level | {"reward_time"}
     assert names == [names[0]] * len(names)

@@ -309,9 +309,10 @@ def test_what_is_left_out_skipped_or_seen_in_training_is_said_and_counted(tmp_pa
     history = log_history(tmp_path / "out", 6)
     rewards = [entry["reward"] for entry in history if "reward" in entry]
     assert len(rewards) == 6 and None in rewards and 1.0 in rewards  # steps of one prompt, with and without a baseline
+    assert all((entry["reward"] is None) == (entry["ppl/word"] is None) for entry in history if "reward" in entry)
     means = [(entry["eval_reward"], entry["eval_diagnostics/missing"]) for entry in history if "eval_reward" in entry]
     assert means and set(means) == {(1.0, 0.5)}  # half of them are skipped
-    assert "reward none (spread none)" in done.stdout + done.stderr
+    assert "reward none (spread none), word none, phrase none, sentence none" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", ["a_file", "a_file/below", "/proc/x", ""])

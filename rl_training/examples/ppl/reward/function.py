@@ -412,7 +412,7 @@ class LastCall(NamedTuple):
 
 
 def log(call: LastCall, extracts: bool, log_metric, log_extra=None) -> None:
-    """Means over all processes, the same names at every call on every process; without a scored row 0.
+    """Means over all processes, the same names at every call on every process; nan of nothing, which TRL leaves out.
 
     extracts: whether the reward takes a part of each completion. log_extra: takes a column of TRL's table of
     completions.
@@ -426,12 +426,12 @@ def log(call: LastCall, extracts: bool, log_metric, log_extra=None) -> None:
     for name, flags in shares.items():
         if flags is not None:
             every = from_all(flags.tolist())
-            log_metric(f"diagnostics/{name}", sum(every) / len(every) if every else 0.0)
+            log_metric(f"diagnostics/{name}", sum(every) / len(every) if every else math.nan)
     columns = {f"reward_{level}": call.details["improvements"][level] for level in LEVELS}
     columns |= {f"ppl/{level}": call.details["ppls"][level] for level in LEVELS}
     rows = np.stack([column.numpy()[scored] for column in columns.values()], axis=1)
     means = np.array(from_all(rows.tolist())).reshape(-1, len(columns))
-    means = means.mean(axis=0) if len(means) else np.zeros(len(columns))
+    means = means.mean(axis=0) if len(means) else np.full(len(columns), np.nan)
     for (name, column), mean in zip(columns.items(), means, strict=True):
         log_metric(name, float(mean))
         if log_extra is not None:

@@ -138,7 +138,10 @@ class OneLineProgress(ProgressCallback):
             return
         for prefix in ("", "eval_"):
             if f"{prefix}reward" in logs:
-                levels = ", ".join(f"{level} {logs[f'{prefix}reward_{level}']:+.1f} %" for level in LEVELS)
+                improved = {level: logs[f"{prefix}reward_{level}"] for level in LEVELS}
+                levels = ", ".join(
+                    f"{level} none" if value is None else f"{level} {value:+.1f} %" for level, value in improved.items()
+                )
                 # Unsloth's trainer on a GPU computes none.
                 entropy = f", entropy {logs[f'{prefix}entropy']:.2f}" if f"{prefix}entropy" in logs else ""
                 # None where rows were skipped: the mean of none, the spread of one.
