@@ -11,7 +11,8 @@ import numpy as np
 
 import compute_baselines_trl
 from ppl import cli
-from ppl.baselines.job import Scorer, Scores, compute
+from ppl.baselines.job import Scorer, compute
+from ppl.scoring.levels import Scores
 
 
 def load(args, columns, device, pause=0.0):

@@ -29,7 +29,7 @@ MORE = {
     "a typo": 'score(["--texd", "x"])',
     "run": '%run multi_level_ppl_trl.py --text "The fox ran home."',
     "progress": "from transformers.trainer import DEFAULT_PROGRESS_CALLBACK\nprint(DEFAULT_PROGRESS_CALLBACK.__name__)",
-    "async": "from ppl.training.job import call_as_trl\n"
+    "async": "from ppl.training.rewards import call_as_trl\n"
     "async def length(completions, **columns):\n    return [float(len(text)) for text in completions]\n"
     'print(*call_as_trl([length], ["a"], ["four"], [[1]], {}, None))',
 }
