@@ -110,6 +110,13 @@ demo: setup $(filter smollm2,$(MODEL))
 test: setup browser smollm2
 	$(PY) -m pytest -q --durations=10 --numprocesses auto --maxprocesses 4 --dist worksteal
 
+# The tests that need no script, no trainer and no architecture but the toys: within a minute on two cores.
+FAST := units levels nested thresholds nats tokens batching query coalescing loop_guard reference_context retired house \
+    languages train_plan reward
+
+check: lint
+	$(PY) -m pytest -q --numprocesses auto --maxprocesses 4 $(patsubst %,tests/test_%.py,$(FAST))
+
 # A user without Unsloth has what pip gives today; all else that these need is in .venv. They stand before .venv's own,
 # which stay as they are.
 NEWEST := trl==1.16.0 transformers==5.24.0 datasets==5.2.0
