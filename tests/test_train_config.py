@@ -260,6 +260,9 @@ def test_one_file_is_read_by_both_scripts_and_the_names_are_those_of_a_rewards_f
     (tmp_path / "b.pkl").write_bytes(b"")
     of_reward = read_settings(path)
     assert of_reward["baselines"] == str(tmp_path / "b.pkl") and "learning_rate" not in of_reward
+    (tmp_path / "tools.json").write_text('[{"name": "add"}]')
+    (tmp_path / "reward.yaml").write_text("model_name: tiny-stories\ntools: tools.json\n")
+    assert read_settings(tmp_path / "reward.yaml")["tools"] == [{"name": "add"}]  # as --tools reads it
     of_training = vars(reward_config(training))
     assert {name: of_reward[name] for name in ("form", "aggregation", "weights")} == {
         "form": of_training["form"], "aggregation": of_training["aggregation"], "weights": [1, 2, 3],

@@ -317,7 +317,6 @@ def prepare(args: argparse.Namespace, survey: bool = True) -> Job:
     output = output_path(args)
     parts = Parts(output)
     check_model(args)
-    cli.reward_config(args)
     form = cli.prompt_form(args)
     cli.chat_options(args)
     if args.plot is not None:

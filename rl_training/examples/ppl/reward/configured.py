@@ -14,7 +14,7 @@ from ..config import ALIASES, DTYPES, RewardConfig, did_you_mean
 from ..errors import SETTINGS as RETIRED
 from ..errors import InputError, one_of, without_retired
 from ..models import load_model, load_tokenizer, model_path
-from ..prompts import read_template
+from ..prompts import read_template, read_tools
 from .function import MultiLevelPPLRewardFunction
 
 VARIABLE = "PPL_REWARD_CONFIG"
@@ -74,9 +74,10 @@ def read_settings(path: str | Path | None = None) -> dict:
         raise InputError(f"{path}: expected 'name: value' lines, model_name among them, found {settings!r:.80}")
     aliases = {**ALIASES, "baselines_path": "baselines"}
     settings = {aliases.get(name, name): value for name, value in settings.items()}
-    for name in settings:
-        if name not in NAMES and name not in RETIRED and name not in _of_scripts():
-            raise InputError(f"{path}: unknown setting {name!r}{did_you_mean(name, NAMES)}")
+    others = [name for name in settings if name not in NAMES and name not in RETIRED]
+    known = _of_scripts() if others else set()
+    if unknown := [name for name in others if name not in known]:
+        raise InputError(f"{path}: unknown setting {unknown[0]!r}{did_you_mean(unknown[0], NAMES)}")
     try:
         RewardConfig.of({name: value for name, value in settings.items() if name in REWARD or name in RETIRED})
         for name in ("load_in_4bit", "use_cache"):
@@ -94,6 +95,8 @@ def read_settings(path: str | Path | None = None) -> dict:
     if isinstance(settings.get("chat_template_path"), str):
         settings["chat_template_path"] = str(path.parent / settings["chat_template_path"])
         read_template(settings["chat_template_path"])
+    if isinstance(settings.get("tools"), str):  # a file, as --tools names it
+        settings["tools"] = read_tools(str(path.parent / settings["tools"]))
     served = settings.get("scorer_url") is not None
     if served and (idle := [name for name in LOADING if name in settings]):
         raise InputError(
