@@ -4,7 +4,7 @@ for saying it again."""
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from ..config import DEFAULT_THRESHOLDS, LOOP_PENALTY, NATS_CLIP
+from ..config import DEFAULT_THRESHOLDS, LOOP_PENALTY, NATS_KNEE
 from ..data import Text
 from ..errors import InputError
 
@@ -27,7 +27,7 @@ def loop_guard(
     quotation of fewer than `NGRAM` tokens is free. Without a tokenizer it is TRL's repetition penalty
     (`trl.rewards.get_repetition_penalty_reward`, after https://arxiv.org/abs/2502.03373). The weight is `weight` * R, R
     being what two perplexity rewards can differ by at most: from the lowest of `reward_thresholds`, or 0, to the
-    highest, with `form="nats"` twice its clip, or with `normalize` over B completions the widest that standard
+    highest, with `form="nats"` four times its knee, or with `normalize` over B completions the widest that standard
     deviation 1 allows, sqrt(2 (B - 1)).
 
     What that guarantees, whatever the model makes of the texts: of two completions, the one whose share of repeated
@@ -53,7 +53,7 @@ def loop_guard(
     """
     check_weight(weight)
     values = [0.0, *(reward for _, reward in reward_thresholds or ())]
-    widest = 2 * NATS_CLIP if form == "nats" else max(values) - min(values)
+    widest = 4 * NATS_KNEE if form == "nats" else max(values) - min(values)
     if normalized_over:
         widest = math.sqrt(2 * (normalized_over - 1))
     return LoopPenalty(RepeatedShare(tokenizer, chat), skips), weight * widest

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from ..config import RewardConfig
+from ..config import LEVELS, RewardConfig
 from ..models import weight_shape
 from ..prompts import added_ids
 from .batching import Row, windows
@@ -178,11 +178,13 @@ def identity(
     *,
     name: str,
     prompt: Mapping,
+    shown: Mapping,
 ) -> dict:
     """What perplexities were computed with: the same keys in a baselines file's meta and in a reward.
 
     scorer: a `ppl.scoring.surprisal.Scorer`. name: its model's, which is told but not compared; a server names its own.
     prompt: how prompts are made of a data set's texts, and how chat messages become text, as far as it is known.
+    shown: of `ppl.scoring.contexts.Contexts`, the rows that stand before a text.
     """
     return {
         "target": config.target,
@@ -191,6 +193,7 @@ def identity(
         "model": {"name": name, **scorer.identity},
         "window": scorer.window,
         "prompt": dict(prompt),
+        "shown": dict(shown),
     }
 
 
@@ -227,11 +230,14 @@ def _flat(identity: Mapping) -> dict:
     """What is compared, by the name a message gives it."""
     # All of a reference's tokens count; with version 0.1 it could be fewer.
     usual = {"reference_tokens": "all"} if "template" in identity.get("definitions", {}) else {}
+    if "definitions" in identity:  # what it does not say is off
+        usual |= {"levels": LEVELS, "contrast": 0, "score_without_chat": False, "examples": None, "others": None}
     model = dict(identity.get("model", {}))
     return {
         **{key: identity[key] for key in ("target", "tokenizer") if key in identity},
         **usual,
-        **identity.get("definitions", {}),
+        **{name: tuple(one) if isinstance(one, list) else one for name, one in identity.get("definitions", {}).items()},
+        **identity.get("shown", {}),
         **identity.get("prompt", {}),
         **model.pop("config", {}),
         **{key: value for key, value in model.items() if key != "name"},
