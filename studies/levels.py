@@ -16,7 +16,7 @@ from common import new_figure, print_table, quiet_axes, write_figure, write_json
 from damage import DAMAGES, Damages
 
 from ppl import cli
-from ppl.config import DEFAULT_WEIGHTS, LEVELS, NATS_CLIP
+from ppl.config import DEFAULT_WEIGHTS, LEVELS, NATS_KNEE
 from ppl.data import PromptForm, find_columns, load_split, make_row, message_text
 from ppl.errors import InputError
 from ppl.prompts import render_prompt
@@ -159,7 +159,7 @@ def of_aggregation(args: argparse.Namespace, values, penalty, damaged, samples) 
     rise = values[size : size + len(damaged)] - values[indices]  # of ln PPL, [pairs, 3]
     # What a damaged text loses of the reward in nats.
     by_weights = {
-        name: np.clip(rise @ np.array(weights) / sum(weights), -2 * NATS_CLIP, 2 * NATS_CLIP)
+        name: np.clip(rise @ np.array(weights) / sum(weights), -4 * NATS_KNEE, 4 * NATS_KNEE)
         for name, weights in WEIGHTS.items()
     }
     guard = penalty[size : size + len(damaged)] - penalty[indices]

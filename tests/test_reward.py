@@ -8,6 +8,7 @@ import brute_force
 import pytest
 import torch
 import toys
+from heard import Heard
 from written_down import COLUMNS, MODEL, TOKENIZER, baseline_of, levels, reward
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLRewardFunction
@@ -30,7 +31,7 @@ def test_each_column_is_its_levels_baseline():
     function = reward({"text": 10})
     function(["p"], ["text"], **columns)
     # (10 - 10) / 10, (20 - 10) / 20, (40 - 10) / 40
-    assert {level: value.item() for level, value in function._last.details["improvements"].items()} == pytest.approx(
+    assert {level: value.item() for level, value in function.found["improvements"].items()} == pytest.approx(
         {"word": 0, "phrase": 50, "sentence": 75, "avg": 0.3 * 50 + 0.5 * 75}
     )
 
@@ -39,7 +40,7 @@ def test_a_row_without_columns_falls_through_to_the_next_source():
     function = reward({"text": 5}, baselines={"p": levels(30)})
     columns = {name: [None, 10.0] for name in COLUMNS}
     function(["p", "p"], ["text"] * 2, **columns)
-    assert function._last.details["baselines"]["word"].tolist() == [30, 10]
+    assert function.found["baselines"]["word"].tolist() == [30, 10]
 
 
 def test_a_row_without_an_id_column_is_found_by_the_hash_of_prompt_and_reference():
@@ -143,7 +144,7 @@ def test_each_prompt_has_a_first_visit_of_its_own():
 def test_the_mean_of_the_first_visit_is_taken_per_level():
     function = reward({"a": (10, 20, 30), "b": (30, 40, 50)})
     function(["p", "p"], ["a", "b"])
-    assert {level: values.tolist() for level, values in function._last.details["baselines"].items()} == {
+    assert {level: values.tolist() for level, values in function.found["baselines"].items()} == {
         "word": [20, 20], "phrase": [30, 30], "sentence": [40, 40],
     }  # fmt: skip
 
@@ -156,7 +157,7 @@ def test_a_first_visit_and_a_blank_completion_have_an_improvement_of_0():
     function = reward({"a": 90, "b": 110, "": math.nan})
     logged = {}
     function(["p"] * 3, ["a", "b", ""], log_metric=logged.__setitem__)
-    assert function._last.details["improvements"]["avg"].tolist() == [0, 0, 0]
+    assert function.found["improvements"]["avg"].tolist() == [0, 0, 0]
     assert (logged["reward_word"], logged["ppl/word"]) == (0, 100)
 
 
@@ -228,9 +229,9 @@ def test_a_blank_reference_is_an_error_or_skipped(blank):
 
 def test_both_targets_on_a_real_model_equal_the_slow_twin():
     prompts, plans, references = ["The fox", "Once"], [" said", " upon a time"], [" I am hungry.", " there was."]
-    function = MultiLevelPPLRewardFunction(MODEL, TOKENIZER, target="reference")
+    function = Heard(MODEL, TOKENIZER, target="reference")
     _, details = function.compute_rewards(plans, prompts=prompts, references=references, return_details=True)
-    completion = MultiLevelPPLRewardFunction(MODEL, TOKENIZER)
+    completion = Heard(MODEL, TOKENIZER)
     _, own = completion.compute_rewards(plans, prompts=prompts, return_details=True)
     for index, (prompt, plan, reference) in enumerate(zip(prompts, plans, references, strict=True)):
         for found, text, context in [
@@ -248,7 +249,7 @@ def test_both_targets_on_a_real_model_equal_the_slow_twin():
 @pytest.mark.parametrize("blank", ["", " \n", "</s>"])
 @pytest.mark.parametrize("baselines", [None, {"p": levels(100)}])
 def test_a_blank_completion_gives_0_even_when_every_threshold_is_below_0(blank, baselines):
-    function = MultiLevelPPLRewardFunction(MODEL, TOKENIZER, baselines, reward_thresholds=[(-100, 0.5), (-50, 1)])
+    function = Heard(MODEL, TOKENIZER, baselines, reward_thresholds=[(-100, 0.5), (-50, 1)])
     assert function(["p"], [blank]) == [0]
     assert function(["p"], [blank]) == [0]
 
@@ -265,7 +266,7 @@ def test_a_perplexity_of_infinity_gives_the_lowest_reward_and_finite_numbers():
 
 def test_a_completion_that_is_no_text_is_named():
     with pytest.raises(InputError, match="completion 1 is 5, expected a string or chat messages"):
-        MultiLevelPPLRewardFunction(MODEL, TOKENIZER).compute_rewards(["fox", 5])
+        Heard(MODEL, TOKENIZER).compute_rewards(["fox", 5])
 
 
 def test_a_nan_from_the_model_is_an_error():
@@ -273,7 +274,7 @@ def test_a_nan_from_the_model_is_an_error():
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError):
-        MultiLevelPPLRewardFunction(model, TOKENIZER)(["p"], ["The fox"])
+        Heard(model, TOKENIZER)(["p"], ["The fox"])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -287,8 +288,8 @@ def test_a_subclass_cannot_return_what_is_not_finite(bad):
 
 
 def test_no_completions_give_no_rewards():
-    assert MultiLevelPPLRewardFunction(MODEL, TOKENIZER)([], []) == []
-    assert MultiLevelPPLRewardFunction(MODEL, TOKENIZER, normalize=True).compute_rewards([]).shape == (0,)
+    assert Heard(MODEL, TOKENIZER)([], []) == []
+    assert Heard(MODEL, TOKENIZER, normalize=True).compute_rewards([]).shape == (0,)
 
 
 # --- compute_rewards and __call__ ------------------------------------------------------------------------------------
@@ -296,7 +297,7 @@ def test_no_completions_give_no_rewards():
 
 @pytest.mark.parametrize("target", ["completion", "reference"])
 def test_details_have_one_number_a_text(target):
-    function = MultiLevelPPLRewardFunction(MODEL, TOKENIZER, target=target)
+    function = Heard(MODEL, TOKENIZER, target=target)
     texts = [" said", " ran home", " sat"]
     found, details = function.compute_rewards(
         texts, prompts=["The fox"] * 3, references=[" The end."] * 3, return_details=True
@@ -312,9 +313,7 @@ def test_details_have_one_number_a_text(target):
 
 def test_texts_alone_are_enough():
     """`compute_rewards(texts=..., return_details=True)`, as the guide has it."""
-    rewards, details = MultiLevelPPLRewardFunction(MODEL, TOKENIZER).compute_rewards(
-        texts=["The fox.", "The end."], return_details=True
-    )
+    rewards, details = Heard(MODEL, TOKENIZER).compute_rewards(texts=["The fox.", "The end."], return_details=True)
     assert rewards.tolist() == [0, 0]
     twin = brute_force.all_levels(MODEL, TOKENIZER, "The fox.")
     assert details["ppls"]["word"][0].item() == pytest.approx(twin["word"], rel=1e-4)

@@ -127,10 +127,9 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     rewards = weighted(job, make_rewards(job, policy, scorer))
     trainer = make_trainer(job, policy, rewards)
     perplexity = perplexity_rewards(rewards)[0]
-    watch(trainer, job, rewards)
     job.write_config()
     held_out = HeldOutPrompts(job, policy, scorer, rewards, trainer)
-    perplexity.observer.kl = held_out.kl
+    watch(trainer, job, rewards, held_out.kl)
     page = start_report(job, perplexity, held_out.before())
     trainer.add_callback(page)
     trainer.train(resume_from_checkpoint=job.checkpoint)

@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engines.coalescing import Coalescing
 from engines.query import completion_of
-from ppl.config import LEVELS
 from ppl.data import Text, message_text, stable_id
 from ppl.errors import InputError
 from ppl.prompts import refuse_begun
@@ -117,9 +116,10 @@ def _score_calls(calls: list[list[_Row]]) -> list[list[dict[str, float]]]:
         prompts.append(prompt)
         references.append(reference if isinstance(reference, str) else "")
         ids.append(stable_id(prompt, references[-1]) if row_id is None else row_id)
+    levels = reward.config.levels
     rewards, details = reward.compute_rewards(texts, prompts, references, ids, return_details=True)
-    columns = {"score": rewards, **{f"reward_{level}": details["improvements"][level] for level in LEVELS}}
-    columns |= {f"score_{level}": details["level_rewards"][level] for level in LEVELS}
+    columns = {"score": rewards, **{f"reward_{level}": details["improvements"][level] for level in levels}}
+    columns |= {f"score_{level}": details["level_rewards"][level] for level in levels}
     values = iter(zip(*(column.tolist() for column in columns.values()), strict=True))
     return [[dict(zip(columns, next(values), strict=True)) for _ in rows] for rows in calls]
 

@@ -25,7 +25,6 @@ from . import safe_pickle
 SUFFIXES = (".pkl", ".json")
 # What the file keeps of a row. prompt_id and reference_id are hashes: a baseline is of these texts and no others.
 TEXTS = ("prompt_id", "prompt_start", "reference_id")
-RECORD = (*LEVELS, "n_tokens", *TEXTS)
 _REMAKE = "recompute it with compute_baselines_trl.py"
 _META_REMEDY = "delete it or recompute the baselines"
 
@@ -96,12 +95,12 @@ def _without_duplicates(pairs: list[tuple]) -> dict:
     return content
 
 
-def _levels(record: Any, key: object, source: str) -> list[float]:
+def _levels(record: Any, key: object, source: str, levels: Sequence[str]) -> list[float]:
     """Of one record. Raises `BaselineError` unless each is a finite positive number, of Python or NumPy."""
     if not isinstance(record, Mapping):
         raise BaselineError(f"{source}: id {_shown(key)}: expected a dict of levels, found {_shown(record)}")
     values = []
-    for level in LEVELS:
+    for level in levels:
         value = record.get(level)
         number = value.item() if isinstance(value, np.generic) else value
         if type(number) not in (int, float) or not 0 < number <= sys.float_info.max:
@@ -156,20 +155,22 @@ def read_meta(path: str | Path) -> dict:
 
 
 class Baselines(Mapping[str, np.ndarray]):
-    """Level perplexities by row: `baselines[id]` is float64 [3], in the order of `LEVELS`.
+    """Level perplexities by row: `baselines[id]` is float64 [L], in the order of `levels`.
 
     `records`: `{id or prompt: {"word": float, "phrase": float, "sentence": float, ...}}`. `meta`: what they were made
     with, {} if unknown. Raises `BaselineError` for a value that is no finite positive number.
     """
 
-    def __init__(self, records: Mapping, meta: Mapping | None = None, source: str = "baselines") -> None:
+    def __init__(
+        self, records: Mapping, meta: Mapping | None = None, source: str = "baselines", levels: Sequence[str] = LEVELS
+    ) -> None:
         if not isinstance(records, Mapping):
             raise BaselineError(f"{source}: expected a dict of id -> levels, found {type(records).__name__}")
         self.meta = dict(meta or {})
         self.source = source
         self._rows = {key: row for row, key in enumerate(records)}
-        levels = [_levels(record, key, source) for key, record in records.items()]
-        self._levels = np.array(levels, dtype=float).reshape(-1, len(LEVELS))
+        values = [_levels(record, key, source, levels) for key, record in records.items()]
+        self._levels = np.array(values, dtype=float).reshape(-1, len(levels))
         self._levels.flags.writeable = False
         self._texts = {
             name: [text if isinstance(text := record.get(name), str) else None for record in records.values()]
@@ -183,14 +184,14 @@ class Baselines(Mapping[str, np.ndarray]):
         return {prompt_id: row for row, prompt_id in enumerate(self._texts["prompt_id"]) if times[prompt_id] == 1}
 
     @classmethod
-    def load(cls, path: str | Path) -> "Baselines":
+    def load(cls, path: str | Path, levels: Sequence[str] = LEVELS) -> "Baselines":
         """Read a .pkl or .json file and the .meta.json beside it. Nothing in them is executed."""
         path = Path(path)
         if gone := retired("baselines", path):
             raise BaselineError(f"{path}: {gone}")
         if path.suffix not in SUFFIXES:
             raise BaselineError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
-        baselines = cls(_read_records(path), read_meta(path), source=str(path))
+        baselines = cls(_read_records(path), read_meta(path), str(path), levels)
         if not baselines:
             raise BaselineError(f"{path} holds no row: make it with compute_baselines_trl.py")
         return baselines
@@ -198,7 +199,7 @@ class Baselines(Mapping[str, np.ndarray]):
     def find(
         self, row_id, prompt: Text | None, reference: Text | None = None, index: int | None = None
     ) -> np.ndarray | None:
-        """float64 [3] by id; without a reference also by the prompt itself or its hash, if that names one row; or None.
+        """float64 [L] by id; without a reference also by the prompt itself or its hash, if that names one row; or None.
 
         reference: the row's, if it is what is measured: then no other row's baseline will do. index: the row's, for the
         message. Raises `BaselineError` if the id's baseline is known to be another prompt's or reference's.

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import cli
-from ..config import BASELINE_COLUMNS, COLORS, LEVELS
+from ..config import COLORS, LEVELS
 from ..data import (
     Columns,
     PromptForm,
@@ -39,7 +39,7 @@ from ..files import check_folder, writable_file, write_atomically
 from ..models import load_model, model_path
 from ..prompts import chat_identity
 from ..splits import column_names, reading
-from .file import RECORD, SUFFIXES, beginning, meta_path, read_meta, versions, write_meta, write_records
+from .file import SUFFIXES, TEXTS, beginning, meta_path, read_meta, versions, write_meta, write_records
 from .parts import Parts, Processes, cannot_write
 
 if TYPE_CHECKING:  # scoring imports transformers, and Unsloth must come before that
@@ -237,6 +237,7 @@ def _scorer_of(args: argparse.Namespace, columns: Columns, server, model, tokeni
             config,
             name=args.model_name,
             prompt=chat_identity(tokenizer, **chat),
+            shown=calculator.contexts.identity,
         ),
         "generated": generation(args),
         "unsloth": unsloth,
@@ -288,6 +289,7 @@ def score_window(window: Window, score: Callable[[Sequence[Row]], "Scores"]) -> 
 
 # What is asked for, checked as far as it can be without a model.
 
+_COLUMNS = [f"baseline_{level}" for level in LEVELS]
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
 
@@ -486,7 +488,7 @@ def assemble(job: Job, count: int, identity: dict, read: int, seconds: float) ->
             for record, before in zip(records, seen.add([record[1] for record in records]), strict=True):
                 counts["duplicates"] += before
                 if not before:
-                    row_id, kept = record[1], dict(zip(RECORD, record[2:], strict=True))
+                    row_id, kept = record[1], dict(zip((*LEVELS, "n_tokens", *TEXTS), record[2:], strict=True))
                     for level in LEVELS:
                         levels[level].append(kept[level])
                     yield row_id, kept
@@ -577,13 +579,13 @@ def _write_rows(file, job: Job, count: int) -> None:
                 values.append(record[1])
                 record = next(records, None)
             first += len(table)
-            kept = table.take(rows).drop_columns([name for name in BASELINE_COLUMNS if name in table.column_names])
-            for name, column in zip(BASELINE_COLUMNS, np.reshape(values, (-1, 3)).T, strict=True):
+            kept = table.take(rows).drop_columns([name for name in _COLUMNS if name in table.column_names])
+            for name, column in zip(_COLUMNS, np.reshape(values, (-1, 3)).T, strict=True):
                 kept = kept.append_column(name, pyarrow.array(column))
             if writer is None:
                 features = job.dataset.features or Features.from_arrow_schema(table.schema)
-                others = {name: feature for name, feature in features.items() if name not in BASELINE_COLUMNS}
-                schema = Features({**others, **dict.fromkeys(BASELINE_COLUMNS, Value("float64"))}).arrow_schema
+                others = {name: feature for name, feature in features.items() if name not in _COLUMNS}
+                schema = Features({**others, **dict.fromkeys(_COLUMNS, Value("float64"))}).arrow_schema
                 writer = closing.enter_context(pyarrow.parquet.ParquetWriter(file, schema))
             writer.write_table(kept.cast(schema))
             if record is None:

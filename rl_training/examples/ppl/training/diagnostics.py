@@ -10,7 +10,6 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from ..config import LEVELS
 from ..data import message_text
 
 # --- variety ---------------------------------------------------------------------------------------------------------
@@ -108,7 +107,7 @@ class _Call(NamedTuple):
 
 
 class Diagnostics(TrainerCallback):
-    """Watches a reward function from within: `reward_fn.observer = Diagnostics()`, and a callback of the trainer.
+    """A callback of the trainer that listens to a reward function: `trainer.add_callback(Diagnostics(reward_fn))`.
 
     Each call logs, over all processes, `diagnostics/at_zero` and `diagnostics/at_top` (shares of completions at 0 or
     below, and at the top threshold), `no_spread` (of groups whose rewards, but for blank completions, are all equal),
@@ -126,39 +125,32 @@ class Diagnostics(TrainerCallback):
     token, or None; asked every `WINDOW` steps until it is far.
     """
 
-    def __init__(self, kl: Callable[[list, list], float | None] | None = None) -> None:
+    def __init__(self, reward_fn, kl: Callable[[list, list], float | None] | None = None) -> None:
         self.kl = kl
-        self.start_levels: list[list[float]] = []  # improvements of word, phrase and sentence in the first calls
+        self.start_levels: list[list[float]] = []  # improvements of the levels in the first calls
         self.start: list[list[float]] = []  # [distinct-2, length] of the first calls
         self.named: list[str] = []  # failures already told
+        self._levels, self._top = reward_fn.config.levels, reward_fn.config.highest
         self._calls: deque[_Call] = deque()
         self._steps = 0
         self._written: tuple[list, list] = ([], [])  # in the last step: prompts, and ids or texts
         self._in_step = False  # else it is an evaluation that asks for rewards
+        reward_fn.listen(self.observe)
 
-    def observe(
-        self,
-        call,
-        top: float,
-        prompts: Sequence,
-        texts: Sequence[str],
-        rewards,
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        log_metric=None,
-        **columns,
-    ) -> None:
-        """call: the reward function's record of its call. top: the most a completion can earn. rewards: what it
-        returned, None for a skipped row. The rest: as TRL calls a reward function."""
-        raw = call.details["rewards"].tolist()
-        average = call.details["improvements"]["avg"].tolist()
-        levels = list(zip(*(call.details["improvements"][level].tolist() for level in LEVELS), strict=True))
+    def observe(self, call) -> None:
+        """call: `ppl.reward.function.Call`."""
+        measured, earned, completion_ids = call.measured, call.earned, call.columns.get("completion_ids")
+        log_metric = call.columns.get("log_metric")
         local = [
             _Sample(
-                repr(prompts[index]), reward, raw[index] <= 0, raw[index] >= top, bool(call.measured.scored[index]),
-                bool(call.measured.skipped[index]), bool(call.measured.first_visit[index]),
-                average[index], levels[index], distinct([text], 2), len(text),
+                repr(prompt), reward, raw <= 0, raw >= self._top, *flags, average, tuple(levels),
+                distinct([text], 2), len(text),
             )
-            for index, (text, reward) in enumerate(zip(texts, rewards, strict=True))
+            for prompt, text, reward, raw, *flags, average, levels in zip(
+                call.prompts, call.texts, call.rewards, earned.rewards.tolist(), measured.scored.tolist(),
+                measured.skipped.tolist(), measured.first_visit.tolist(), earned.average.tolist(),
+                earned.improvement.tolist(), strict=True,
+            )
         ]  # fmt: skip
         # A process may hold part of a group: together they are whole, and stand side by side.
         samples = local
@@ -169,7 +161,7 @@ class Diagnostics(TrainerCallback):
         summary = _summary(samples, self._steps)
         if self._in_step:
             self._calls.append(summary)
-            self._written = (list(prompts), list(texts if completion_ids is None else completion_ids))
+            self._written = (list(call.prompts), list(call.texts if completion_ids is None else completion_ids))
             if len(self.start) < START:
                 self.start.append([summary.distinct_2, summary.length])
             if len(self.start_levels) < START and summary.levels is not None:
@@ -270,7 +262,7 @@ class Diagnostics(TrainerCallback):
         change = means - start
         better, worse = int(change.argmax()), int(np.argmin(np.maximum(means, change)))
         if change[better] > PAID and max(means[worse], change[worse]) < -PAID:
-            return LEVELS[better], LEVELS[worse], float(change[better]), float(means[worse])
+            return self._levels[better], self._levels[worse], float(change[better]), float(means[worse])
         return None
 
     def _of_start(self, calls) -> tuple[float, float]:

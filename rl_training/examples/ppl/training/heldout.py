@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..config import LEVELS
 from ..data import Text
 from ..errors import InputError
 from ..files import without_nan, write_text
@@ -136,7 +135,8 @@ def evaluate(
     if reward_fn.config.target == "reference" and len(rows) > 1:
         strangers = [one for index in indices for one in groups[(index + 1) % len(rows)]]
         improvements = _measured(reward_fn, columns, strangers)["improvements"]
-        scores.append((SWAPPED, np.mean([np.asarray(improvements[level]) for level in LEVELS], axis=0)))
+        levels = [np.asarray(improvements[level]) for level in reward_fn.config.levels]
+        scores.append((SWAPPED, np.mean(levels, axis=0)))
     written = [one.written for group in sampled for one in group]
     moved = kl_by_text(scorers, tokenizer, columns["prompt"], written, **chat)
 
@@ -147,7 +147,7 @@ def evaluate(
     means = [(name, float(torch.from_numpy(one.ravel()).nanmean())) for name, one in zip(names, values, strict=True)]
     completions = [[text for text, _ in group] for group in groups]
     texts = [text for group in completions for text in group]
-    more = 1 + 2 * len(LEVELS)  # what others give stands at the end
+    more = 1 + 2 * len(reward_fn.config.levels)  # what others give stands at the end
     shown = dict(means[:more]) | {"KL": kl_a_token(moved, tokens), **described(texts)} | dict(means[more:])
     completion_ids = [[ids for _, ids in group] for group in groups]
     return HeldOut(list(rows["prompt"]), completions, values[0].tolist(), shown, completion_ids)
@@ -176,11 +176,15 @@ def _scores(rewards: Sequence[Reward], columns: Mapping[str, list], written: Seq
     texts, ids = [text for text, _ in written], [ids for _, ids in written]
     called = call_as_trl([function for function, _ in others], columns["prompt"], texts, ids, columns, state)
     earned = [weight * one for (_, weight), one in zip(others, called, strict=True)]
-    total = sum(earned[: len(LEVELS)]) if levels else rewards[0][1] * np.asarray(details["rewards"])
+    total = sum(earned[: len(levels) + 1]) if levels else rewards[0][1] * np.asarray(details["rewards"])
     measured = {"improvement %": details["improvements"], "PPL": details["ppls"]}
     return [
         ("reward", np.asarray(total)),
-        *((f"{level} {what}", np.asarray(of[level])) for what, of in measured.items() for level in LEVELS),
+        *(
+            (f"{level} {what}", np.asarray(of[level]))
+            for what, of in measured.items()
+            for level in reward_fn.config.levels
+        ),
         *((row_name(function), np.asarray(one)) for (function, _), one in zip(others, earned, strict=True)),
     ]
 
@@ -192,7 +196,7 @@ def _measured(reward_fn, columns: Mapping[str, list], written: Sequence[tuple]) 
         prompts=columns["prompt"],
         references=columns.get("reference"),
         ids=columns.get("id"),
-        baselines=row_baselines(columns),
+        baselines=row_baselines(columns, reward_fn.config.levels),
         completion_ids=[ids for _, ids in written],
         prompt_ids=columns["prompt_ids"],
         return_details=True,
@@ -211,7 +215,8 @@ def gained_by_any(before: Mapping[str, float], after: Mapping[str, float]) -> st
     """
     if SWAPPED not in before or SWAPPED not in after:
         return None
-    own = sum(after[name] - before[name] for name in (f"{level} improvement %" for level in LEVELS)) / len(LEVELS)
+    levels = [name for name in before if name.endswith(" improvement %")]
+    own = sum(after[name] - before[name] for name in levels) / len(levels)
     swapped = after[SWAPPED] - before[SWAPPED]
     if not (own > LEAST_GAIN and swapped > LARGE_SHARE * own):
         return None

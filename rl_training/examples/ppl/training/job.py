@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import cli
 from ..baselines.file import Baselines, check_meta, read_meta
-from ..config import BASELINE_COLUMNS, Sampling
+from ..config import Sampling
 from ..data import PromptForm, check_references, find_columns, load_split, prepare_rows, prompt_key, split_heldout
 from ..errors import BaselineError, InputError
 from ..files import check_folder
@@ -207,7 +207,7 @@ def load_rows(
     if len(rows) < len(dataset):
         left_out = f"{len(dataset) - len(rows)} of {len(dataset)} rows of split {split!r} are left out"
         notices.append(f"{left_out}: no prompt" + (", or no text behind it" if form.prompt_sentences else ""))
-    if set(BASELINE_COLUMNS) & set(dataset.column_names) & set(rows.column_names):
+    if set(cli.reward_config(args).baseline_columns) & set(dataset.column_names) & set(rows.column_names):
         _check_unedited(rows, prepare_rows(dataset, columns, form), args.dataset_name)
     references = rows["reference"] if args.target == "reference" else None
     if references is not None:

@@ -13,11 +13,10 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from ..config import LEVELS
 from ..errors import InputError
 from ..files import write_text
 from ..scoring.sampling import GivenIds, own_settings, prompt_ids, settings_kept
-from .diagnostics import in_one_line
+from .diagnostics import Diagnostics, in_one_line
 from .job import Job
 from .rewards import Reward, perplexity_rewards
 from .settings import STATE_FILE, resume_command
@@ -111,12 +110,14 @@ class _OrderOfEpoch(RepeatSampler):
 # What a long run needs beside TRL: a reward that resumes with the model, and an orderly end on a signal.
 
 
-def watch(trainer, job: Job, rewards: Sequence[Reward]) -> None:
-    """Give the trainer the callbacks of this file, and the reward's diagnostics."""
+def watch(trainer, job: Job, rewards: Sequence[Reward], kl: Callable) -> None:
+    """Give the trainer the callbacks of this file, and the reward's diagnostics. kl: of `HeldOutPrompts`."""
     for shown in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # in a notebook transformers has one of its own
         trainer.remove_callback(shown)
     functions = perplexity_rewards(rewards)
-    for callback in (RewardState(functions, job.checkpoint), functions[0].observer, SafeStops(), OneLineProgress):
+    diagnostics = Diagnostics(functions[0], kl)
+    state = RewardState(functions, diagnostics, job.checkpoint)
+    for callback in (state, diagnostics, SafeStops(), OneLineProgress(functions[0].config.levels)):
         trainer.add_callback(callback)
 
 
@@ -133,12 +134,16 @@ def stopped_by(trainer, job: Job) -> int | None:
 class OneLineProgress(ProgressCallback):
     """Trainer's progress bar, and of each log entry what one watches; all of it is in the trainer's state and W&B."""
 
+    def __init__(self, levels: Sequence[str]) -> None:
+        super().__init__()
+        self.levels = levels
+
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if self.training_bar is None:
             return
         for prefix in ("", "eval_"):
             if f"{prefix}reward" in logs:
-                improved = {level: logs[f"{prefix}reward_{level}"] for level in LEVELS}
+                improved = {level: logs[f"{prefix}reward_{level}"] for level in self.levels}
                 levels = ", ".join(
                     f"{level} none" if value is None else f"{level} {value:+.1f} %" for level, value in improved.items()
                 )
@@ -164,12 +169,14 @@ class RewardState(TrainerCallback):
     has the same state.
     """
 
-    def __init__(self, functions: Sequence, resume_from: str | None = None) -> None:
-        self.functions = functions
+    def __init__(self, functions: Sequence, diagnostics: Diagnostics, resume_from: str | None = None) -> None:
+        self.functions, self.diagnostics = functions, diagnostics
         if resume_from is not None:
             state = json.loads(Path(resume_from, STATE_FILE).read_text(encoding="utf-8"))
             for function in functions:
                 function.load_state_dict(state)
+            if "diagnostics" in state:
+                diagnostics.load_state_dict(state["diagnostics"])
             if "wandb_run" in state:
                 os.environ.setdefault("WANDB_RUN_ID", state["wandb_run"])
                 os.environ.setdefault("WANDB_RESUME", "allow")
@@ -177,7 +184,7 @@ class RewardState(TrainerCallback):
     def on_save(self, args, state, control, **kwargs) -> None:
         if not state.is_world_process_zero:
             return
-        content = self.functions[0].state_dict()
+        content = {**self.functions[0].state_dict(), "diagnostics": self.diagnostics.state_dict()}
         wandb = sys.modules.get("wandb")
         if wandb is not None and wandb.run is not None:
             content["wandb_run"] = wandb.run.id
