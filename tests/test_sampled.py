@@ -103,8 +103,7 @@ def test_the_total_surprisal_is_minus_the_log_probability_of_the_sampling(kind, 
 def test_where_text_and_ids_agree_the_numbers_are_those_of_the_text(kind, data):
     """Ids that the tokenizer makes of a text, cut anywhere: the same ids, scored tokens and characters."""
     tokenizer, _ = kind
-    encoder = TextEncoder(tokenizer)
-    backend = encoder._backend
+    encoder, backend = TextEncoder(tokenizer), tokenizer.backend_tokenizer
     text = data.draw(st.sampled_from([*toys.SENTENCES, " ".join(toys.SENTENCES)]) | toys.texts)
     ids = backend.encode(text, add_special_tokens=False).ids
     if backend.decode(ids, skip_special_tokens=True) != text or len(ids) < 2:
@@ -128,9 +127,9 @@ def test_where_text_and_ids_agree_the_numbers_are_those_of_the_text(kind, data):
 def test_a_token_begins_where_the_text_before_it_ceases_to_be_that_of_the_whole(kind, data):
     """Any ids at all: cut characters, special tokens inside, ids beyond the vocabulary. The rule, in slow."""
     tokenizer, _ = kind
-    encoder = TextEncoder(tokenizer)
-    decode = lambda ids: encoder._backend.decode(ids, skip_special_tokens=True)  # noqa: E731
-    prompt = encoder._backend.encode(data.draw(st.sampled_from(["", *PROMPTS])), add_special_tokens=False).ids
+    encoder, backend = TextEncoder(tokenizer), tokenizer.backend_tokenizer
+    decode = lambda ids: backend.decode(ids, skip_special_tokens=True)  # noqa: E731
+    prompt = backend.encode(data.draw(st.sampled_from(["", *PROMPTS])), add_special_tokens=False).ids
     ids = data.draw(st.lists(st.integers(0, toys.VOCABULARY - 1), max_size=12))
     whole = decode(prompt + ids)
     border = common(decode(prompt), whole)
@@ -141,16 +140,14 @@ def test_a_token_begins_where_the_text_before_it_ceases_to_be_that_of_the_whole(
 
 
 @pytest.mark.parametrize("name", ["gpt2_like", "metaspace", "word_pieces", "whole_words"])
-def test_what_decodes_word_by_word_is_not_decoded_again_before_every_token(name, monkeypatch):
+def test_what_decodes_word_by_word_is_not_decoded_again_before_every_token(name):
     """Of a vocabulary of whole words every beginning was decoded anew: 2 of the 3 seconds that a reward took."""
-    tokenizer = toys.WRITERS[name]()
-    decoding = TextEncoder(tokenizer).decoding
-    ids = tokenizer.backend_tokenizer.encode(" ".join(toys.SENTENCES[:3]), add_special_tokens=False).ids
-    single = []
-    text = decoding._text
-    monkeypatch.setattr(decoding, "_text", lambda ids: single.append(ids) or text(ids))
+    counted = Counted(toys.WRITERS[name]().backend_tokenizer)
+    decoding = Decoding(counted)
+    ids = counted.encode(" ".join(toys.SENTENCES[:3]), add_special_tokens=False).ids
+    counted.single = 0
     decoding.behind([ids[:5]], [ids[5:]])
-    assert len(single) < len(ids) / 4
+    assert counted.single < len(ids) / 4
 
 
 def common(a: str, b: str) -> int:
@@ -480,16 +477,17 @@ def test_the_end_token_of_a_policy_that_is_another_model_is_no_text():
 
 
 class Counted:
-    """A tokenizer of the `tokenizers` library that counts the tokens it decodes."""
+    """A tokenizer of the `tokenizers` library that counts the tokens it decodes, and the calls for one text."""
 
     def __init__(self, backend):
-        self.backend, self.tokens = backend, 0
+        self.backend, self.tokens, self.single = backend, 0, 0
 
     def __getattr__(self, name):
         return getattr(self.backend, name)
 
     def decode(self, ids, **options):
         self.tokens += len(ids)
+        self.single += 1
         return self.backend.decode(ids, **options)
 
     def decode_batch(self, sequences, **options):
@@ -505,9 +503,9 @@ def test_a_character_in_pieces_is_decoded_once(name, cut):
     prompt, text = "สวัสดี 中文", "ไทยไทยนั้นสวย中文字符都在这里😀👍🏽" * 8
     given, ids = (backend.encode(one, add_special_tokens=False).ids for one in (prompt, text))
     ids = ids[: len(ids) - cut]
-    decoding = Decoding(backend)
-    decoding._learn([given, ids])
-    decoding._backend = counted = Counted(backend)
+    decoding = Decoding(counted := Counted(backend))
+    decoding.behind([given], [ids])  # it has met each token
+    counted.tokens = 0
     [(found, starts)] = decoding.behind([given], [ids])
     assert counted.tokens <= 2 * len(given) + len(ids)
     if not cut:
