@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -51,8 +51,8 @@ class ServerScorer:
             raise InputError(f"scorer_url is {url!r}, expected the address of a server such as http://127.0.0.1:8000")
         self.url = url.rstrip("/").removesuffix("/v1")
         self.generation_config = generation_config
-        self._timeout, self._patience = timeout, patience
-        self._lock = threading.Lock()
+        self.timeout, self.patience = timeout, patience
+        self._said = False  # that the server does not answer
         self._probe = encode_probe(tokenizer)
         self._name, self._most = self._model()
         self._check_tokenizer(tokenizer)
@@ -77,8 +77,7 @@ class ServerScorer:
         with ThreadPoolExecutor(_REQUESTS) as pool:
             try:
                 asked = [pool.submit(self._score, request, stopped=stopped) for request in requests]
-                ended, _ = wait(asked, return_when=FIRST_EXCEPTION)
-                for one in ended:
+                for one in as_completed(asked):
                     one.result()  # raises what it raised
                 scored = [one.result() for one in asked]
             except BaseException:  # what has not been sent need not be, and what waits for the server need not wait
@@ -93,12 +92,7 @@ class ServerScorer:
         return surprisals
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_client")}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
-
-    # --- one request -------------------------------------------------------------------------------------------------
+        return {name: value for name, value in self.__dict__.items() if name != "_client"}
 
     def _score(
         self, rows: Sequence[Row], check: bool = True, stopped: threading.Event | None = None
@@ -106,9 +100,7 @@ class ServerScorer:
         """float64 [m] of each row's labels. check: that a server which was gone has the same model."""
         prompts = [[*row.inputs.tolist(), int(row.labels[-1])] for row in rows]
         asked = {"model": self._name, "prompt": prompts, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
-        answer, was_gone = self._ask("POST", "/v1/completions", asked, stopped=stopped)
-        if was_gone and check:
-            self._check_same()
+        answer = self._ask("/v1/completions", asked, check=check, stopped=stopped)
         try:
             choices = {choice["index"]: choice.get("prompt_logprobs") for choice in answer["choices"]}
             entries = [choices[index] for index in range(len(rows))]
@@ -139,75 +131,58 @@ class ServerScorer:
 
     def _ask(
         self,
-        method: str,
         path: str,
         content: dict | None = None,
         patient: bool = True,
+        check: bool = False,
         stopped: threading.Event | None = None,
-    ) -> tuple[dict, bool]:
-        """(the answer, whether it had to be asked for again).
-
-        patient: repeat the request for `patience` seconds from its first failure, unless `stopped` is set.
-        """
-        failed, pause = None, 0.5
-        stopped = stopped or threading.Event()
+    ) -> dict:
+        """patient: repeat the request for `patience` seconds from its first failure, unless `stopped` is set."""
+        failed, pause, stopped = None, 0.5, stopped or threading.Event()
         while True:
             try:
-                response = self._client.request(method, self.url + path, json=content)
+                response = self._client.request("POST" if content else "GET", self.url + path, json=content)
                 if response.status_code not in _AGAIN:
                     break
                 reason = f"HTTP {response.status_code}"
             except httpx.TransportError as error:  # no connection, one that breaks off, a request that takes too long
                 reason = type(error).__name__
             now = time.monotonic()
-            if failed is None:
-                failed = now
-                if patient:
-                    self._say_once(reason)
-            if not patient or now - failed >= self._patience or stopped.is_set():
+            failed = failed or now
+            left = failed + self.patience - now
+            if not patient or left <= 0 or stopped.is_set():
                 waited = f" for {now - failed:.0f} s" if patient else ""
                 raise InputError(
                     f"the scorer at {self.url} does not answer{waited} ({reason}): start it (vllm serve MODEL) or "
                     "correct the address; what is finished is kept, and the same command goes on from it"
                 )
-            stopped.wait(min(pause, max(0.0, failed + self._patience - now)))
+            if not self._said:
+                self._said = True
+                how_long = f"asking again for up to {self.patience:.0f} s"
+                logger.warning("the scorer at %s does not answer (%s): %s", self.url, reason, how_long)
+            stopped.wait(min(pause, left))
             pause = min(2 * pause, 15)
         if response.status_code != 200:
             raise InputError(
                 f"the scorer at {self.url} refused {path} with HTTP {response.status_code}: {_message(response)!r:.200}"
             )
         if failed is not None:
-            self._said_at = None
+            self._said = False
+            if check:
+                self._check_same()
         try:
-            return response.json(), failed is not None
+            return response.json()
         except ValueError as error:
             raise InputError(f"the scorer at {self.url} answered {response.text!r:.60}, expected JSON") from error
 
-    _said_at: float | None = None
-
-    def _say_once(self, reason: str) -> None:
-        with self._lock:
-            if self._said_at is None:
-                self._said_at = time.monotonic()
-                logger.warning(
-                    "the scorer at %s does not answer (%s): asking again for up to %.0f s",
-                    self.url,
-                    reason,
-                    self._patience,
-                )
-
     @cached_property
     def _client(self) -> httpx.Client:
-        return httpx.Client(
-            timeout=httpx.Timeout(self._timeout, connect=min(10.0, self._timeout)),
-            limits=httpx.Limits(max_connections=_REQUESTS, max_keepalive_connections=_REQUESTS),
-        )
-
-    # --- which model it is -------------------------------------------------------------------------------------------
+        timeout = httpx.Timeout(self.timeout, connect=min(10.0, self.timeout))
+        return httpx.Client(timeout=timeout, limits=httpx.Limits(max_connections=_REQUESTS))
 
     def _model(self) -> tuple[str, int | None]:
         """(the name of the model that is served, most tokens that it takes)"""
-        answer, _ = self._ask("GET", "/v1/models", patient=False)
+        answer = self._ask("/v1/models", patient=False)
         try:
             first = answer["data"][0]
             return first["id"], first.get("max_model_len")
@@ -218,7 +193,7 @@ class ServerScorer:
         """Ids mean nothing to a model with another tokenizer. Servers that cannot tell are taken at their word."""
         asked = {"model": self._name, "prompt": PROBE, "add_special_tokens": False}
         try:
-            answer, _ = self._ask("POST", "/tokenize", asked, patient=False)
+            answer = self._ask("/tokenize", asked, patient=False)
         except InputError as error:
             logger.info("%s", error)
             return
