@@ -391,7 +391,8 @@ def test_labels_stay_inside_their_card(browser, pages, width):
         outside = browser.value(
             """[...document.querySelectorAll('.charts figure, .tiles div')].flatMap(card => {
                 const edge = card.getBoundingClientRect();
-                return [...card.querySelectorAll('*')].filter(e => e.textContent.trim() && e.offsetParent && !e.closest('svg, .scroll'))
+                return [...card.querySelectorAll('*')]
+                    .filter(e => e.textContent.trim() && e.offsetParent && !e.closest('svg, .scroll'))
                     .filter(e => (r => r.left < edge.left || r.right > edge.right + 0.5)(e.getBoundingClientRect()))
                     .map(e => e.textContent.trim()) })"""
         )
