@@ -4,13 +4,14 @@ import json
 import re
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import warm
 from huggingface_hub import ModelCard, ModelCardData
 from training_runs import EXAMPLES, SHORT, refusal, train
 
+from ppl.baselines.file import Baselines
+from ppl.config import LEVELS
 from ppl.training import card
 
 QUICK = [*SHORT, "--no_unsloth", "--no-load_in_4bit", "--max_steps", "2", "--save_steps", "1"]
@@ -170,8 +171,7 @@ def test_a_licence_that_cannot_be_found_is_not_guessed(tmp_path, monkeypatch):
 
 
 def test_baselines_are_named_by_how_they_were_made():
-    job = SimpleNamespace(args=SimpleNamespace(target="completion"), column_meta=SimpleNamespace(meta={}))
-    made = SimpleNamespace(meta={"generated": {"generate": 4}}, source="/home/me/b.pkl")
-    assert card._baselines(SimpleNamespace(**vars(job), baselines=None)) == "each prompt's first completions"
-    own = card._baselines(SimpleNamespace(**vars(job), baselines=made))
+    assert card.baselines_of(Baselines({}, {}, "data"), "completion") == "each prompt's first completions"
+    made = Baselines({"a": dict.fromkeys(LEVELS, 1.0)}, {"generated": {"generate": 4}}, "/home/me/b.pkl")
+    own = card.baselines_of(made, "completion")
     assert own == "`b.pkl`: the mean of 4 completions a prompt before training"

@@ -9,13 +9,13 @@ import toys
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ppl.cli import reward_config
 from ppl.config import LOOP_PENALTY
 from ppl.config import NATS_KNEE as KNEE
 from ppl.errors import InputError
 from ppl.reward.function import MultiLevelPPLRewardFunction
 from ppl.reward.loop_guard import loop_guard
 from ppl.reward.terms import bent, nats
-from ppl.training.settings import reward_settings
 from train_grpo_multilevel_unsloth import parse_args
 
 perplexities = st.lists(st.floats(1, 1e6), min_size=3, max_size=3)
@@ -105,7 +105,7 @@ def test_nats_and_thresholds_exclude_each_other(tokenizer, model, capsys):
         parse_args(["--reward_form", "nats", "--reward_thresholds", "0:1"])
     assert "form is 'nats', which has no thresholds" in capsys.readouterr().err
     args, _ = parse_args(["--reward_form", "nats"])
-    assert MultiLevelPPLRewardFunction(model, tokenizer, **reward_settings(args)).config.form == "nats"
+    assert MultiLevelPPLRewardFunction(model, tokenizer, **vars(reward_config(args))).config.form == "nats"
 
 
 def test_it_is_a_plain_tensor(tokenizer, model):

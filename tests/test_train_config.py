@@ -9,7 +9,7 @@ import pytest
 from ppl.cli import grpo_fields, reward_config
 from ppl.config import LOOP_PENALTY
 from ppl.errors import InputError
-from ppl.training.settings import grpo_config, plan_batches, write_config
+from ppl.training.settings import config_text, grpo_config, plan_batches
 from train_grpo_multilevel_unsloth import parse_args
 
 
@@ -81,7 +81,7 @@ def test_variables_of_the_chat_template_are_the_trainers_too(tmp_path):
     args, rest = parse_args(words)
     config, asked, defaults = grpo_config(args, rest, plan_batches(4, None, None))
     assert args.chat_template_kwargs == config.chat_template_kwargs == {"enable_thinking": False}
-    write_config(tmp_path / "run.yaml", vars(args), asked, defaults)
+    (tmp_path / "run.yaml").write_text(config_text(vars(args), asked, defaults))
     again, _ = parse_args(["--config", str(tmp_path / "run.yaml")])
     assert again.chat_template_kwargs == {"enable_thinking": False}
 

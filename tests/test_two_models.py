@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
 from ppl.baselines.file import Baselines
-from ppl.config import Sampling
+from ppl.config import RewardConfig, Sampling
 from ppl.data import message_text
 from ppl.models import load_model
 from ppl.scoring.sampling import GivenIds, end_tokens, prompt_ids
@@ -74,8 +74,8 @@ def test_the_space_that_the_policys_decoder_strips_is_scored(story, tiny):
     alone = [text_of(story[1], one) for one in ids]
     assert alone == [text.strip() for text in texts]
     expected = levels(*tiny, prompts, texts)
-    args = SimpleNamespace(loop_penalty=0, per_level=False)
-    job = SimpleNamespace(baselines=None, settings={}, args=args, guarded_prompts=lambda tokenizer: {})
+    asked = {"reward": RewardConfig(), "chat": {}, "loop_penalty": 0, "per_level": False}
+    job = SimpleNamespace(baselines=None, **asked, guarded_prompts=lambda tokenizer: {})
     [(reward_fn, _)] = make_rewards(job, Loaded(*story), Loaded(*tiny))
     reward_fn(prompts, alone, completion_ids=ids)
     assert ppls(reward_fn) == pytest.approx(expected, rel=1e-5)
@@ -281,9 +281,9 @@ def test_baselines_of_texts_are_said_to_begin_elsewhere_only_where_ids_are_score
     policy = toys.byte_level()
     made = Baselines({"a": dict.fromkeys(LEVELS, 1.0)}, {"target": "completion", "generated": None}, "b.json")
     config = SimpleNamespace(multi_objective_aggregation="sum_then_normalize", reward_weights=None)
-    rows, args = {"prompt": ["The fox"]}, SimpleNamespace(allow_baseline_mismatch=True)
+    rows, reward = {"prompt": ["The fox"]}, RewardConfig(allow_baseline_mismatch=True)
     job = SimpleNamespace(
-        baselines=made, config=config, args=args, train_rows=rows, column_meta=None, sampling=Sampling()
+        baselines=made, config=config, reward=reward, train_rows=rows, column_meta=None, sampling=Sampling()
     )
     weighted(job, [(Heard(model, scorer(), policy=(model, policy)), 1.0)])
     assert ("behind <s>" in capsys.readouterr().err) == (scorer is toys.byte_level)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
@@ -59,10 +60,11 @@ def parser(description: str, epilog: str | None = None) -> argparse.ArgumentPars
     name = Path(script_name("main")).name
     # A shortened flag would hide a typo, and flags of other parsers.
     made = _Parser(prog=name, description=description, epilog=epilog, formatter_class=_Help, allow_abbrev=False)
+    made._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)")  # a value, as the threshold -50:0 is
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    hidden = argparse.SUPPRESS
     for name in SETTINGS:
-        made.add_argument(f"--{name}", action=_Retired, nargs="?", const="true", **hidden)
+        made.add_argument(f"--{name}", action=_Retired, nargs="?", const="true", default=hidden, help=hidden)
     return made
 
 
@@ -174,7 +176,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     _add_reward_flags(add, "missing", "allow_baseline_mismatch")
 
     add = parser.add_argument_group("training (every other field of TRL's GRPOConfig is a flag, too)").add_argument
-    add("--config", help="YAML file of flags; those on the command line win")
+    add("--config", action="append", help="YAML file of flags; those on the command line win")
     add("--output_dir", default="output_grpo", help="adapter, tokenizer, checkpoints, report")
     add("--num_train_epochs", type=float, default=1.0, help="passes over the prompts")
     add("--per_device_train_batch_size", type=positive_int, default=4, help="in completions")
@@ -198,7 +200,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 def add_baseline_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of compute_baselines_trl.py."""
     add = parser.add_argument
-    add("--config", help="YAML file of flags, the training's too; those on the command line win")
+    add("--config", action="append", help="YAML file of flags, the training's too; those on the command line win")
     add("--output_path", default="baselines.pkl", help="file to make: .pkl or .json")
     add("--overwrite", action="store_true", help="replace what is there under that name")
     add("--output_dataset", metavar="DIR", help="also write the data set with the baselines as columns")

@@ -146,16 +146,16 @@ def explain_heldout(reward_fn, held_out: HeldOut, references: Sequence[Text]) ->
 def start_report(job: Job, reward_fn, before: HeldOut) -> "RunPage":
     """The page of a run that is about to begin, a callback of its trainer. Several processes must all call."""
     facts = {
-        "Data": job.args.dataset_name,
-        "Target": job.args.target,
-        "Weights": "word {:g}, phrase {:g}, sentence {:g}".format(*job.settings["weights"]),
-        "Baselines": job.args.baselines_path or "no file",
+        "Data": job.dataset_name,
+        "Target": job.reward.target,
+        "Weights": "word {:g}, phrase {:g}, sentence {:g}".format(*job.reward.weights),
+        "Baselines": "no file" if job.baselines is None else job.baselines.source,
     }
     shown = explain_heldout(reward_fn, before, list(job.heldout_rows["reference"]))
     path, command = job.output / "report.html", command_line(launched(job.command))
     if is_first():
         print(f"Report, kept up to date: {path}")
-    return RunPage(path, job.args.model_name, facts, command, job.config_file, before, shown)
+    return RunPage(path, job.models.name, facts, command, job.config_file, before, shown)
 
 
 def finish_report(job: Job, page: "RunPage", reward_fn, after: HeldOut, state) -> None:
@@ -173,7 +173,7 @@ def finish_report(job: Job, page: "RunPage", reward_fn, after: HeldOut, state) -
     if len(logs) > 1:  # a single dot is no curve
         plot_training(logs, picture)
     print_comparison(page.before, after)
-    print(f"{'Model' if job.args.full_finetuning else 'Adapter'} and tokenizer: {job.output}")
+    print(f"{'Model' if job.models.lora is None else 'Adapter'} and tokenizer: {job.output}")
     if len(logs) > 1:
         print(f"Reward curve: {picture}")
     print(f"Report: {page.path}")
@@ -185,7 +185,7 @@ class RunPage(TrainerCallback):
     grow below the cell.
 
     title: of the page. facts: names and values below it. command: as `command_line` gives it. config: the file of
-    settings that `ppl.training.settings.write_config` writes. before: held-out prompts before the first step. shown:
+    settings that `ppl.training.job.Job.write_config` writes. before: held-out prompts before the first step. shown:
     what `explain_heldout` gives of them.
     """
 

@@ -54,10 +54,10 @@ class HeldOutPrompts:
         }
         # As JSON has it, to be compared with what a file says.
         weights = [[name_of(function), weight] for function, weight in rewards]
-        self.rewarded = json.loads(json.dumps({"weights": weights, **job.settings}))
+        self.rewarded = json.loads(json.dumps({"weights": weights, **vars(job.reward), **job.chat}))
         # The model before training: itself without its adapter, or a frozen copy, if that is what scores.
-        copy = None if job.args.scorer_model or job.args.scorer_url else scorer.model
-        self.scorers = kl_scorers(policy.model, copy if job.args.full_finetuning else policy.model)
+        copy = None if job.models.scorer or job.models.scorer_url else scorer.model
+        self.scorers = kl_scorers(policy.model, copy if job.models.lora is None else policy.model)
 
     def before(self) -> HeldOut:
         """Of a run that goes on: what it measured before its first step."""

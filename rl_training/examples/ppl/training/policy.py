@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -91,12 +92,6 @@ def _check_same(model, merged, adapter) -> None:
         )
 
 
-def _without_wrappers(name: str) -> str:
-    for wrapper in (".base_layer.", ".original_module.", ".token_adapter."):
-        name = name.replace(wrapper, ".")
-    return name
-
-
 def _plain_weights(base, plain, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The base model's parameters and buffers under the names they have without PEFT, on the CPU, 4 bit made 16 bit.
 
@@ -110,7 +105,7 @@ def _plain_weights(base, plain, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     for name, value in [*base.named_parameters(), *base.named_buffers()]:
         if any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_")):
             continue
-        owner, _, last = _without_wrappers(name).rpartition(".")
+        owner, _, last = re.sub(r"(?<=\.)(base_layer|original_module|token_adapter)\.", "", name).rpartition(".")
         if isinstance(value, torch.nn.Parameter):
             quantized = not value.is_floating_point()
             value = dequantize_bnb_weight(value)
@@ -133,38 +128,32 @@ class Loaded(NamedTuple):
 
 def load_policy_and_scorer(job: Job) -> tuple[Loaded, Loaded]:
     """(what is trained, what scores). Raises `InputError` for prompts that the chat template refuses."""
-    args, reason = job.args, job.without_unsloth
+    asked, reason = job.models, job.without_unsloth
+    full_finetuning = asked.lora is None
     if reason:
         check_trl(reason)
     if is_first():
-        options = ", ".join(f"{key}={value}" for key, value in job.policy_load.items())
-        print(f"Loading {args.model_name} ({options}) ...")
-    common = {name: getattr(args, name) for name in ("device", "max_seq_length", "chat_template_path")}
-    model, tokenizer, refused = load_model(
-        args.model_name,
-        unsloth=reason is None,
-        full_finetuning=args.full_finetuning,
-        **common,
-        **job.policy_load,
-    )
+        options = ", ".join(f"{name}={asked.policy_load[name]}" for name in ("load_in_4bit", "dtype"))
+        print(f"Loading {asked.name} ({options}) ...")
+    options = {**asked.policy_load, "full_finetuning": full_finetuning}
+    model, tokenizer, refused = load_model(asked.name, unsloth=reason is None, **options)
     if refused:
         check_trl(refused)
     reason = reason or refused
     if is_first():
-        way = f"Training with transformers and PEFT: {reason}" if reason else "Training with Unsloth"
-        print(way, flush=True)
-    if args.full_finetuning:
+        print(f"Training with transformers and PEFT: {reason}" if reason else "Training with Unsloth", flush=True)
+    if full_finetuning:
         train_text_only(model)
     else:
-        model = add_lora(model, args.lora_r, args.lora_alpha, args.seed, unsloth=reason is None)
+        model = add_lora(model, **asked.lora, unsloth=reason is None)
     policy = scorer = Loaded(model, tokenizer)  # its adapter is off while it scores
-    if args.scorer_url:
+    name = asked.scorer or asked.name
+    if asked.scorer_url:
         from ..scoring.server import connect
 
-        scorer = Loaded(*connect(args.scorer_url, args.scorer_model or args.model_name, args.chat_template_path))
-    elif args.full_finetuning or args.scorer_model:
-        name = args.scorer_model or args.model_name
-        scorer = Loaded(*load_model(name, unsloth=reason is None, **common, **job.scorer_load)[:2])
+        scorer = Loaded(*connect(asked.scorer_url, name, asked.scorer_load["chat_template_path"]))
+    elif full_finetuning or asked.scorer:
+        scorer = Loaded(*load_model(name, unsloth=reason is None, **asked.scorer_load)[:2])
         scorer.model.requires_grad_(False)
     for rows in filter(None, (job.train_rows, job.heldout_rows, job.eval_rows)):
         check_prompts(rows["prompt"], policy, scorer, job)
@@ -178,7 +167,6 @@ def check_trl(reason: str) -> None:
     Its 1.15.0 has one implementation of log-probabilities, in Triton, which needs a GPU; the versions before and after
     have another. reason: why Unsloth is not used.
     """
-    import torch
     import trl
 
     if trl.__version__.startswith("1.15.") and not torch.cuda.is_available():
@@ -222,11 +210,6 @@ def check_padding(policy: Loaded, job: Job) -> None:
             )
 
 
-def save(trainer, job: Job) -> None:
-    """What was trained and its tokenizer. Several processes must all call."""
-    trainer.save_model(str(job.output), _internal_call=True)  # not pushed yet: the report is not finished
-
-
 def publish(trainer, job: Job) -> bool:
     """The model card; with --push_to_hub all of the output folder goes to the hub. Whether that worked: a push that
     fails is told in one line, since all else is there. Several processes must all call."""
@@ -247,5 +230,5 @@ def publish(trainer, job: Job) -> bool:
 
 def merge(job: Job, policy: Loaded) -> None:
     """The merged model that --save_merged asks for; last of all, so that nothing else is lost if it cannot be had."""
-    if job.args.save_merged and is_first():
+    if job.models.save_merged and is_first():
         save_merged(policy.model, policy.tokenizer, job.output, job.output / "merged")

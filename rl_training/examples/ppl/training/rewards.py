@@ -34,7 +34,7 @@ def weighted(job: Job, rewards: Sequence[Reward]) -> list[Reward]:
             "--multi_objective_aggregation normalize_then_sum normalises the loop guard, too, which then guarantees "
             "nothing: add --per_level, whose veto holds, or turn the guard off with --loop_penalty 0"
         )
-    if job.baselines is None and not job.args.allow_baseline_mismatch:
+    if job.baselines is None and not job.reward.allow_baseline_mismatch:
         check_meta(job.column_meta, first.identity)
     prompt, made = job.train_rows["prompt"][0], job.baselines or job.column_meta
     if notice := other_sampling(made, job.sampling):
