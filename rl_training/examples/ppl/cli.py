@@ -102,6 +102,7 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     add("--chat_template_kwargs", type=_json_object, metavar="JSON",
         help="variables of the chat template, such as '{\"enable_thinking\": false}'")  # fmt: skip
     add("--tools", metavar="FILE", help="JSON list of tools' schemas that the chat template shows")
+    _add_reward_flags(add, "score_without_chat")
 
 
 def _add_sampling_flags(add: Callable) -> None:
@@ -129,9 +130,12 @@ def _add_reward_flags(add: Callable, *names: str) -> None:
             add(*flags, dest=one.name, default=one.default, help=one.metadata["help"], **options)
 
 
-def add_definition_flags(parser: argparse.ArgumentParser) -> None:
+def add_definition_flags(parser: argparse.ArgumentParser, rows: str) -> None:
+    """rows: what --examples takes."""
     add = parser.add_argument_group("definitions").add_argument
-    _add_reward_flags(add, "max_phrase_words", "language", "aggregation")
+    _add_reward_flags(add, "max_phrase_words", "language", "aggregation", "levels", "contrast")
+    add("--examples", metavar=rows, help="rows, prompt and reference, that the scorer reads before every prompt and the "
+        "policy never sees (default: none; with level examples 3)")  # fmt: skip
 
 
 def _add_flags_of_both(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +148,7 @@ def _add_flags_of_both(parser: argparse.ArgumentParser) -> None:
         "model in this process)")  # fmt: skip
     add_data_flags(parser)
     add_prompt_flags(parser)
-    add_definition_flags(parser)
+    add_definition_flags(parser, "N|FILE")
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
