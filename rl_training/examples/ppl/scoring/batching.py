@@ -1,7 +1,7 @@
 """Which tokens go through the model together: windows, shared prefixes, packs and batches. Integers only, no model."""
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -38,9 +38,31 @@ class Group:
     prefix: int
     rows: list[Row]
 
+    @property
+    def tokens(self) -> int:
+        """Of the prefix, once, and of all that the rows have behind it."""
+        return self.prefix + sum(len(row.inputs) - self.prefix for row in self.rows)
+
 
 @dataclass(frozen=True)
-class Pack:
+class Pass:
+    """Groups that go through the model in one forward pass, which is given `ids`."""
+
+    groups: list[Group]
+    ids: np.ndarray
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for group in self.groups for row in group.rows]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [m], of the rows, in order."""
+        return np.concatenate([row.labels for row in self.rows])
+
+
+@dataclass(frozen=True)
+class Pack(Pass):
     """Groups end to end in one sequence, for a model that lets each row see nothing but its prefix and itself.
 
     ids:       int64 [T], per group its prefix once, then what each row has behind it
@@ -50,21 +72,20 @@ class Pack:
                may be read for several rows
     """
 
-    groups: list[Group]
-    ids: np.ndarray
     positions: np.ndarray
     spans: list[tuple[int, int, int, int]]
     read: np.ndarray
 
-    @property
-    def rows(self) -> list[Row]:
-        return [row for group in self.groups for row in group.rows]
 
-    @property
-    def states(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """The indices in `read`, each once, ascending; and which of them predicts each label, None: in order."""
-        states, order = np.unique(self.read, return_inverse=True)
-        return states, None if np.array_equal(states, self.read) else order
+@dataclass(frozen=True)
+class Batch(Pass):
+    """Rows of one group side by side, for a model that is given the keys and values of their prefix.
+
+    ids:  int64 [B, longest], what each row has behind the prefix, padded on the right with zeros
+    read: (int64 [m], int64 [m]), rows and columns of `ids` whose hidden states predict the labels of the rows, in order
+    """
+
+    read: tuple[np.ndarray, np.ndarray]
 
 
 def windows(encoded: Encoded, window: int | None, text: int, whole: bool = False) -> Iterator[Row]:
@@ -146,36 +167,22 @@ def _common_prefix(a: Row, b: Row, short: int) -> int:
     return int(differ[0]) if len(differ) else int(limit)
 
 
-def batches(group: Group, max_tokens: int, overhead: int, max_rows: int | None = None) -> Iterator[list[Row]]:
+def batches(group: Group, max_tokens: int, overhead: int, max_rows: int | None = None) -> Iterator[Batch]:
     """Rows of a group in batches of similar length, padded to at most `max_tokens`.
 
     A batch is closed before its padding costs more than `overhead` tokens: another forward pass would be cheaper.
     """
-    batch: list[Row] = []
-    longest = padding = 0
-    # Longest first: if memory runs out, it does so on the first batch.
-    for row in sorted(group.rows, key=lambda row: -len(row.inputs)):
-        length = len(row.inputs) - group.prefix
-        padding += longest - length
-        full = (len(batch) + 1) * longest > max_tokens or len(batch) == max_rows
-        if batch and (full or padding > overhead):
-            yield batch
-            batch = []
-        if not batch:
-            longest, padding = length, 0
-        batch.append(row)
-    if batch:
-        yield batch
 
+    def full(rows: int, longest: int, tokens: int) -> bool:
+        return rows * longest > max_tokens or rows * longest - tokens > overhead
 
-def padded(batch: Sequence[Row], skip: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """int64 ids [B, longest] of the rows from token `skip` on, zeros on the right; and of the hidden states that are
-    read, in the rows' order, their rows [m] and indices [m] in it."""
-    ids = np.zeros((len(batch), max(len(row.inputs) for row in batch) - skip), dtype=np.int64)
-    for index, row in enumerate(batch):
-        ids[index, : len(row.inputs) - skip] = row.inputs[skip:]
-    rows = np.repeat(np.arange(len(batch)), [len(row.read) for row in batch])
-    return ids, rows, np.concatenate([row.read for row in batch]) - skip
+    for part in _cut(group, max_rows, full):
+        own = [row.inputs[group.prefix :] for row in part.rows]
+        ids = np.zeros((len(own), len(own[0])), dtype=np.int64)
+        for index, one in enumerate(own):
+            ids[index, : len(one)] = one
+        rows = np.repeat(np.arange(len(own)), [len(row.read) for row in part.rows])
+        yield Batch([part], ids, (rows, np.concatenate([row.read for row in part.rows]) - group.prefix))
 
 
 def packs(groups: Sequence[Group], max_tokens: int, enough: int, max_rows: int | None = None) -> list[Pack]:
@@ -184,18 +191,19 @@ def packs(groups: Sequence[Group], max_tokens: int, enough: int, max_rows: int |
     A group that is too large is cut, and each part has the prefix of its own. What is not one group is put together
     up to `enough` tokens only.
     """
-    enough = min(enough, max_tokens)
-    parts = [part for group in groups for part in _parts(group, max_tokens, max_rows)]
+    parts: list[Group] = []
+    for group in groups:
+        space = max_tokens - group.prefix
+        parts += _cut(group, max_rows if group.prefix else 1, lambda rows, longest, tokens, most=space: tokens > most)
     bins: list[tuple[int, int, list[Group]]] = []  # (tokens, number, parts), the emptiest first
-    for part in sorted(parts, key=_tokens, reverse=True):
-        tokens = _tokens(part)
-        if bins and bins[0][0] + tokens <= enough:
+    for part in sorted(parts, key=lambda part: -part.tokens):
+        if bins and bins[0][0] + part.tokens <= min(enough, max_tokens):
             held, number, together = bins[0]
-            if max_rows is None or sum(len(one.rows) for one in together) + len(part.rows) <= max_rows:
+            if max_rows is None or sum(len(one.rows) for one in [*together, part]) <= max_rows:
                 together.append(part)
-                heapq.heapreplace(bins, (held + tokens, number, together))
+                heapq.heapreplace(bins, (held + part.tokens, number, together))
                 continue
-        heapq.heappush(bins, (tokens, len(bins), [part]))
+        heapq.heappush(bins, (part.tokens, len(bins), [part]))
     # Largest first: if memory runs out, it does so on the first one.
     return [lay_out(together) for _, _, together in sorted(bins, key=lambda one: (-one[0], one[1]))]
 
@@ -215,24 +223,23 @@ def lay_out(groups: list[Group]) -> Pack:
         for row, (start, *_) in zip(group.rows, spans[-len(group.rows) :], strict=True):
             behind = row.read >= group.prefix
             read.append(np.where(behind, start - group.prefix, shared) + row.read)
-    return Pack(list(groups), np.concatenate(ids), np.concatenate(positions), spans, np.concatenate(read))
+    return Pack(groups, np.concatenate(ids), np.concatenate(positions), spans, np.concatenate(read))
 
 
-def _tokens(group: Group) -> int:
-    return group.prefix + sum(len(row.inputs) - group.prefix for row in group.rows)
+def _cut(group: Group, max_rows: int | None, full: Callable[[int, int, int], bool]) -> Iterator[Group]:
+    """The group in parts, longest rows first: if memory runs out, it does so on the first part.
 
-
-def _parts(group: Group, max_tokens: int, max_rows: int | None) -> Iterator[Group]:
-    if not group.prefix:
-        yield from (Group(0, [row]) for row in group.rows)
-        return
+    full: whether so many rows, the longest of so many tokens behind the prefix, and all of so many, are too much.
+    """
     part: list[Row] = []
-    tokens = group.prefix
+    longest = tokens = 0
     for row in sorted(group.rows, key=lambda row: -len(row.inputs)):
         own = len(row.inputs) - group.prefix
-        if part and (tokens + own > max_tokens or len(part) == max_rows):
+        if part and (len(part) == max_rows or full(len(part) + 1, longest, tokens + own)):
             yield Group(group.prefix, part)
-            part, tokens = [], group.prefix
+            part, tokens = [], 0
+        longest = longest if part else own
         part.append(row)
         tokens += own
-    yield Group(group.prefix, part)
+    if part:
+        yield Group(group.prefix, part)
