@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
 
 import common  # noqa: F401 (with it, ppl is found)
 import numpy as np
@@ -70,51 +69,6 @@ def talks(prompts: Sequence[Text], texts: Sequence[str]) -> list[bool]:
 
 def _talk(text: Text) -> set[str]:
     return {word.lower() for word in TALK.findall(message_text(text).replace("\u2019", "'"))}
-
-
-class Found(NamedTuple):
-    """What `found` gives. top_1: share of texts whose own row is the best of the k, 1 / k by chance; reciprocal_rank:
-    the mean of 1 / rank; p: how often rows in another order are found as well or better."""
-
-    top_1: float
-    reciprocal_rank: float
-    p: float
-
-
-def found(scores: np.ndarray, k: int, permutations: int = 2000, seed: int = 0) -> Found:
-    """With which of k rows does each text go best? (Prompt ranking, Fan et al. 2018, https://arxiv.org/abs/1805.04833.)
-
-    scores: log-likelihoods [texts, rows], of text i behind row j's prompt, or of row j's reference behind text i; the
-    same number of texts for each row, those of row 0 first. The rows are taken k at a time in order, and so only the
-    blocks of k rows and their own texts are read: the rest may be nan.
-
-    Rows and columns of a block are centred, so that neither a text that is likely behind everything counts, nor a row
-    that everything goes with. Where rows are alike to a text, its own ranks last. p is that of a permutation test of
-    the reciprocal rank, in which texts of a row stay together.
-
-    >>> found(np.array([[-1.0, -9.0], [-1.0, -2.0]]), k=2).top_1
-    1.0
-    """
-    texts, rows = scores.shape
-    each = texts // rows
-    if texts % rows or rows % k or k < 2:
-        raise ValueError(
-            f"scores have the shape {scores.shape} and k is {k}: expected texts and k rows in whole blocks"
-        )
-    blocks = [scores[start * each : (start + k) * each, start : start + k] for start in range(0, rows, k)]
-    centred = np.stack([block - block.mean(0) - block.mean(1, keepdims=True) + block.mean() for block in blocks])
-    ranks = (centred[..., None, :] >= centred[..., :, None]).sum(-1).reshape(rows // k, k, each, k)
-
-    def own_ranks(order: np.ndarray) -> np.ndarray:
-        """[blocks, k, each] ranks of row `order[block, i]` for the texts of row i."""
-        return np.take_along_axis(ranks, order[:, :, None, None], axis=3)[..., 0]
-
-    own = own_ranks(np.tile(np.arange(k), (rows // k, 1)))
-    rng = np.random.default_rng(seed)
-    reached = (1 / own).mean() - 1e-12
-    others = [own_ranks(rng.random((rows // k, k)).argsort(1)) for _ in range(permutations)]
-    as_good = sum((1 / other).mean() >= reached for other in others)
-    return Found(float((own == 1).mean()), float((1 / own).mean()), (1 + as_good) / (1 + permutations))
 
 
 def two_sample_accuracy(human: np.ndarray, generated: np.ndarray) -> float:

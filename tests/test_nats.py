@@ -73,7 +73,7 @@ def test_how_often_it_bends_is_logged(tokenizer, model):
     reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, given, form="nats")
     logged = {}
     rewards = reward_fn(["a", "a"], ["The fox.", "The crow."], log_metric=logged.__setitem__)
-    assert -1 < min(rewards) and max(rewards) < -0.9 and rewards[0] != rewards[1]  # far off, and still not alike
+    assert min(rewards) > -1 and max(rewards) < -0.9 and rewards[0] != rewards[1]  # far off, and still not alike
     assert logged["diagnostics/bent"] == 1.0
     steps = MultiLevelPPLRewardFunction(model, tokenizer, given)
     logged.clear()

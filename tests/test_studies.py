@@ -176,7 +176,8 @@ def test_a_text_talks_about_the_story_if_its_prompt_has_no_such_word(damage):
 def test_found_ranks_each_texts_own_row_in_its_block_of_centred_scores(damage):
     """Row 1 is likely behind all texts, and text 2 is likely everywhere: neither counts."""
     import numpy as np
-    from measures import found
+
+    from ppl.training.found import found
 
     own = np.array([[2.0, 0, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0], [0, 3, 0, 2]])
     scores = own + np.array([0, 9, 0, 0]) + np.array([[0], [0], [-7], [0]])
@@ -193,7 +194,8 @@ def test_found_ranks_each_texts_own_row_in_its_block_of_centred_scores(damage):
 def test_the_p_of_found_is_that_of_rows_in_another_order(damage):
     """Chance is found by chance; of 4 rows that are all found, 1 order in 24 is as good, of 16 none that comes."""
     import numpy as np
-    from measures import found
+
+    from ppl.training.found import found
 
     rng = np.random.default_rng(0)
     ps = [found(rng.normal(size=(32, 16)), k=16, permutations=99).p for _ in range(60)]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ppl import cli
 from ppl.cli import script
+from ppl.data import read_shown
 from ppl.errors import InputError
 from ppl.files import writable_file, write_text
 
@@ -56,7 +57,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object, with every unit, instead of tables")
     parser.add_argument("--html", metavar="OUT", help="write a page of the text coloured by perplexity to this file")
     cli.add_model_flags(parser)
-    cli.add_definition_flags(parser)
+    cli.add_definition_flags(parser, "FILE")
+    parser.add_argument("--others", metavar="FILE", help="rows that --contrast draws from, as --examples has them")
     return cli.parsed(parser, parser.parse_args(argv))
 
 
@@ -69,6 +71,7 @@ def score(args: argparse.Namespace) -> int:
     # What can be refused is refused before a model is loaded.
     text = read_text(args)
     check_unicode("--context", args.context)
+    shown = {name: read_shown(path) for name in ("examples", "others") if (path := getattr(args, name)) is not None}
     page = writable_file(args.html, "--html") if args.html is not None else None
 
     from rich.console import Console
@@ -82,7 +85,7 @@ def score(args: argparse.Namespace) -> int:
         )
     if hasattr(model, "peft_config"):
         print(f"{args.model_name} is an adapter: it is off, and its base model scores the text", file=sys.stderr)
-    calculator = MultiLevelPPLCalculator(tokenizer, **cli.reward_config(args).definitions)
+    calculator = MultiLevelPPLCalculator(tokenizer, **cli.reward_config(args).definitions, **shown)
     try:
         explained = calculator.explain(model=model, text=text, context=args.context)
     except FloatingPointError as error:

@@ -58,10 +58,12 @@ def make_rewards(job, policy, scorer):
     scorer: the frozen model and its tokenizer.
     """
     from ppl.reward.function import MultiLevelPPLRewardFunction
-    from ppl.reward.loop_guard import loop_guard, loop_veto
+    from ppl.reward.loop_guard import copy_guard, loop_guard, loop_veto
 
     asked, guard, of_prompts = job.reward, job.loop_penalty, job.guarded_prompts(policy.tokenizer)
-    perplexity = MultiLevelPPLRewardFunction(*scorer, job.baselines, policy=policy, **vars(asked), **job.chat)
+    perplexity = MultiLevelPPLRewardFunction(
+        *scorer, job.baselines, policy=policy, **vars(asked), **job.chat, **job.contexts
+    )
     if job.per_level:
         veto = loop_veto(guard, **of_prompts) if guard else None
         rewards = list(zip(perplexity.per_level(veto), asked.weights, strict=True))
@@ -70,6 +72,8 @@ def make_rewards(job, policy, scorer):
         if guard:
             skips = perplexity.skips if asked.missing == "skip" else None
             rewards.append(loop_guard(guard, asked.reward_thresholds, form=asked.form, **of_prompts, skips=skips))
+            if not (asked.reference_context.reads_prompt or job.allow_copies):
+                rewards.append(copy_guard(asked.highest, policy.tokenizer, skips))
     return rewards
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import (
+    DEFAULT_EXAMPLES,
     DEFAULT_PROMPT_TEMPLATE,
     DEFAULT_SEED,
     DTYPES,
@@ -23,7 +24,7 @@ from .config import (
     RewardConfig,
     Sampling,
 )
-from .data import PromptForm
+from .data import PromptForm, Shown, draw, read_shown
 from .errors import SETTINGS, InputError, retired
 from .prompts import read_template, read_tools
 
@@ -134,8 +135,8 @@ def add_definition_flags(parser: argparse.ArgumentParser, rows: str) -> None:
     """rows: what --examples takes."""
     add = parser.add_argument_group("definitions").add_argument
     _add_reward_flags(add, "max_phrase_words", "language", "aggregation", "levels", "contrast")
-    add("--examples", metavar=rows, help="rows, prompt and reference, that the scorer reads before every prompt and the "
-        "policy never sees (default: none; with level examples 3)")  # fmt: skip
+    add("--examples", metavar=rows, help="rows, prompt and reference, that the scorer reads before every prompt and "
+        "the policy never sees (default: none; with level examples 3)")  # fmt: skip
 
 
 def _add_flags_of_both(parser: argparse.ArgumentParser) -> None:
@@ -176,7 +177,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="three rewards over one cache, each normalised within its group (GDPO); --weights weigh them")  # fmt: skip
     add("--loop_penalty", type=float, default=LOOP_PENALTY, metavar="W", help="what loops and copies of the prompt "
         "cost, in ranges of the reward; with --per_level, one over the share that is vetoed; 0: nothing")  # fmt: skip
-    add("--allow_copies", action="store_true", help="do not penalise copying from the prompt")
+    add("--allow_copies", action="store_true", help="do not penalise copying, from the prompt or, with a --template "
+        "without {prompt}, from the reference")  # fmt: skip
     _add_reward_flags(add, "missing", "allow_baseline_mismatch")
 
     add = parser.add_argument_group("training (every other field of TRL's GRPOConfig is a flag, too)").add_argument
@@ -261,6 +263,17 @@ def _named(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 def reward_config(args: argparse.Namespace) -> RewardConfig:
     """What the flags of `RewardConfig` say. Raises `InputError` if it makes no sense, as the next two do."""
     return RewardConfig.of(_named(args, RewardConfig.__dataclass_fields__))
+
+
+def shown_rows(args: argparse.Namespace, rows: Iterable[Shown]) -> dict[str, list[Shown]]:
+    """What the scorer reads beside a text's own prompt, `examples` and `others`: drawn from the data set's rows, the
+    examples also from a file. Raises `InputError`."""
+    config, asked = reward_config(args), args.examples
+    if asked is None and "examples" in config.levels:
+        asked = str(DEFAULT_EXAMPLES)
+    if asked is None or asked.isdecimal():
+        return dict(zip(("examples", "others"), draw(rows, int(asked or 0), config.contrast), strict=True))
+    return {"examples": read_shown(asked), "others": draw(rows, 0, config.contrast)[1]}
 
 
 def sampling(args: argparse.Namespace) -> Sampling:

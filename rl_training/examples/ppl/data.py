@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import regex
 
 from .config import DEFAULT_LANGUAGE, DEFAULT_PROMPT_TEMPLATE
 from .errors import InputError
+from .files import write_text
 
 # --- data ------------------------------------------------------------------------------------------------------------
 
@@ -353,6 +354,63 @@ def split_heldout(dataset, samples: int | None, seed: int):
     parts = groups.train_test_split(test_size=samples, seed=seed)
     kept_out = [rows[0] for rows in parts["test"]["rows"]]
     return dataset.select([row for rows in parts["train"]["rows"] for row in rows]), dataset.select(kept_out)
+
+
+# --- rows that the scorer reads beside a text's own -------------------------------------------------------------------
+
+Shown = tuple[Text, Text]  # prompt and reference
+FIRST, POOL = 2000, 256  # rows of a data set that are drawn from; others, to contrast with
+
+
+def draw(rows: Iterable[Shown], examples: int, contrast: int) -> tuple[list[Shown], list[Shown]]:
+    """(examples, others) from the first `FIRST` rows of a data set, by a hash of each: the same for baselines and for
+    training, whatever part of the rows either reads. Rows have different prompts, and texts in both columns.
+
+    Raises `InputError` if there are too few.
+    """
+    by_prompt = {
+        prompt_key(prompt): (prompt, reference)
+        for prompt, reference in itertools.islice(rows, FIRST)
+        if message_text(prompt).strip() and message_text(reference or "").strip()
+    }
+    order = sorted(by_prompt.values(), key=lambda row: stable_id(*row))
+    if len(order) < examples + (contrast + 1 if contrast else 0):
+        raise InputError(
+            f"--examples {examples} and --contrast {contrast} need rows with different prompts and a reference each: "
+            f"the data set has {len(order)} of them (name its column with --reference_column)"
+        )
+    return order[:examples], order[examples : examples + POOL] if contrast else []
+
+
+def read_shown(path: str | Path) -> list[Shown]:
+    """The rows of a JSON lines file of `{"prompt", "reference"}`, as `write_shown` writes it. Raises `InputError`."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        return checked_shown(str(path), [json.loads(line) for line in lines if line.strip()])
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: {error}: expected JSON lines of prompt and reference") from error
+
+
+def write_shown(path: str | Path, rows: Sequence[Shown]) -> None:
+    lines = [json.dumps(dict(zip(("prompt", "reference"), row, strict=True)), ensure_ascii=False) for row in rows]
+    write_text(path, "".join(f"{line}\n" for line in lines), "surrogatepass")
+
+
+def checked_shown(name: str, rows: Sequence) -> list[Shown]:
+    """(prompt, reference) pairs, or mappings with these keys, of a list. Raises `InputError`."""
+    if isinstance(rows, str | Mapping) or not isinstance(rows, Sequence):
+        raise InputError(f"{name} is {rows!r:.60}, expected a list of (prompt, reference)")
+    made = []
+    for index, row in enumerate(rows):
+        values = [row.get("prompt"), row.get("reference")] if isinstance(row, Mapping) else list(row)
+        if len(values) != 2:
+            raise InputError(f"{name} {index} is {row!r:.60}, expected (prompt, reference)")
+        for value in values:
+            check_text(value, f"{name} {index}")
+        made.append(tuple(values))
+    return made
 
 
 # --- sentences -------------------------------------------------------------------------------------------------------

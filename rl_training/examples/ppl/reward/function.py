@@ -18,12 +18,12 @@ from accelerate.utils import extract_model_from_parallel
 
 from ..baselines.file import Baselines, check_meta
 from ..config import DEFAULT_PROMPT_TEMPLATE, RewardConfig
-from ..data import Text, message_text, stable_id
+from ..data import Shown, Text, message_text, stable_id
 from ..errors import BaselineError, InputError
 from ..processes import from_all, of_this
 from ..prompts import Turn, Turns, chat_identity, refuse_begun
 from ..scoring.calculator import MultiLevelPPLCalculator
-from ..scoring.contexts import BETWEEN, Shown
+from ..scoring.contexts import BETWEEN
 from ..scoring.identity import identity
 from ..scoring.sampling import given_by_trainer, refuse_appended
 from ..scoring.surprisal import Scorer, as_scorer, is_scorer

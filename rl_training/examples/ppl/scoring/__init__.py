@@ -1,6 +1,7 @@
 """Text and model -> the perplexity of its words, phrases and sentences. Imports no other wing.
 
 calculator.py  the whole way: texts and a model -> the perplexity of each level
+contexts.py    what stands before a text: its prompt, examples, other rows in its place
 units.py       text -> sentences, words, phrases, as character offsets
 tokens.py      ids <-> characters: what is scored of a text, and which text sampled ids are
 batching.py    which tokens go through the model together: windows, shared prefixes, packs, batches; integers only

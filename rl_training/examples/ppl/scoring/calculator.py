@@ -17,10 +17,10 @@ from ..config import (
     OUTER,
     RewardConfig,
 )
-from ..data import Text, check_text, message_text
+from ..data import Shown, Text, check_text, message_text
 from ..errors import InputError
 from ..prompts import Turn, Turns, completion_turns, of_text, render_prompt
-from .contexts import Contexts, Shown, Views
+from .contexts import Contexts, Views
 from .levels import Scores, level_perplexities, nested_perplexities, score_views, unit_sums
 from .surprisal import Scorer, SurprisalScorer, is_scorer
 from .tokens import Decoding, Encoded, Sampled, TextEncoder, restore_spaces
@@ -235,6 +235,17 @@ class MultiLevelPPLCalculator:
                 if counts[unit]
             ]
         return explained
+
+    def last(self, prompt: Text | None, completion: Text) -> Turn | Turns | Sampled:
+        """A completion behind all that stands before it."""
+        text = self.text(prompt, completion)
+        return text[-1][0] if isinstance(text, Views) else text
+
+    def mean_surprisals(self, model, pairs: Sequence[Turn | Turns | Sampled]) -> np.ndarray:
+        """float64 [B], nats a token: the logarithm of the ordinary perplexity; nan without a scored token."""
+        _, found = self._score(model, pairs, inner=False)
+        with np.errstate(invalid="ignore"):
+            return np.array([one.surprisals.sum() / np.float64(len(one.chars)) for [[one]] in found])
 
     def restore_spaces(self, model, pairs: Sequence[Turn], decoding: Decoding) -> list[str]:
         """The targets, each with the space that it may have lost when it was decoded alone: see `ppl.scoring.tokens`.

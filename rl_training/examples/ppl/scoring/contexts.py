@@ -2,19 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-from ..data import Text, check_text, message_text, prompt_key, stable_id
+from ..data import Shown, Text, checked_shown, message_text, prompt_key, stable_id
 from ..errors import InputError
-from ..files import write_text
 from ..prompts import Turn, Turns, completion_turns, render_prompt
 from .sampling import prompt_ids
 from .tokens import Sampled
 
-Shown = tuple[Text, Text]  # prompt and reference of a row of the data set
-FIRST, POOL = 2000, 256  # rows of a data set that are drawn from; others, to contrast with
 BETWEEN = "\n\n"  # two rows that stand one behind the other as text
 
 
@@ -47,7 +42,7 @@ class Contexts:
         self._form = form.partition("{prompt}")[::2]
         self._views = [view for view in ("prompt", "examples") if view in levels]
         self.examples, rows = (
-            [(self._read(prompt), reference) for prompt, reference in checked_rows(name, given)]
+            [(self._read(prompt), reference) for prompt, reference in checked_shown(name, given)]
             for name, given in (("examples", examples), ("others", others))
         )
         self._others = {prompt_key(prompt): (prompt, reference) for prompt, reference in rows}
@@ -149,42 +144,6 @@ class Contexts:
         return max((most for most, size in enumerate(sizes) if sizes[-1] - size >= excess), default=0)
 
 
-def draw(rows: Iterable[Shown], examples: int, contrast: int) -> tuple[list[Shown], list[Shown]]:
-    """(examples, others) from the first `FIRST` rows of a data set, by a hash of each: the same for baselines and for
-    training, whatever part of the rows either reads. Rows have different prompts, and texts in both columns.
-
-    Raises `InputError` if there are too few.
-    """
-    by_prompt = {
-        prompt_key(prompt): (prompt, reference)
-        for prompt, reference in islice(rows, FIRST)
-        if message_text(prompt).strip() and message_text(reference or "").strip()
-    }
-    order = sorted(by_prompt.values(), key=lambda row: stable_id(*row))
-    if len(order) < examples + (contrast + 1 if contrast else 0):
-        raise InputError(
-            f"--examples {examples} and --contrast {contrast} need rows with different prompts and a reference each: "
-            f"the data set has {len(order)} of them (name its column with --reference_column)"
-        )
-    return order[:examples], order[examples : examples + POOL] if contrast else []
-
-
-def read_shown(path: str | Path) -> list[Shown]:
-    """The rows of a JSON lines file of `{"prompt", "reference"}`, as `write_shown` writes it. Raises `InputError`."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        return checked_rows(str(path), [json.loads(line) for line in lines if line.strip()])
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: {error}: expected JSON lines of prompt and reference") from error
-
-
-def write_shown(path: str | Path, rows: Sequence[Shown]) -> None:
-    lines = [json.dumps(dict(zip(("prompt", "reference"), row, strict=True)), ensure_ascii=False) for row in rows]
-    write_text(path, "".join(f"{line}\n" for line in lines), "surrogatepass")
-
-
 def joined(prompt: str, text: str) -> str:
     """One behind the other, with a space between where neither has one.
 
@@ -197,18 +156,3 @@ def joined(prompt: str, text: str) -> str:
 
 def _messages(text: Text, role: str) -> list:
     return [{"role": role, "content": text}] if isinstance(text, str) else list(text)
-
-
-def checked_rows(name: str, rows: Sequence) -> list[Shown]:
-    """(prompt, reference) pairs, or mappings with these keys, of a list. Raises `InputError`."""
-    if isinstance(rows, str | Mapping) or not isinstance(rows, Sequence):
-        raise InputError(f"{name} is {rows!r:.60}, expected a list of (prompt, reference)")
-    made = []
-    for index, row in enumerate(rows):
-        values = [row.get("prompt"), row.get("reference")] if isinstance(row, Mapping) else list(row)
-        if len(values) != 2:
-            raise InputError(f"{name} {index} is {row!r:.60}, expected (prompt, reference)")
-        for value in values:
-            check_text(value, f"{name} {index}")
-        made.append(tuple(values))
-    return made

@@ -10,7 +10,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup, escape
 
-from ..config import LEVELS
+from ..config import ALL_LEVELS, OUTER
 
 # Of all HTML pages: one file each, nothing is loaded from anywhere, every string is shown as text.
 ENVIRONMENT = jinja2.Environment(
@@ -98,13 +98,14 @@ def heatmap(
     levels = [
         {
             "name": level,
+            "unit": "word" if level in OUTER else level,
             "perplexity": perplexities[level],
             "units": len(explained[level]),
             "tokens": sum(unit["n_tokens"] for unit in explained[level]),
             "pieces": list(_pieces(explained[level], text)),
             "top": most_surprising(explained[level], top),
         }
-        for level in LEVELS
+        for level in explained
     ]
     return _template().heatmap(levels, caption, context, context_name, language)
 
@@ -166,12 +167,17 @@ def _pieces(units: Sequence[dict], text: str):
     yield text[end:], None
 
 
+def levels(heatmaps: Sequence[Markup]) -> list[str]:
+    """The levels that the fragments of a page show."""
+    return [level for level in ALL_LEVELS if any(f'data-level="{level}"' in one for one in heatmaps)]
+
+
 def _template():
     return ENVIRONMENT.get_template("heatmap.html.j2").module
 
 
-ENVIRONMENT.filters |= {one.__name__: one for one in (characters, script_hash, shade, number, one_line)}
+ENVIRONMENT.filters |= {one.__name__: one for one in (characters, script_hash, shade, number, one_line, levels)}
 ENVIRONMENT.globals |= {
-    "LEVELS": LEVELS, "LIGHT": LIGHT, "DARK": DARK, "LIGHT_HELPED": LIGHT_HELPED, "DARK_HELPED": DARK_HELPED,
+    "LEVELS": ALL_LEVELS, "LIGHT": LIGHT, "DARK": DARK, "LIGHT_HELPED": LIGHT_HELPED, "DARK_HELPED": DARK_HELPED,
     "STEPS_PER_DOUBLING": STEPS_PER_DOUBLING,
 }  # fmt: skip

@@ -203,6 +203,8 @@ def differences(made: Mapping, expected: Mapping) -> dict[str, tuple]:
     Compares what both name. The model's name is not compared, and another window only matters if a text was longer:
     `made["longest"]` tokens, if that is known.
     """
+    if "definitions" in made:  # version 0.2.0 knew no rows to show
+        made = {"shown": {}, **made}
     theirs, mine = _flat(made), _flat(expected)
     differing = {key: (theirs[key], mine[key]) for key in mine if key in theirs and theirs[key] != mine[key]}
     if "probe" in differing:
@@ -231,7 +233,9 @@ def _flat(identity: Mapping) -> dict:
     # All of a reference's tokens count; with version 0.1 it could be fewer.
     usual = {"reference_tokens": "all"} if "template" in identity.get("definitions", {}) else {}
     if "definitions" in identity:  # what it does not say is off
-        usual |= {"levels": LEVELS, "contrast": 0, "score_without_chat": False, "examples": None, "others": None}
+        usual |= {"levels": LEVELS, "contrast": 0, "score_without_chat": False}
+    if "shown" in identity:
+        usual |= {"examples": None, "others": None}
     model = dict(identity.get("model", {}))
     return {
         **{key: identity[key] for key in ("target", "tokenizer") if key in identity},

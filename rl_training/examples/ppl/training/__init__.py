@@ -6,6 +6,7 @@ rewards.py      the reward functions together: their weights, and how TRL calls 
 policy.py       policy and scorer: loaded, and what was trained saved, merged into one model where that is asked for
 trainer.py      GRPOTrainer that goes on as if it had never stopped, and its callbacks
 diagnostics.py  is there anything to learn from the rewards? Which failure it is, and the remedy
+found.py        with which of k rows does what was written go best?
 heldout.py      held-out prompts before and after
 card.py         the model card, above the one that TRL writes, with card.md.j2
 """

@@ -20,13 +20,14 @@ from ..scoring.sampling import GivenIds, end_tokens, prompt_ids, sample, up_to_e
 from ..scoring.surprisal import SurprisalScorer
 from ..scoring.tokens import Sampled, TextEncoder
 from .diagnostics import described
+from .found import found_among
 from .job import Job
 from .policy import Loaded
 from .rewards import Reward, call_as_trl, name_of, perplexity_rewards
 
 SWAPPED = "improvement % with another row's"
+FOUND = "found among "
 LEAST_GAIN = 2.0  # points of improvement; less is not looked into
-LARGE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,11 @@ def evaluate(
     means = [(name, float(torch.from_numpy(one.ravel()).nanmean())) for name, one in zip(names, values, strict=True)]
     completions = [[text for text, _ in group] for group in groups]
     texts = [text for group in completions for text in group]
+    going = found_among(reward_fn, rows["prompt"], completions, rows["reference"])
     more = 1 + 2 * len(reward_fn.config.levels)  # what others give stands at the end
     shown = dict(means[:more]) | {"KL": kl_a_token(moved, tokens), **described(texts)} | dict(means[more:])
+    if going is not None:
+        shown |= {f"{FOUND}{going[0]}": going[1].top_1, "p of it": going[1].p}
     completion_ids = [[ids for _, ids in group] for group in groups]
     return HeldOut(list(rows["prompt"]), completions, values[0].tolist(), shown, completion_ids)
 
@@ -204,26 +208,24 @@ def _measured(reward_fn, columns: Mapping[str, list], written: Sequence[tuple]) 
 
 
 def gained_by_any(before: Mapping[str, float], after: Mapping[str, float]) -> str | None:
-    """A warning where references gained as much, or half as much, with the completions of other rows.
+    """A warning where what was written earns more, and goes with its own row no better than before.
 
     before, after: scores of `HeldOut`.
 
-    >>> levels = ["word improvement %", "phrase improvement %", "sentence improvement %"]
-    >>> gained_by_any(dict.fromkeys([*levels, SWAPPED], 0.0), dict.fromkeys(levels, 16.0) | {SWAPPED: 14.0})[:74]
-    'ANY ROW: references gained 16.0 points with their own completions and 14.0'
-    >>> gained_by_any(dict.fromkeys([*levels, SWAPPED], 0.0), dict.fromkeys(levels, 16.0) | {SWAPPED: 2.0})
+    >>> before = {"word improvement %": 0.0, "found among 8": 0.5}
+    >>> gained_by_any(before, {"word improvement %": 16.0, "found among 8": 0.5})[:52]
+    'ANY ROW: completions earn 16.0 points more, and are f'
+    >>> gained_by_any(before, {"word improvement %": 16.0, "found among 8": 0.9})
     """
-    if SWAPPED not in before or SWAPPED not in after:
-        return None
+    [found] = [name for name in before if name.startswith(FOUND)] or [None]
     levels = [name for name in before if name.endswith(" improvement %")]
-    own = sum(after[name] - before[name] for name in levels) / len(levels)
-    swapped = after[SWAPPED] - before[SWAPPED]
-    if not (own > LEAST_GAIN and swapped > LARGE_SHARE * own):
+    gain = sum(after[name] - before[name] for name in levels) / len(levels)
+    if found is None or gain <= LEAST_GAIN or after[found] > before[found]:
         return None
     return (
-        f"ANY ROW: references gained {own:.1f} points with their own completions and {swapped:.1f} with those of other "
-        "rows: most of what was learned is a manner of writing, whatever it says. Read the completions. --beta 0.1 "
-        "keeps them near their start; nothing that was tried has made them say more: see the guide's evidence."
+        f"ANY ROW: completions earn {gain:.1f} points more, and are {found} rows as theirs no better than before "
+        f"({before[found]:.0%} -> {after[found]:.0%}): what was learned is a manner of writing, whatever it says. Show "
+        "the scorer examples (--examples 3), compare with other rows (--contrast 2), and read the completions."
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .. import cli
 from ..baselines.file import Baselines, check_meta, read_meta
-from ..data import check_references, find_columns, load_split, prepare_rows, prompt_key, split_heldout
+from ..data import FIRST, check_references, find_columns, load_split, prepare_rows, prompt_key, split_heldout
 from ..errors import BaselineError, InputError
 from ..files import check_folder, write_text
 from ..models import import_unsloth
@@ -27,7 +27,8 @@ class Job:
     `ppl.config.Sampling`. baselines: None without a file; column_meta: how the data set's columns `baseline_...` were
     made, if it says so. train_rows, heldout_rows, eval_rows (or None): data sets of `prepare_dataset`. checkpoint: to
     go on from, or None. without_unsloth: why, if it is not used. config: TRL's GRPOConfig; asked: its fields as they
-    were asked for. command: the command line's words after the script's name.
+    were asked for. command: the command line's words after the script's name. contexts: keywords of the calculator,
+    rows that the scorer reads, which are in none of the others.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class Job:
         self._config_name, self._columns, self._prepare = args.dataset_config, cli.column_options(args), prepare_dataset
         self.chat = cli.chat_options(args)
 
-        self.baselines = None if args.baselines_path is None else Baselines.load(args.baselines_path)
+        self.baselines = (
+            None if args.baselines_path is None else Baselines.load(args.baselines_path, self.reward.levels)
+        )
         # A data set that compute_baselines_trl.py wrote has them as columns, and says the same of how they were made.
         self.column_meta = Baselines({}, read_meta(Path(args.dataset_name, ".baselines")), args.dataset_name)
         made = self.baselines or self.column_meta
@@ -62,13 +65,15 @@ class Job:
         self.models = models(args, made.meta)
 
         self._notices: list[str] = []
-        rows = self._load_rows(self.dataset_split, args.max_samples)
+        self._shown = {"examples": [], "others": []}
+        rows = self._load_rows(self.dataset_split, args)
         self.train_rows, self.heldout_rows = split_heldout(rows, args.heldout_samples, args.seed)
         if left := len(rows) - len(self.train_rows) - len(self.heldout_rows):
             self._notices.append(
                 f"{left} of {len(rows)} rows are not trained on: their prompts are those of held-out rows"
             )
         self.eval_rows = self._load_rows(args.eval_split) if args.eval_split else None
+        self.contexts = {**self._shown, "prompt_template": args.prompt_template}
         if self.eval_rows is not None:
             trained = set(map(prompt_key, self.train_rows["prompt"]))
             if seen := sum(prompt_key(prompt) in trained for prompt in self.eval_rows["prompt"]):
@@ -109,15 +114,19 @@ class Job:
             return {}
         return {"tokenizer": tokenizer, "chat": self.chat}
 
-    def _load_rows(self, split: str, most: int | None = None):
-        """A split's first rows as `prepare_dataset` makes them. How many it left out is noted.
+    def _load_rows(self, split: str, drawn: argparse.Namespace | None = None):
+        """A split's rows as `prepare_dataset` makes them, examples left out. How many it left out is noted.
 
+        drawn: flags that say how many rows are used, and which are drawn from them to be shown to the scorer.
         Raises `InputError` if one has no baseline and needs it, or one that is another text's.
         """
         dataset = load_split(self.dataset_name, self._config_name, split, text_columns=self._columns[:3])
-        if most is not None:
-            dataset = dataset.select(range(min(most, len(dataset))))
         columns = find_columns(dataset.column_names, *self._columns)
+        if drawn is not None:
+            first = self._prepare(dataset.select(range(min(FIRST, len(dataset)))), columns, self._form)
+            self._shown = cli.shown_rows(drawn, zip(first["prompt"], first["reference"], strict=True))
+            if drawn.max_samples is not None:
+                dataset = dataset.select(range(min(drawn.max_samples, len(dataset))))
         rows = self._prepare(dataset, columns, self._form)
         if not len(rows):
             raise InputError(f"split {split!r} of data set {self.dataset_name!r} holds no row with a prompt")
@@ -135,6 +144,8 @@ class Job:
                         f"... of {self.dataset_name} are of the unchanged one: compute baselines of the changed rows, "
                         "or drop the columns"
                     )
+        shown = {prompt_key(prompt) for prompt, _ in self._shown["examples"]}
+        rows = rows.select([index for index, one in enumerate(rows["prompt"]) if prompt_key(one) not in shown])
         references, needed = None, self.reward.missing == "error"
         if self.reward.target == "reference":
             references = rows["reference"]
