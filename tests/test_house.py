@@ -72,6 +72,20 @@ def test_a_wing_imports_only_the_wings_below_it(path):
     assert not forbidden, f"{path.relative_to(PPL)} imports {', '.join(sorted(forbidden))}"
 
 
+def test_the_flags_of_a_run_end_in_its_job():
+    """What reads a job has its settings by name, and no argparse.Namespace."""
+    for path in FILES:
+        if room(path) in ("training", "pages") and path.name not in ("settings.py", "job.py"):
+            nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+            of_jobs = {
+                node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "job"
+            }
+            assert "args" not in of_jobs, path
+            assert not [node for node in nodes if isinstance(node, ast.Import) and node.names[0].name == "argparse"], (
+                path
+            )
+
+
 def test_no_module_imports_a_script():
     scripts = {path.stem for path in PPL.parent.glob("*.py")}
     for path in FILES:

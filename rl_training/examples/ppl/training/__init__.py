@@ -1,7 +1,7 @@
 """What the training script wires. Imports scoring, baselines and reward.
 
-settings.py     flags and YAML -> the reward's settings, how models are loaded, TRL's GRPOConfig; where a run goes on
-job.py          what is asked for, checked before a model is loaded; Unsloth is imported here
+settings.py     flags and YAML files -> how models are loaded, TRL's GRPOConfig, where a stopped run goes on
+job.py          what a run asks for, by names, checked before a model is loaded; Unsloth is imported here
 rewards.py      the reward functions together: their weights, and how TRL calls each
 policy.py       policy and scorer: loaded, and what was trained saved, merged into one model where that is asked for
 trainer.py      GRPOTrainer that goes on as if it had never stopped, and its callbacks

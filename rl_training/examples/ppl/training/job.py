@@ -20,15 +20,16 @@ from .settings import CONFIG_FILE, check_reporters, config_text, find_checkpoint
 
 
 class Job:
-    """A run: what its flags ask for, by names. Raises `InputError` for what cannot be done.
+    """What the flags of a run ask for, by names. Raises `InputError` for what cannot be done.
 
-    models: `ppl.training.settings.Models`, what is trained and what scores. reward: `ppl.config.RewardConfig`. chat:
-    keywords of `ppl.prompts.render_prompt`, the same for policy, scorer and held-out sampling. sampling:
-    `ppl.config.Sampling`. baselines: None without a file; column_meta: how the data set's columns `baseline_...` were
-    made, if it says so. train_rows, heldout_rows, eval_rows (or None): data sets of `prepare_dataset`. checkpoint: to
-    go on from, or None. without_unsloth: why, if it is not used. config: TRL's GRPOConfig; asked: its fields as they
-    were asked for. command: the command line's words after the script's name. contexts: keywords of the calculator,
-    rows that the scorer reads, which are in none of the others.
+    dataset_name, dataset_split, loop_penalty, per_level, allow_copies: the flags. models: what is trained and what
+    scores, `ppl.training.settings.Models`. reward: `ppl.config.RewardConfig`. sampling: `ppl.config.Sampling`. chat:
+    keywords of `ppl.prompts.render_prompt`, the same for policy, scorer and held-out sampling. baselines: None without
+    a file; column_meta: without rows, how the data set's columns `baseline_...` were made, if it says so. train_rows,
+    heldout_rows, eval_rows (or None): data sets of `prepare_dataset`. checkpoint: to go on from, or None.
+    without_unsloth: why, if it is not used. config: TRL's GRPOConfig; asked: its fields as they were asked for.
+    command: the command line's words after the script's name. contexts: keywords of the calculator, rows that the scorer
+    reads, which are in none of the others.
     """
 
     def __init__(
@@ -69,9 +70,8 @@ class Job:
         rows = self._load_rows(self.dataset_split, args)
         self.train_rows, self.heldout_rows = split_heldout(rows, args.heldout_samples, args.seed)
         if left := len(rows) - len(self.train_rows) - len(self.heldout_rows):
-            self._notices.append(
-                f"{left} of {len(rows)} rows are not trained on: their prompts are those of held-out rows"
-            )
+            of = f"{left} of {len(rows)} rows"
+            self._notices.append(f"{of} are not trained on: their prompts are those of held-out rows")
         self.eval_rows = self._load_rows(args.eval_split) if args.eval_split else None
         self.contexts = {**self._shown, "prompt_template": args.prompt_template}
         if self.eval_rows is not None:

@@ -51,19 +51,22 @@ def save_merged(model, tokenizer, adapter: str | Path, folder: str | Path) -> No
     plain.load_state_dict(_plain_weights(base, plain, dtype), strict=False, assign=True)
     plain.tie_weights()
     plain.generation_config = base.generation_config
+
+    def refusal(reason: str) -> InputError:
+        return InputError(f"--save_merged: {reason}: the adapter is saved unmerged in {adapter}")
+
     if unfilled := [name for name, parameter in plain.named_parameters() if parameter.is_meta]:
-        raise InputError(
-            f"--save_merged: no weights for {unfilled[0]} and {len(unfilled) - 1} more in {type(base).__name__} with "
-            f"this adapter: it is saved unmerged in {adapter}"
-        )
+        others = f"{unfilled[0]} and {len(unfilled) - 1} more"
+        raise refusal(f"no weights for {others} in {type(base).__name__} with this adapter")
     try:
         merged = PeftModel.from_pretrained(plain, adapter).merge_and_unload()
     except Exception as error:  # PEFT has kinds of adapters that it cannot merge, and says so in many ways
-        raise InputError(
-            f"--save_merged: PEFT cannot merge this adapter ({type(error).__name__}: {error}): it is saved unmerged in "
-            f"{adapter}"
-        ) from error
-    _check_same(model, merged, adapter)
+        raise refusal(f"PEFT cannot merge this adapter ({type(error).__name__}: {error})") from error
+    if not (difference := _difference(model, merged)) <= MOST_NATS:
+        raise refusal(
+            f"the merged model's log-probabilities are {difference:.2f} nats off the trained one's, more than 16 bit "
+            "loses (an adapter on tied embeddings?)"
+        )
 
     partial = Path(f"{folder}.part")
     shutil.rmtree(partial, ignore_errors=True)
@@ -74,22 +77,17 @@ def save_merged(model, tokenizer, adapter: str | Path, folder: str | Path) -> No
     os.replace(partial, folder)
 
 
-def _check_same(model, merged, adapter) -> None:
-    """Raises `InputError` unless both give the same log-probabilities, up to what 16 bit loses.
+def _difference(model, merged) -> float:
+    """The mean difference of both models' log-probabilities, in nats.
 
-    They do not where an adapter is on an embedding that the LM head shares: merged, it would change the head, too.
+    It is large where an adapter is on an embedding that the LM head shares: merged, it changes the head, too.
     """
     ids = torch.linspace(0, merged.get_input_embeddings().weight.shape[0] - 1, 12).long()[None]
     with frozen(model, adapters=True):
         trained = model(input_ids=ids.to(model.device)).logits.float().cpu().log_softmax(-1)
     with frozen(merged):
         of_merged = merged(input_ids=ids).logits.float().log_softmax(-1)
-    apart = (of_merged - trained).abs().masked_fill(of_merged == trained, 0.0)  # two infinities are equal
-    if not (difference := float(apart.mean())) <= MOST_NATS:
-        raise InputError(
-            f"--save_merged: the merged model's log-probabilities are {difference:.2f} nats off the trained one's, "
-            f"more than 16 bit loses (an adapter on tied embeddings?): the adapter is saved unmerged in {adapter}"
-        )
+    return float((of_merged - trained).abs().masked_fill(of_merged == trained, 0.0).mean())  # two infinities are equal
 
 
 def _plain_weights(base, plain, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -155,9 +153,16 @@ def load_policy_and_scorer(job: Job) -> tuple[Loaded, Loaded]:
     elif full_finetuning or asked.scorer:
         scorer = Loaded(*load_model(name, unsloth=reason is None, **asked.scorer_load)[:2])
         scorer.model.requires_grad_(False)
-    for rows in filter(None, (job.train_rows, job.heldout_rows, job.eval_rows)):
-        check_prompts(rows["prompt"], policy, scorer, job)
-    check_padding(policy, job)
+    config, group = job.config, job.config.num_generations
+    evaluated = config.per_device_eval_batch_size // (config.num_generations_eval or group)
+    splits = (
+        (job.train_rows, config.generation_batch_size // group),
+        (job.heldout_rows, 1),
+        (job.eval_rows, evaluated),
+    )
+    for rows, at_once in splits:
+        if rows is not None:
+            check_prompts(rows["prompt"], policy, scorer, job, at_once)
     return policy, scorer
 
 
@@ -176,38 +181,29 @@ def check_trl(reason: str) -> None:
         )
 
 
-def check_prompts(prompts: Sequence[Text], policy: Loaded, scorer: Loaded, job: Job) -> None:
-    """Raises `InputError` for a prompt that a chat template refuses, or that leaves no room for a completion."""
+def check_prompts(prompts: Sequence[Text], policy: Loaded, scorer: Loaded, job: Job, at_once: int = 1) -> None:
+    """Raises `InputError` for a prompt that a chat template refuses, or that leaves no room for a completion, and for
+    prompts of several lengths in one batch of a policy that reads padding: TRL pads them on the left, to sample and to
+    train. at_once: prompts in a batch."""
     if scorer.tokenizer is not policy.tokenizer:
         for prompt in prompts:
             render_prompt(prompt, scorer.tokenizer, **job.chat)
     window, longest = SurprisalScorer(policy.model).window, job.config.max_completion_length
-    for index, ids in enumerate(prompt_ids(list(prompts), policy.tokenizer, **job.chat)):
-        if window is not None and len(ids) + longest > window:
+    lengths = [len(ids) for ids in prompt_ids(list(prompts), policy.tokenizer, **job.chat)]
+    for prompt, length in zip(prompts, lengths, strict=True):
+        if window is not None and length + longest > window:
             raise InputError(
-                f"a prompt of {len(ids)} tokens, {message_text(prompts[index])!r:.60}, and a completion of up to "
-                f"{longest} are more than the model's {window} positions: shorten or drop it, lower --max_new_tokens, "
-                "or raise --max_seq_length if the model has more"
+                f"a prompt of {length} tokens, {message_text(prompt)!r:.60}, and a completion of up to {longest} are "
+                f"more than the model's {window} positions: shorten or drop it, lower --max_new_tokens, or raise "
+                "--max_seq_length if the model has more"
             )
-
-
-def check_padding(policy: Loaded, job: Job) -> None:
-    """Raises `InputError` for a policy that reads padding, if batches hold prompts of several lengths: TRL pads them on
-    the left, to sample and to train."""
-    config = job.config
-    batches = [(job.train_rows, config.generation_batch_size // config.num_generations)]
-    if job.eval_rows is not None:
-        of_eval = config.num_generations_eval or config.num_generations
-        batches.append((job.eval_rows, config.per_device_eval_batch_size // of_eval))
-    for rows, prompts in batches:
-        lengths = set(map(len, prompt_ids(list(rows["prompt"]), policy.tokenizer, **job.chat)))
-        if prompts > 1 and len(lengths) > 1 and not ignores_padding(policy.model):
-            raise InputError(
-                f"{policy.model.config.model_type} reads the padding before a prompt, and a batch has {prompts} of "
-                f"{min(lengths)} to {max(lengths)} tokens: train with one prompt a batch "
-                f"(--per_device_train_batch_size {config.num_generations} --gradient_accumulation_steps 1), with "
-                "prompts of equal length, or with another model"
-            )
+    if at_once > 1 and len(set(lengths)) > 1 and not ignores_padding(policy.model):
+        raise InputError(
+            f"{policy.model.config.model_type} reads the padding before a prompt, and a batch has {at_once} of "
+            f"{min(lengths)} to {max(lengths)} tokens: train with one prompt a batch (--per_device_train_batch_size "
+            f"{job.config.num_generations} --gradient_accumulation_steps 1), with prompts of equal length, or with "
+            "another model"
+        )
 
 
 def publish(trainer, job: Job) -> bool:

@@ -26,7 +26,6 @@ from ..models import model_path
 CONFIG_FILE = "training_config.yaml"
 STATE_FILE = "reward_state.json"  # of `ppl.training.trainer.RewardState`: the last file of a checkpoint
 SCRIPT = "train_grpo_multilevel_unsloth.py"
-NAMESAKES = ("debug",)  # our flags whose name GRPOConfig gives to something else
 _NOT_KEPT = ("debug", "config", "resume_from_checkpoint")  # of one call, not of the run
 _OF_THE_MACHINE = ("bf16", "fp16", "use_cpu")  # told in the file, chosen again where it is used
 
@@ -331,7 +330,9 @@ def grpo_config(args: argparse.Namespace, rest: list[str], plan: BatchPlan):
     defaults = vars(parser.parse_args([]))
     cuda = torch.cuda.is_available()
     reporters = args.report_to or (["wandb"] if args.wandb_project else ["none"])
-    ours = {name: value for name, value in vars(args).items() if name in defaults and name not in NAMESAKES}
+    # GRPOConfig's `debug` is something else.
+    ours = {name: value for name, value in vars(args).items() if name in defaults and name != "debug"}
+    group, batch = plan.num_generations, args.per_device_train_batch_size
     derived = {
         "max_completion_length": args.max_new_tokens,
         "report_to": reporters,
@@ -340,9 +341,7 @@ def grpo_config(args: argparse.Namespace, rest: list[str], plan: BatchPlan):
         "multi_objective_aggregation": "normalize_then_sum" if args.per_level else "sum_then_normalize",
         "eval_strategy": "steps" if args.eval_split else "no",
         "eval_on_start": args.eval_split is not None,
-        # The least that holds whole groups, which TRL asks for.
-        "per_device_eval_batch_size": plan.num_generations
-        * math.ceil(args.per_device_train_batch_size / plan.num_generations),
+        "per_device_eval_batch_size": group * math.ceil(batch / group),  # whole groups, which TRL asks for
         "bf16": cuda and torch.cuda.is_bf16_supported(),
         "fp16": cuda and not torch.cuda.is_bf16_supported(),
         "use_cpu": not cuda,  # without it, several processes on a CPU do not find each other
@@ -439,39 +438,31 @@ def _check_settings(config, asked: Mapping, eval_split: str | None) -> None:
     for name, package in (("use_vllm", "vllm"), ("use_liger_kernel", "liger_kernel")):
         if getattr(config, name) and importlib.util.find_spec(package) is None:
             raise InputError(f"--{name} needs the package {package}: install it, or leave --{name} out")
-    best, penalized = config.save_strategy == "best", config.generation_kwargs or config.repetition_penalty != 1
+    best = config.save_strategy == "best"
     for name in ("eval_strategy", "save_strategy", "num_generations_eval", "eval_on_start", "load_best_model_at_end"):
         evaluates = best if name == "save_strategy" else asked[name] not in (None, False, "no")
         if evaluates and eval_split is None:
             raise InputError(f"--{name} {asked[name]} needs rows to evaluate: add --eval_split, or leave it out")
-    for wrong, message in (
-        # A string in TRL 1.16, where it may be "auto".
-        (str(config.pad_to_multiple_of) == "0", "--pad_to_multiple_of is 0, expected at least 1, or leave it out"),
-        (
-            (best or config.load_best_model_at_end) and config.metric_for_best_model is None,
-            "--save_strategy best needs --metric_for_best_model, for instance eval_reward",
-        ),
-        (
-            config.fsdp and config.world_size == 1,
-            f"--fsdp {config.fsdp} needs several processes: start the script with accelerate launch",
-        ),
-        (
-            config.use_vllm and config.generation_kwargs,
+    if (best or config.load_best_model_at_end) and config.metric_for_best_model is None:
+        raise InputError("--save_strategy best needs --metric_for_best_model, for instance eval_reward")
+    if str(config.pad_to_multiple_of) == "0":  # a string in TRL 1.16, where it may be "auto"
+        raise InputError("--pad_to_multiple_of is 0, expected at least 1, or leave it out")
+    if config.fsdp and config.world_size == 1:
+        raise InputError(f"--fsdp {config.fsdp} needs several processes: start the script with accelerate launch")
+    if config.use_vllm and config.generation_kwargs:
+        raise InputError(
             "--generation_kwargs are transformers' names, and --use_vllm has names of its own, which the held-out "
-            "completions would not follow: drop one of them",
-        ),
-        (
-            config.use_transformers_continuous_batching and penalized,
+            "completions would not follow: drop one of them"
+        )
+    if config.use_transformers_continuous_batching and (config.generation_kwargs or config.repetition_penalty != 1):
+        raise InputError(
             "--use_transformers_continuous_batching drops --repetition_penalty and some of --generation_kwargs, which "
-            "the held-out completions would follow: leave it out, or them",
-        ),
-        (
-            config.remove_unused_columns,
-            "--remove_unused_columns true takes id and reference from the rows, which the reward needs: leave it out",
-        ),
-    ):
-        if wrong:
-            raise InputError(message)
+            "the held-out completions would follow: leave it out, or them"
+        )
+    if config.remove_unused_columns:
+        raise InputError(
+            "--remove_unused_columns true takes id and reference from the rows, which the reward needs: leave it out"
+        )
 
 
 def _check_made(config) -> None:
