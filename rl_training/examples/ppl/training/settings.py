@@ -435,9 +435,6 @@ def _check_settings(config, asked: Mapping, eval_split: str | None) -> None:
     for name in ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs", "liger_kernel_config"):
         if isinstance(value := getattr(config, name, None), str):
             raise InputError(f"--{name} is {value!r}, expected a JSON object such as {json.dumps({'name': 1})!r}")
-    for name, package in (("use_vllm", "vllm"), ("use_liger_kernel", "liger_kernel")):
-        if getattr(config, name) and importlib.util.find_spec(package) is None:
-            raise InputError(f"--{name} needs the package {package}: install it, or leave --{name} out")
     best = config.save_strategy == "best"
     for name in ("eval_strategy", "save_strategy", "num_generations_eval", "eval_on_start", "load_best_model_at_end"):
         evaluates = best if name == "save_strategy" else asked[name] not in (None, False, "no")
@@ -463,6 +460,9 @@ def _check_settings(config, asked: Mapping, eval_split: str | None) -> None:
         raise InputError(
             "--remove_unused_columns true takes id and reference from the rows, which the reward needs: leave it out"
         )
+    for name, package in (("use_vllm", "vllm"), ("use_liger_kernel", "liger_kernel")):
+        if getattr(config, name) and importlib.util.find_spec(package) is None:
+            raise InputError(f"--{name} needs the package {package}: install it, or leave --{name} out")
 
 
 def _check_made(config) -> None:
