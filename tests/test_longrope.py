@@ -81,8 +81,8 @@ def test_a_prefix_is_shared_only_where_it_is_on_its_rows_side(phi3):
     texts = [text([*prefix, *range(30, 30 + more)], context=12) for more in 3 * (2, 3, 4, 5, 6, 7)]
     for found, one in zip(SurprisalScorer(model).score(texts), texts, strict=True):
         np.testing.assert_allclose(found, alone(phi3, one), atol=1e-4)
-    # Behind the probe: the prefix, and the nine of 14, 15 and 16 tokens, short of the last one, behind it.
-    assert shapes[2:] == [(1, 11), (9, 4)]
+    # Behind the probe: the prefix, and behind it the nine of 14, 15 and 16 tokens.
+    assert shapes[2:] == [(1, 11), (9, 5)]
 
 
 def test_the_factors_matter_in_these_tests(phi3):

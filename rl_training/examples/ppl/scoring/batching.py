@@ -1,7 +1,7 @@
 """Which tokens go through the model together: windows, shared prefixes, packs and batches. Integers only, no model."""
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -172,11 +172,7 @@ def batches(group: Group, max_tokens: int, overhead: int, max_rows: int | None =
 
     A batch is closed before its padding costs more than `overhead` tokens: another forward pass would be cheaper.
     """
-
-    def full(rows: int, longest: int, tokens: int) -> bool:
-        return rows * longest > max_tokens or rows * longest - tokens > overhead
-
-    for part in _cut(group, max_rows, full):
+    for part in _cut(group, max_rows, max_tokens, overhead):
         own = [row.inputs[group.prefix :] for row in part.rows]
         ids = np.zeros((len(own), len(own[0])), dtype=np.int64)
         for index, one in enumerate(own):
@@ -191,10 +187,7 @@ def packs(groups: Sequence[Group], max_tokens: int, enough: int, max_rows: int |
     A group that is too large is cut, and each part has the prefix of its own. What is not one group is put together
     up to `enough` tokens only.
     """
-    parts: list[Group] = []
-    for group in groups:
-        space = max_tokens - group.prefix
-        parts += _cut(group, max_rows if group.prefix else 1, lambda rows, longest, tokens, most=space: tokens > most)
+    parts = [part for group in groups for part in _cut(group, max_rows if group.prefix else 1, max_tokens)]
     bins: list[tuple[int, int, list[Group]]] = []  # (tokens, number, parts), the emptiest first
     for part in sorted(parts, key=lambda part: -part.tokens):
         if bins and bins[0][0] + part.tokens <= min(enough, max_tokens):
@@ -226,16 +219,21 @@ def lay_out(groups: list[Group]) -> Pack:
     return Pack(groups, np.concatenate(ids), np.concatenate(positions), spans, np.concatenate(read))
 
 
-def _cut(group: Group, max_rows: int | None, full: Callable[[int, int, int], bool]) -> Iterator[Group]:
+def _cut(group: Group, max_rows: int | None, max_tokens: int, overhead: int | None = None) -> Iterator[Group]:
     """The group in parts, longest rows first: if memory runs out, it does so on the first part.
 
-    full: whether so many rows, the longest of so many tokens behind the prefix, and all of so many, are too much.
+    overhead: most tokens of padding of rows side by side; None: they lie end to end behind their prefix.
     """
     part: list[Row] = []
     longest = tokens = 0
     for row in sorted(group.rows, key=lambda row: -len(row.inputs)):
         own = len(row.inputs) - group.prefix
-        if part and (len(part) == max_rows or full(len(part) + 1, longest, tokens + own)):
+        if overhead is None:
+            full = group.prefix + tokens + own > max_tokens
+        else:
+            size = (len(part) + 1) * longest
+            full = size > max_tokens or size - tokens - own > overhead
+        if part and (full or len(part) == max_rows):
             yield Group(group.prefix, part)
             part, tokens = [], 0
         longest = longest if part else own

@@ -8,7 +8,7 @@ length share a padded batch, and rows with a common prefix its keys and values.
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
@@ -43,10 +43,11 @@ def fast_products(model) -> AbstractContextManager:
     only AVX2, MKL is the faster one (a Zen 3: 74 against 60 GFLOP/s a core). The numbers differ as those of two MKL
     products of other sizes do, in the last digits.
     """
-    here = model.device.type == "cpu" and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     # Some torch that requirements.txt allows has no get_capabilities.
-    amd = here and "AMD" in getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
-    return _OneDNN() if amd and torch.backends.cpu.get_cpu_capability() == "AVX512" else nullcontext()
+    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
+    pays = "AMD" in capabilities.get("cpu_name", "") and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    there = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return _OneDNN() if model.device.type == "cpu" and there and pays else nullcontext()
 
 
 class _OneDNN(TorchFunctionMode):
@@ -456,7 +457,7 @@ class SurprisalScorer:
             logger.warning("out of memory: batches now hold at most %d tokens", self.max_batch_tokens)
             left = self._lay_out([group for one in left for group in one.groups])
 
-    def _lay_out(self, groups: list[Group]) -> Sequence[Pack | Batch]:
+    def _lay_out(self, groups: list[Group]) -> list[Pack] | list[Batch]:
         if self.way == PACKED:
             return packs(groups, self.max_batch_tokens, self._sizes.enough, self.batch_size)
         most = 1 if self.way == ROW_BY_ROW else self.batch_size
