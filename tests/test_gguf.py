@@ -27,7 +27,6 @@ pytestmark = pytest.mark.smollm2
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf, "_told", set())
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -97,8 +96,9 @@ def test_a_file_is_dequantised_once_and_whole(tmp_path, cache, monkeypatch):
     assert not list((cache / "gguf").iterdir())
     folder = gguf.plain_folder(tmp_path / "toy.gguf")
     assert [str(cache / "gguf" / name) for name in os.listdir(cache / "gguf")] == [folder]
-    monkeypatch.setattr(gguf, "_convert", lambda *_: pytest.fail("it was dequantised again"))
+    (Path(folder) / "config.json").unlink()
     assert gguf.plain_folder(tmp_path / "toy.gguf") == folder
+    assert not (Path(folder) / "config.json").exists()  # it was not dequantised again
 
 
 def refused(name: str) -> str:
