@@ -12,10 +12,6 @@ from transformers import TrainerCallback
 
 from ..data import message_text
 
-# --- variety ---------------------------------------------------------------------------------------------------------
-
-# How often texts say the same again.
-
 
 def distinct(texts: Sequence[str], n: int) -> float:
     """Mean over texts of their distinct runs of n words over all their runs of n words: 1 says nothing twice.
@@ -45,8 +41,6 @@ def described(texts: Sequence[str]) -> dict[str, float]:
     }
 
 
-# --- diagnostics -----------------------------------------------------------------------------------------------------
-
 WINDOW = 20  # steps that a verdict looks back
 START = 5  # reward calls that later ones are compared with
 NEARLY_ALL = 0.9
@@ -55,30 +49,46 @@ LEAST_LENGTH = 0.5  # of the start
 PAID = 5.0  # %, how far a level's improvement rises, and another's falls below 0 and below its start
 LEAST_KL, MOST_KL = 0.02, 0.5  # nats a token; runs of which the texts stayed what they were ended at 0.05 to 0.35
 
-REMEDY = {
-    "saturated": "Measure against the model's own writing (compute_baselines_trl.py --generate 4, with this run's "
-    "sampling flags), sample at --temperature 1 and --top_p 1, or set stricter --reward_thresholds. If a run has come "
-    "there by itself, it has earned all that there is: stop, or begin anew with a lower --learning_rate.",
-    "no baseline": "The data set and the baselines do not belong together: compute them on this data set and split.",
-    "first visit": "Each prompt's first completions only make its baseline: train for more epochs "
-    "(--num_train_epochs 3), or give --baselines_path.",
-    "blank": "The completions are empty or blank: check the prompts' format, and that --max_new_tokens is not tiny.",
-    "out of reach": "The baselines are texts that the model cannot match yet: measure against its own writing "
-    "(compute_baselines_trl.py --generate 4), or reward the log-likelihood ratio (--reward_form nats).",
-    "no spread": "Reward the log-likelihood ratio (--reward_form nats), or sample more freely (--temperature 1, a "
-    "larger --num_generations).",
-    "level pays": "Weigh the levels alike (--ppl_weights 1 1 1), let each be normalised by itself (--per_level), or "
-    "hold the policy near its start (--beta 0.04).",
-    "not moved": "Raise --learning_rate (five times is a usual step), and see that --warmup_steps are few beside the "
+NOTHING_TO_LEARN = {"saturated", "all zero", "no spread"}
+VERDICTS = {
+    "saturated": "{seen}. SATURATED: {at_top:.0%} of the completions are at the top threshold, with {improvement:+.1f} "
+    "% improvement over their baselines. Measure against the model's own writing (compute_baselines_trl.py --generate "
+    "4, with this run's sampling flags), sample at --temperature 1 and --top_p 1, or set stricter --reward_thresholds. "
+    "If a run has come there by itself, it has earned all that there is: stop, or begin anew with a lower "
+    "--learning_rate.",
+    "all zero": "{seen}. ALL ZERO: {nothing:.0%} of the completions earn nothing, {why}",
+    "no spread": "{seen}. NO SPREAD: {at_zero:.0%} of the completions are at 0, {at_top:.0%} at the top threshold, the "
+    "others between, but alike within their groups. Reward the log-likelihood ratio (--reward_form nats), or sample "
+    "more freely (--temperature 1, a larger --num_generations).",
+    "gamed": "GAMED: in the last {window} steps distinct-2 is {distinct_2:.2f} and the length {length:.2f} of what "
+    "they were at the start: the model earns by loops, blandness or brevity. Hold the policy near its start (--beta "
+    "0.04), lower --learning_rate, keep --loop_penalty on, or measure what the model does not write (--target "
+    "reference). A checkpoint from before is the one to keep.",
+    "level pays": "ONE LEVEL PAYS FOR ANOTHER: since the start the {better} level has risen by {rise:.0f} points to an "
+    "improvement that the {worse} level pays for: {fall:+.0f} % from its baseline. Weigh the levels alike "
+    "(--ppl_weights 1 1 1), let each be normalised by itself (--per_level), or hold the policy near its start (--beta "
+    "0.04).",
+    "not moved": "NOT MOVED: after {steps} steps the policy is {kl:.3f} nats a token from its start, less than "
+    "{least_kl}. Raise --learning_rate (five times is a usual step), and see that --warmup_steps are few beside the "
     "steps of the run.",
-    "moved far": "Read the completions: what is paid may be a manner of writing, whatever it says. Hold the policy "
-    "near its start (--beta 0.1), or lower --learning_rate.",
-    "gamed": "Hold the policy near its start (--beta 0.04), lower --learning_rate, keep --loop_penalty on, or "
-    "measure what the model does not write (--target reference). A checkpoint from before is the one to keep.",
+    "moved far": "MOVED FAR: after {steps} steps the policy is {kl:.2f} nats a token from its start, more than "
+    "{most_kl}. Read the completions: what is paid may be a manner of writing, whatever it says. Hold the policy near "
+    "its start (--beta 0.1), or lower --learning_rate.",
 }
-
-
-_NOTHING_TO_LEARN = {"saturated", "all zero", "no spread"}
+# Why all earn nothing, by the share of completions of which it is true.
+WHY_ZERO = {
+    "missing": "{missing:.0%}: no baseline. The data set and the baselines do not belong together: compute them on "
+    "this data set and split.",
+    "first_visit": "{first_visit:.0%}: first visit. Each prompt's first completions only make its baseline: train for "
+    "more epochs (--num_train_epochs 3), or give --baselines_path.",
+    "unscorable": "{unscorable:.0%}: blank. The completions are empty or blank: check the prompts' format, and that "
+    "--max_new_tokens is not tiny.",
+}
+OUT_OF_REACH = (
+    "with {improvement:+.1f} % improvement over their baselines. The baselines are texts that the model cannot match "
+    "yet: measure against its own writing (compute_baselines_trl.py --generate 4), or reward the log-likelihood ratio "
+    "(--reward_form nats)."
+)
 
 
 class _Sample(NamedTuple):
@@ -188,19 +198,12 @@ class Diagnostics(TrainerCallback):
             self._calls.popleft()
         verdicts = self.verdicts()
         # Where nothing can be learned, that is why it has not moved. What has been told is not asked for again.
-        asks = self._steps % WINDOW == 0 and "moved far" not in self.named and not set(verdicts) & _NOTHING_TO_LEARN
+        asks = self._steps % WINDOW == 0 and "moved far" not in self.named and not verdicts.keys() & NOTHING_TO_LEARN
         kl = self.kl(*self._written) if asks and self.kl is not None else None
-        if kl is not None:
-            if kl < LEAST_KL and self._steps == WINDOW:
-                verdicts["not moved"] = (
-                    f"NOT MOVED: after {WINDOW} steps the policy is {max(kl, 0.0):.3f} nats a token from its start, "
-                    f"less than {LEAST_KL}. {REMEDY['not moved']}"
-                )
-            if kl > MOST_KL:
-                verdicts["moved far"] = (
-                    f"MOVED FAR: after {self._steps} steps the policy is {kl:.2f} nats a token from its start, "
-                    f"more than {MOST_KL}. {REMEDY['moved far']}"
-                )
+        if kl is not None and kl < LEAST_KL and self._steps == WINDOW:
+            verdicts["not moved"] = VERDICTS["not moved"].format(steps=WINDOW, kl=max(kl, 0.0), least_kl=LEAST_KL)
+        if kl is not None and kl > MOST_KL:
+            verdicts["moved far"] = VERDICTS["moved far"].format(steps=self._steps, kl=kl, most_kl=MOST_KL)
         for name, text in verdicts.items():
             if name not in self.named:
                 self.named.append(name)
@@ -211,47 +214,29 @@ class Diagnostics(TrainerCallback):
         """The failures that the last `WINDOW` steps show, by name, each in words with its remedy."""
         if self._steps < WINDOW or not self._calls:
             return {}
-        verdicts = {}
         groups = sum(call.groups for call in self._calls)
         flat = sum(call.without_spread for call in self._calls) / max(groups, 1)
-        mean = {name: float(np.mean([call.shares[name] for call in self._calls])) for name in self._calls[0].shares}
-        improvement = float(np.mean([call.improvement for call in self._calls]))
-        seen = f"In the last {WINDOW} steps {flat:.0%} of the groups had no spread: GRPO learns nothing"
-        if flat >= NEARLY_ALL:
-            if mean["at_top"] >= NEARLY_ALL:
-                verdicts["saturated"] = (
-                    f"{seen}. SATURATED: {mean['at_top']:.0%} of the completions are at the top threshold, with "
-                    f"{improvement:+.1f} % improvement over their baselines. {REMEDY['saturated']}"
-                )
-            elif mean["at_zero"] + mean["missing"] >= NEARLY_ALL:
-                causes = {"no baseline": "missing", "first visit": "first_visit", "blank": "unscorable"}
-                cause = max(causes, key=lambda name: mean[causes[name]])
-                if mean[causes[cause]] < 0.5:
-                    cause, why = "out of reach", f"with {improvement:+.1f} % improvement over their baselines"
-                else:
-                    why = f"{mean[causes[cause]]:.0%}: {cause}"
-                verdicts["all zero"] = (
-                    f"{seen}. ALL ZERO: {mean['at_zero'] + mean['missing']:.0%} of the completions earn nothing, "
-                    f"{why}. {REMEDY[cause]}"
-                )
-            else:
-                verdicts["no spread"] = (
-                    f"{seen}. NO SPREAD: {mean['at_zero']:.0%} of the completions are at 0, {mean['at_top']:.0%} at "
-                    f"the top threshold, the others between, but alike within their groups. {REMEDY['no spread']}"
-                )
         distinct_2, length = self._of_start(self._calls)
+        numbers = {
+            **{name: np.mean([call.shares[name] for call in self._calls]) for name in self._calls[0].shares},
+            "improvement": np.mean([call.improvement for call in self._calls]),
+            "seen": f"In the last {WINDOW} steps {flat:.0%} of the groups had no spread: GRPO learns nothing",
+            "window": WINDOW, "distinct_2": distinct_2, "length": length,
+        }  # fmt: skip
+        numbers["nothing"] = numbers["at_zero"] + numbers["missing"]
+        cause = max(WHY_ZERO, key=lambda name: numbers[name])
+        numbers["why"] = (WHY_ZERO[cause] if numbers[cause] >= 0.5 else OUT_OF_REACH).format(**numbers)
+        found = []
+        if flat >= NEARLY_ALL and numbers["at_top"] >= NEARLY_ALL:
+            found.append("saturated")
+        elif flat >= NEARLY_ALL:
+            found.append("all zero" if numbers["nothing"] >= NEARLY_ALL else "no spread")
         if distinct_2 < LEAST_DISTINCT or length < LEAST_LENGTH:
-            verdicts["gamed"] = (
-                f"GAMED: in the last {WINDOW} steps distinct-2 is {distinct_2:.2f} and the length {length:.2f} of what "
-                f"they were at the start: the model earns by loops, blandness or brevity. {REMEDY['gamed']}"
-            )
+            found.append("gamed")
         if paying := self._paying():
-            better, worse, rise, fall = paying
-            verdicts["level pays"] = (
-                f"ONE LEVEL PAYS FOR ANOTHER: since the start the {better} level has risen by {rise:.0f} points to an "
-                f"improvement that the {worse} level pays for: {fall:+.0f} % from its baseline. {REMEDY['level pays']}"
-            )
-        return verdicts
+            numbers |= dict(zip(("better", "worse", "rise", "fall"), paying, strict=True))
+            found.append("level pays")
+        return {name: VERDICTS[name].format(**numbers) for name in found}
 
     def _paying(self) -> tuple[str, str, float, float] | None:
         """(the level that rose most, the one that fell furthest, by how much, its improvement), if both count."""
