@@ -89,6 +89,15 @@ def test_no_two_reward_functions_share_colour_and_dashes(count):
     assert len({(line.colour, line.dashes) for line in lines}) == count
 
 
+def test_every_level_that_is_logged_has_a_line_of_its_own():
+    levels = ("word", "phrase", "sentence", "prompt", "examples")
+    lines = by_title([{"step": step, **{f"reward_{level}": 1.0 for level in levels}} for step in (1, 2)])
+    lines = lines["Improvement over the baseline"].lines
+    assert [(line.label, line.colour) for line in lines] == [(level, level) for level in levels]
+    assert len({line.dashes for line in lines}) == 5
+    assert all(line.colour in colours for line in lines for colours in run.LINE_COLORS)
+
+
 def test_places_are_percent_of_the_plot():
     entries = [{"step": 5, "reward": 0.5, "reward_std": 0.25}, {"step": 10, "reward": 1.0, "reward_std": 0.0}]
     chart = by_title(entries)["Reward"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from matplotlib.ticker import MaxNLocator
 
-from ..config import LEVELS
+from ..config import ALL_LEVELS
 
 MOST_POINTS = 240  # of a line; a longer log is averaged over runs of consecutive entries
 DOTTED = 40  # up to so many points each is drawn as a dot, too
@@ -43,12 +43,12 @@ SPECS = (
         band=("± standard deviation", "reward", "reward_std"), around=True, include=(0, 1),
     ),
     Spec(
-        "Improvement over the baseline", "%", {level: f"reward_{level}" for level in LEVELS},
-        include=(0,), colours=LEVELS,
+        "Improvement over the baseline", "%", {level: f"reward_{level}" for level in ALL_LEVELS},
+        include=(0,), colours=ALL_LEVELS,
     ),
     Spec(
-        "Perplexity", "under the frozen scorer", {level: f"ppl/{level}" for level in LEVELS},
-        divisible=True, colours=LEVELS,
+        "Perplexity", "under the frozen scorer", {level: f"ppl/{level}" for level in ALL_LEVELS},
+        divisible=True, colours=ALL_LEVELS,
     ),
     Spec(
         "Completion length", "tokens", {"mean": "completions/mean_length"},

@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from ..cli import in_kernel
-from ..config import COLORS, LEVELS
+from ..config import ALL_LEVELS, COLORS
 from ..data import Text, message_text
 from ..files import write_atomically, write_text
 from ..processes import is_first
@@ -30,7 +30,7 @@ SHOWN = 8  # prompts whose completions stand on the page
 # On a light and a dark page, of lines: as in the plots, but with a contrast of 3 or more (WCAG 2.2 AA).
 LINE_COLORS = (
     {**COLORS, "phrase": "#c26a00"},
-    {"word": "#5cb8f0", "phrase": "#f0a83c", "sentence": "#cfcac3"},
+    {"word": "#5cb8f0", "phrase": "#f0a83c", "sentence": "#cfcac3", "prompt": "#3ecf9f", "examples": "#e6a3c8"},
 )
 SECRETS = ("--hub_token", "--push_to_hub_token")
 # What a held-out score says, for those whose name does not.
@@ -81,9 +81,10 @@ def plot_training(logs: Sequence[Mapping], path: Path) -> None:
     top.fill_between(steps, reward - spread, reward + spread, **around)
     top.plot(steps, reward, color="0.2", marker="o", markersize=3, label="mean reward")
     top.set(ylabel="reward", title="Reward of the sampled completions")
-    for level, dashes in zip(LEVELS, ("-", "--", ":"), strict=True):
-        values = [entry.get(f"reward_{level}", math.nan) for entry in logs]
-        bottom.plot(steps, values, dashes, color=COLORS[level], marker="o", markersize=3, label=level)
+    for level, dashes in zip(ALL_LEVELS, ("-", "--", ":", "-.", (0, (7, 2, 1, 2, 1, 2))), strict=True):
+        if any(f"reward_{level}" in entry for entry in logs):
+            values = [entry.get(f"reward_{level}", math.nan) for entry in logs]
+            bottom.plot(steps, values, linestyle=dashes, color=COLORS[level], marker="o", markersize=3, label=level)
     bottom.axhline(0, color="0.6", linewidth=0.8)
     bottom.set(ylabel="improvement over baseline, %", xlabel="optimizer step")
     for axes in (top, bottom):
@@ -148,7 +149,7 @@ def start_report(job: Job, reward_fn, before: HeldOut) -> "RunPage":
     facts = {
         "Data": job.dataset_name,
         "Target": job.reward.target,
-        "Weights": "word {:g}, phrase {:g}, sentence {:g}".format(*job.reward.weights),
+        "Weights": ", ".join(map("{} {:g}".format, job.reward.levels, job.reward.weights)),
         "Baselines": "no file" if job.baselines is None else job.baselines.source,
     }
     shown = explain_heldout(reward_fn, before, list(job.heldout_rows["reference"]))
