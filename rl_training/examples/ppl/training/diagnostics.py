@@ -124,12 +124,11 @@ class Diagnostics(TrainerCallback):
     `unscorable`, `missing` (without a baseline), `first_visit`, `distinct_2`, and `distinct_2_of_start` and
     `length_of_start`, relative to the mean of the first `START` calls.
 
-    After `WINDOW` steps in which 90 % of the groups had no spread, it says once whether the reward is saturated, all
-    zero (and why), or without spread for another reason, with the remedy; and as soon as the mean distinct-2 of
-    `WINDOW` steps is below 0.9 of the start, or the length below half of it, that the reward is being gamed. When one
-    level has become better than at the start by more than `PAID` % and another one worse, by more than that below its
-    baseline, it says which level pays for which. And where groups had spread, but the policy is still where it began
-    after `WINDOW` steps, it says that, too, and later, if it is far from there.
+    After a step it says once, with the remedy, which of `VERDICTS` the last `WINDOW` steps show: rewards that are
+    saturated, all zero (and why) or alike for another reason, where 90 % of the groups have no spread; a distinct-2
+    below 0.9 of the start's, or a length below half of it; a level that has risen since the start by more than `PAID` %
+    while another fell, by more than that below its baseline; and where groups have spread, a policy that is still where
+    it began after `WINDOW` steps, or far from there later.
 
     kl: of prompts and what was written for them (ids or texts), gives the policy's distance from its start in nats a
     token, or None; asked every `WINDOW` steps until it is far.
@@ -254,7 +253,7 @@ class Diagnostics(TrainerCallback):
         """(distinct-2, length) of the calls relative to the start; 1 before there is one."""
         now = np.mean([[call.distinct_2, call.length] for call in calls], axis=0)
         start = np.mean(self.start, axis=0) if self.start else now
-        distinct_2, length = (float(a / b) if b > 0 else 1.0 for a, b in zip(now, start, strict=True))
+        distinct_2, length = np.divide(now, start, out=np.ones(2), where=start > 0).tolist()
         return distinct_2, length
 
     def state_dict(self) -> dict:
@@ -294,8 +293,8 @@ def _summary(samples: Sequence[_Sample], step: int) -> _Call:
     )
 
 
-def in_one_line(logs: Mapping[str, float], prefix: str = "") -> str:
+def in_one_line(logs: Mapping[str, float]) -> str:
     """What of a log entry belongs into the progress line; "" without diagnostics."""
     names = {"at_zero": "at 0", "at_top": "at top", "no_spread": "groups alike"}
-    shares = {text: logs.get(f"{prefix}diagnostics/{name}") for name, text in names.items()}
+    shares = {text: logs.get(f"diagnostics/{name}") for name, text in names.items()}
     return "".join(f", {text} {share:.0%}" for text, share in shares.items() if share is not None)

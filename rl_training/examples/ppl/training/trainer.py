@@ -13,6 +13,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from ..config import ALL_LEVELS
 from ..errors import InputError
 from ..files import write_text
 from ..scoring.sampling import GivenIds, own_settings, prompt_ids, settings_kept
@@ -20,8 +21,6 @@ from .diagnostics import Diagnostics, in_one_line
 from .job import Job
 from .rewards import Reward, perplexity_rewards
 from .settings import STATE_FILE, resume_command
-
-# --- trainer ---------------------------------------------------------------------------------------------------------
 
 
 class ResumableGRPOTrainer(GRPOTrainer):
@@ -105,11 +104,6 @@ class _OrderOfEpoch(RepeatSampler):
         return super().__iter__()
 
 
-# --- callbacks -------------------------------------------------------------------------------------------------------
-
-# What a long run needs beside TRL: a reward that resumes with the model, and an orderly end on a signal.
-
-
 def watch(trainer, job: Job, rewards: Sequence[Reward], kl: Callable) -> None:
     """Give the trainer the callbacks of this file, and the reward's diagnostics. kl: of `HeldOutPrompts`."""
     for shown in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # in a notebook transformers has one of its own
@@ -117,7 +111,7 @@ def watch(trainer, job: Job, rewards: Sequence[Reward], kl: Callable) -> None:
     functions = perplexity_rewards(rewards)
     diagnostics = Diagnostics(functions[0], kl)
     state = RewardState(functions, diagnostics, job.checkpoint)
-    for callback in (state, diagnostics, SafeStops(), OneLineProgress(functions[0].config.levels)):
+    for callback in (state, diagnostics, SafeStops(), OneLineProgress):
         trainer.add_callback(callback)
 
 
@@ -134,31 +128,27 @@ def stopped_by(trainer, job: Job) -> int | None:
 class OneLineProgress(ProgressCallback):
     """Trainer's progress bar, and of each log entry what one watches; all of it is in the trainer's state and W&B."""
 
-    def __init__(self, levels: Sequence[str]) -> None:
-        super().__init__()
-        self.levels = levels
-
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if self.training_bar is None:
             return
         for prefix in ("", "eval_"):
-            if f"{prefix}reward" in logs:
-                improved = {level: logs[f"{prefix}reward_{level}"] for level in self.levels}
-                levels = ", ".join(
-                    f"{level} none" if value is None else f"{level} {value:+.1f} %" for level, value in improved.items()
-                )
-                # Unsloth's trainer on a GPU computes none.
-                entropy = f", entropy {logs[f'{prefix}entropy']:.2f}" if f"{prefix}entropy" in logs else ""
-                # None where rows were skipped: the mean of none, the spread of one.
-                reward, spread = (
-                    "none" if (value := logs[f"{prefix}{name}"]) is None else f"{value:.3f}"
-                    for name in ("reward", "reward_std")
-                )
+            of = {name.removeprefix(prefix): value for name, value in logs.items() if name.startswith(prefix)}
+            if "reward" in of:
+                reward, spread = (_told(of[name], "{:.3f}") for name in ("reward", "reward_std"))
+                levels = [level for level in ALL_LEVELS if f"reward_{level}" in of]
+                told = [f"{level} {_told(of[f'reward_{level}'], '{:+.1f} %')}" for level in levels]
+                told.append(f"{of['completions/mean_length']:.0f} tokens")
+                if "entropy" in of:  # Unsloth's trainer on a GPU computes none
+                    told.append(f"entropy {of['entropy']:.2f}")
                 self.training_bar.write(
                     f"step {state.global_step}{', eval' if prefix else ''}: reward {reward} (spread {spread}), "
-                    f"{levels}, {logs[f'{prefix}completions/mean_length']:.0f} tokens{entropy}"
-                    f"{in_one_line(logs, prefix)}"
+                    f"{', '.join(told)}{in_one_line(of)}"
                 )
+
+
+def _told(value: float | None, form: str) -> str:
+    """None where rows were skipped: the mean of none, the spread of one."""
+    return "none" if value is None else form.format(value)
 
 
 class RewardState(TrainerCallback):
@@ -188,8 +178,7 @@ class RewardState(TrainerCallback):
         wandb = sys.modules.get("wandb")
         if wandb is not None and wandb.run is not None:
             content["wandb_run"] = wandb.run.id
-        path = Path(args.output_dir, f"checkpoint-{state.global_step}", STATE_FILE)
-        write_text(path, json.dumps(content))
+        write_text(Path(args.output_dir, f"checkpoint-{state.global_step}", STATE_FILE), json.dumps(content))
 
 
 class SafeStops(TrainerCallback):
