@@ -395,7 +395,7 @@ def read_shown(path: str | Path) -> list[Shown]:
 
 def write_shown(path: str | Path, rows: Sequence[Shown]) -> None:
     lines = [json.dumps(dict(zip(("prompt", "reference"), row, strict=True)), ensure_ascii=False) for row in rows]
-    write_text(path, "".join(f"{line}\n" for line in lines), "surrogatepass")
+    write_text(Path(path), "".join(f"{line}\n" for line in lines), "surrogatepass")
 
 
 def checked_shown(name: str, rows: Sequence) -> list[Shown]:

@@ -380,7 +380,9 @@ class MultiLevelPPLRewardFunction:
         parts, has_part = zip(*map(put.extracted, texts), strict=True) if texts else ((), ())
         targets = [message_text(reference or "") for reference in references]
         with_text = list(zip(map(self.reference_context, prompts, parts), targets, strict=True))
-        unknown = [(self.reference_context(prompts[index]), targets[index]) for index in np.flatnonzero(absent)]
+        unknown = [
+            (self.reference_context(prompts[index]), targets[index]) for index in np.flatnonzero(absent).tolist()
+        ]
         others, m = [], self.config.contrast
         for prompt, part, target in zip(prompts, parts, targets, strict=True) if m else ():
             for other, reference in self.calculator.contexts.others_of(prompt, target, 1):

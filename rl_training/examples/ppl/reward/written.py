@@ -87,14 +87,14 @@ class Policy:
         shared = self.shares_ids(prompts, given_ids)
         if given_ids is None:
             given_ids = prompt_ids(prompts, self.tokenizer, **self._calculator.chat)
-        given_ids = [tuple(map(int, ids)) for ids in given_ids]
+        given_tuples = [tuple(map(int, ids)) for ids in given_ids]
         written = list(map(self._written, completion_ids))
         # As TRL decodes them; or as they stand behind their prompt, where a space or a mark of continuation is another.
         alone = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        behind = self.encoder.decoding.texts(given_ids, written)
+        behind = self.encoder.decoding.texts(given_tuples, written)
         found: list[tuple[Sampled | None, str] | None] = []
         for index, (prompt, (before, text)) in enumerate(zip(prompts, behind, strict=True)):
-            given, ids = given_ids[index], tuple(written[index])
+            given, ids = given_tuples[index], tuple(written[index])
             part = parsed[index] or (self._parses and isinstance(prompt, list))
             if not any(_is_of(texts[index], one, part) for one in (alone[index], text)):
                 found.append(None)
@@ -122,7 +122,7 @@ class Policy:
         """Whether the trainer takes messages apart: what is thought, or said to tools, is then no part of a content."""
         return any(getattr(self.tokenizer, f"response_{name}", None) is not None for name in ("template", "schema"))
 
-    def _written(self, ids: list[int]) -> list[int]:
+    def _written(self, ids: Sequence[int]) -> list[int]:
         """Up to the first end token; special tokens behind the last text are left out like it."""
         ids = up_to_end(ids, self._ends)
         size = next((size for size in range(len(ids), 0, -1) if ids[size - 1] not in self._trailing), 0)
@@ -153,8 +153,8 @@ def as_scored(
     for index, completion in enumerate(completions):
         check_text(completion, f"completion {index}")
     texts = [message_text(completion) for completion in completions]
-    pairs = list(map(calculator.turns, prompts, completions))
-    read = [None] * len(texts)
+    pairs: list[Turn | Turns | Sampled] = list(map(calculator.turns, prompts, completions))
+    read: list[tuple[Sampled | None, str] | None] = [None] * len(texts)
     if completion_ids is not None:
         read = policy.read(prompts, texts, completion_ids, given_ids, list(map(is_parsed, completions)))
     one_turn = [isinstance(completion, str) or len(completion) == 1 for completion in completions]
@@ -166,7 +166,7 @@ def as_scored(
             policy.warn_once()
     # The rest came as text, decoded without what stands before it.
     alone = [index for index, (found, one) in enumerate(zip(read, one_turn, strict=True)) if not (found and one)]
-    turns = [list(pairs[index]) if isinstance(pairs[index], Turns) else [pairs[index]] for index in alone]
+    turns: list = [list(pairs[index]) if isinstance(pairs[index], Turns) else [pairs[index]] for index in alone]
     restored = iter(calculator.restore_spaces(model, list(chain(*turns)), policy.encoder.decoding))
     for index, of_one in zip(alone, turns, strict=True):
         whole = Turns((context, next(restored)) for context, _ in of_one)

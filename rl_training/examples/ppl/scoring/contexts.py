@@ -110,10 +110,9 @@ class Contexts:
         """A text as it is scored: the pair that it is behind its own prompt as that stands, behind what else its levels
         ask for. completion: the messages that the pair is made of."""
         own = self._read(prompt)
-        if self._without_chat and not isinstance(prompt, str | None):
-            text = message_text(completion)
-            pair = (own, joined(own, text)[len(own) :])
-            completion = text
+        if self._without_chat and isinstance(own, str) and own is not prompt:
+            completion = message_text(completion)
+            pair = (own, joined(own, completion)[len(own) :])
         prompts: list[list[Text | None]] = [[own]]
         if "prompt" in self._views:
             prompts.insert(0, [other for other, _ in self.others_of(own)])

@@ -208,7 +208,7 @@ def differences(made: Mapping, expected: Mapping) -> dict[str, tuple]:
 def _flat(identity: Mapping) -> dict:
     """What is compared, by the name a message gives it."""
     # All of a reference's tokens count; with version 0.1 it could be fewer.
-    usual = {"reference_tokens": "all"} if "template" in identity.get("definitions", {}) else {}
+    usual: dict = {"reference_tokens": "all"} if "template" in identity.get("definitions", {}) else {}
     if "definitions" in identity:  # what it does not say is off
         usual |= {"levels": LEVELS, "contrast": 0, "score_without_chat": False}
     if "shown" in identity:

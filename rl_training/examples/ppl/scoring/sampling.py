@@ -97,7 +97,7 @@ def end_tokens(model, tokenizer) -> list[int]:
     return list(dict.fromkeys(token for token in ends if token is not None))
 
 
-def up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+def up_to_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
     """Ids before the first one that ends a completion."""
     return list(takewhile(lambda token: token not in ends, ids))
 

@@ -10,7 +10,8 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from ..data import message_text
+from ..data import message_text, prompt_key
+from .found import found_among
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
@@ -47,6 +48,8 @@ NEARLY_ALL = 0.9
 LEAST_DISTINCT = 0.9  # of the start
 LEAST_LENGTH = 0.5  # of the start
 PAID = 5.0  # %, how far a level's improvement rises, and another's falls below 0 and below its start
+LEAST_GAIN = 2.0  # points of improvement; less is not looked into
+MOST_ROWS = 16  # of which the last completions are looked for among 8
 LEAST_KL, MOST_KL = 0.02, 0.5  # nats a token; runs of which the texts stayed what they were ended at 0.05 to 0.35
 
 NOTHING_TO_LEARN = {"saturated", "all zero", "no spread"}
@@ -68,6 +71,9 @@ VERDICTS = {
     "improvement that the {worse} level pays for: {fall:+.0f} % from its baseline. Weigh the levels alike "
     "(--ppl_weights 1 1 1), let each be normalised by itself (--per_level), or hold the policy near its start (--beta "
     "0.04).",
+    "any row": "ANY ROW: since step {first} completions earn {rise:.1f} points more, and are found among {k} rows as "
+    "theirs no better ({before:.0%} -> {after:.0%}): what is learned is a manner of writing, whatever it says. Show "
+    "the scorer examples (--examples 3), compare with other rows (--contrast 2), and read the completions.",
     "not moved": "NOT MOVED: after {steps} steps the policy is {kl:.3f} nats a token from its start, less than "
     "{least_kl}. Raise --learning_rate (five times is a usual step), and see that --warmup_steps are few beside the "
     "steps of the run.",
@@ -131,7 +137,8 @@ class Diagnostics(TrainerCallback):
     it began after `WINDOW` steps, or far from there later.
 
     kl: of prompts and what was written for them (ids or texts), gives the policy's distance from its start in nats a
-    token, or None; asked every `WINDOW` steps until it is far.
+    token, or None; asked every `WINDOW` steps until it is far. As often the last completions are looked for among their
+    rows (`ppl.training.found`), under the reward's own scorer.
     """
 
     def __init__(self, reward_fn, kl: Callable[[list, list], float | None] | None = None) -> None:
@@ -139,7 +146,9 @@ class Diagnostics(TrainerCallback):
         self.start_levels: list[list[float]] = []  # improvements of the levels in the first calls
         self.start: list[list[float]] = []  # [distinct-2, length] of the first calls
         self.named: list[str] = []  # failures already told
-        self._levels, self._top = reward_fn.config.levels, reward_fn.config.highest
+        self.found: list[list[float]] = []  # [step, top-1, improvement] at the first look, and at the last one
+        self._reward_fn, self._levels, self._top = reward_fn, reward_fn.config.levels, reward_fn.config.highest
+        self._recent: dict[str, tuple] = {}  # the last prompts: (prompt, a completion, its reference)
         self._calls: deque[_Call] = deque()
         self._steps = 0
         self._written: tuple[list, list] = ([], [])  # in the last step: prompts, and ids or texts
@@ -152,10 +161,10 @@ class Diagnostics(TrainerCallback):
         log_metric = call.columns.get("log_metric")
         local = [
             _Sample(
-                repr(prompt), reward, raw <= 0, raw >= self._top, *flags, average, tuple(levels),
+                repr(prompt), reward, raw <= 0, raw >= self._top, scored, skipped, first, average, tuple(levels),
                 distinct([text], 2), len(text),
             )
-            for prompt, text, reward, raw, *flags, average, levels in zip(
+            for prompt, text, reward, raw, scored, skipped, first, average, levels in zip(
                 call.prompts, call.texts, call.rewards, earned.rewards.tolist(), measured.scored.tolist(),
                 measured.skipped.tolist(), measured.first_visit.tolist(), earned.average.tolist(),
                 earned.improvement.tolist(), strict=True,
@@ -171,6 +180,10 @@ class Diagnostics(TrainerCallback):
         if self._in_step:
             self._calls.append(summary)
             self._written = (list(call.prompts), list(call.texts if completion_ids is None else completion_ids))
+            for row in zip(call.prompts, call.texts, call.columns.get("reference") or call.texts, strict=True):
+                self._recent.pop(prompt_key(row[0]), None)
+                self._recent[prompt_key(row[0])] = row
+            self._recent = dict(list(self._recent.items())[-MOST_ROWS:])
             if len(self.start) < START:
                 self.start.append([summary.distinct_2, summary.length])
             if len(self.start_levels) < START and summary.levels is not None:
@@ -203,6 +216,8 @@ class Diagnostics(TrainerCallback):
             verdicts["not moved"] = VERDICTS["not moved"].format(steps=WINDOW, kl=max(kl, 0.0), least_kl=LEAST_KL)
         if kl is not None and kl > MOST_KL:
             verdicts["moved far"] = VERDICTS["moved far"].format(steps=self._steps, kl=kl, most_kl=MOST_KL)
+        if self._steps % WINDOW == 0 and (any_row := self._any_row()):
+            verdicts["any row"] = any_row
         for name, text in verdicts.items():
             if name not in self.named:
                 self.named.append(name)
@@ -216,7 +231,7 @@ class Diagnostics(TrainerCallback):
         groups = sum(call.groups for call in self._calls)
         flat = sum(call.without_spread for call in self._calls) / max(groups, 1)
         distinct_2, length = self._of_start(self._calls)
-        numbers = {
+        numbers: dict = {
             **{name: np.mean([call.shares[name] for call in self._calls]) for name in self._calls[0].shares},
             "improvement": np.mean([call.improvement for call in self._calls]),
             "seen": f"In the last {WINDOW} steps {flat:.0%} of the groups had no spread: GRPO learns nothing",
@@ -236,6 +251,19 @@ class Diagnostics(TrainerCallback):
             numbers |= dict(zip(("better", "worse", "rise", "fall"), paying, strict=True))
             found.append("level pays")
         return {name: VERDICTS[name].format(**numbers) for name in found}
+
+    def _any_row(self) -> str | None:
+        """A verdict if completions earn more than at the first look, and go with their own rows no better."""
+        prompts, texts, references = zip(*self._recent.values(), strict=True) if self._recent else ((), (), ())
+        seen = found_among(self._reward_fn, prompts, [[text] for text in texts], references)
+        if seen is None:
+            return None
+        k, improvement = seen[0], float(np.mean([call.improvement for call in self._calls]))
+        self.found = [*self.found[:1], [self._steps, seen[1].top_1, improvement]]
+        (first, before, earned), (_, after, earns) = self.found[0], self.found[-1]
+        if earns - earned <= LEAST_GAIN or after > before:
+            return None
+        return VERDICTS["any row"].format(first=first, rise=earns - earned, k=k, before=before, after=after)
 
     def _paying(self) -> tuple[str, str, float, float] | None:
         """(the level that rose most, the one that fell furthest, by how much, its improvement), if both count."""
@@ -258,11 +286,12 @@ class Diagnostics(TrainerCallback):
 
     def state_dict(self) -> dict:
         """What a resumed run needs to be compared with the same start, and not to repeat itself."""
-        return {"start": self.start, "start_levels": self.start_levels, "named": self.named}
+        return {"start": self.start, "start_levels": self.start_levels, "named": self.named, "found": self.found}
 
     def load_state_dict(self, state: Mapping) -> None:
         self.start, self.named = list(state["start"]), list(state["named"])
-        self.start_levels = list(state.get("start_levels", []))  # checkpoints of before have none
+        # Checkpoints of before have none.
+        self.start_levels, self.found = list(state.get("start_levels", [])), list(state.get("found", []))
 
 
 def _summary(samples: Sequence[_Sample], step: int) -> _Call:

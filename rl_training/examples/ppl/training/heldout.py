@@ -19,7 +19,7 @@ from ..reward.function import row_baselines
 from ..scoring.sampling import GivenIds, end_tokens, prompt_ids, sample, up_to_end
 from ..scoring.surprisal import SurprisalScorer
 from ..scoring.tokens import Sampled, TextEncoder
-from .diagnostics import described
+from .diagnostics import LEAST_GAIN, described
 from .found import found_among
 from .job import Job
 from .policy import Loaded
@@ -27,7 +27,6 @@ from .rewards import Reward, call_as_trl, name_of, perplexity_rewards
 
 SWAPPED = "improvement % with another row's"
 FOUND = "found among "
-LEAST_GAIN = 2.0  # points of improvement; less is not looked into
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .. import cli
 from ..baselines.file import Baselines, check_meta, read_meta
-from ..data import FIRST, check_references, find_columns, load_split, prepare_rows, prompt_key, split_heldout
+from ..data import FIRST, Shown, check_references, find_columns, load_split, prepare_rows, prompt_key, split_heldout
 from ..errors import BaselineError, InputError
 from ..files import check_folder, write_text
 from ..models import import_unsloth
@@ -28,8 +28,8 @@ class Job:
     a file; column_meta: without rows, how the data set's columns `baseline_...` were made, if it says so. train_rows,
     heldout_rows, eval_rows (or None): data sets of `prepare_dataset`. checkpoint: to go on from, or None.
     without_unsloth: why, if it is not used. config: TRL's GRPOConfig; asked: its fields as they were asked for.
-    command: the command line's words after the script's name. contexts: keywords of the calculator, rows that the scorer
-    reads, which are in none of the others.
+    command: the command line's words after the script's name. contexts: keywords of the calculator, rows that the
+    scorer reads, which are in none of the others.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Job:
         self.models = models(args, made.meta)
 
         self._notices: list[str] = []
-        self._shown = {"examples": [], "others": []}
+        self._shown: dict[str, list[Shown]] = {"examples": [], "others": []}
         rows = self._load_rows(self.dataset_split, args)
         self.train_rows, self.heldout_rows = split_heldout(rows, args.heldout_samples, args.seed)
         if left := len(rows) - len(self.train_rows) - len(self.heldout_rows):
