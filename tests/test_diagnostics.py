@@ -67,9 +67,9 @@ def test_all_zero_because_the_baselines_are_out_of_reach(function, capsys):
 
 
 def test_all_zero_because_every_visit_is_the_first(function, capsys):
-    watch, logged = run(function(None), prompts=lambda step: f"Prompt {step}")
+    watch, logged = run(function(None), prompts=lambda step: f"Prompt {step}", group=1)
     assert watch.named == ["all zero"] and logged["diagnostics/first_visit"] == 1
-    assert "100%: first visit" in (printed := capsys.readouterr().out) and "--num_train_epochs" in printed
+    assert "100%: first visit" in (printed := capsys.readouterr().out) and "--num_generations" in printed
 
 
 def test_all_zero_because_there_are_no_baselines(function, capsys):

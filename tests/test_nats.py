@@ -81,9 +81,11 @@ def test_how_often_it_bends_is_logged(tokenizer, model):
     assert "diagnostics/bent" not in logged
 
 
-def test_a_first_visit_earns_nothing_and_the_second_is_measured(tokenizer, model):
+def test_at_the_first_visit_one_earns_what_the_other_loses(tokenizer, model):
     reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, form="nats")
-    assert reward_fn(["a", "a"], ["The fox.", "The crow laughed."]) == [0.0, 0.0]
+    assert reward_fn(["b"], ["The fox."]) == [0.0]
+    one, other = reward_fn(["a", "a"], ["The fox.", "The crow laughed."])
+    assert one == pytest.approx(-other) != 0
     low, high = sorted(reward_fn(["a", "a"], ["The fox.", "The crow laughed."]))
     assert low < 0 < high  # their mean is the baseline
 

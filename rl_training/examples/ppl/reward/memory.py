@@ -85,10 +85,14 @@ class FirstVisits:
         self._baselines: dict[str, np.ndarray] = {}
 
     def measure(self, contexts: Sequence[str], perplexities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(baselines float64 [B, L], nan where no completion of a prompt could be scored yet; first visits bool [B]).
+        """(baselines float64 [B, L]; bool [B], whether a completion has none to be compared with, and earns nothing).
+
+        At its first visit a completion is compared with the mean of the others of its prompt (leave-one-out, as RLOO
+        has it), later with the mean of all that were there at the first one. nan where nothing of a prompt could be
+        scored yet.
 
         contexts: the prompts as the scorer reads them. perplexities: float64 [B, L], of the completions. Several
-        processes must all call: a group may be split over them, and its mean is the same in each.
+        processes must all call: a group may be split over them.
         """
         groups: dict[str, list[int]] = {}
         for index, context in enumerate(contexts):
@@ -97,15 +101,18 @@ class FirstVisits:
         new: dict[str, list[np.ndarray]] = {}
         for key, rows in from_all(mine.items()):
             new.setdefault(key, []).append(rows[~np.isnan(rows).any(axis=1)])
-        for key, parts in new.items():
-            if len(scored := np.concatenate(parts)):
-                self._baselines[key] = scored.mean(axis=0)
+        first = {key: np.concatenate(parts) for key, parts in new.items()}
+        self._baselines |= {key: scored.mean(axis=0) for key, scored in first.items() if len(scored)}
         baselines = np.full(perplexities.shape, np.nan)
-        first_visit = np.zeros(len(contexts), dtype=bool)
+        alone = np.zeros(len(contexts), dtype=bool)
         for key, rows in groups.items():
-            first_visit[rows] = key in mine
             baselines[rows] = self._baselines.get(key, np.nan)
-        return baselines, first_visit
+            for row in rows if key in mine else ():
+                others = len(first[key]) - (not np.isnan(perplexities[row]).any())
+                alone[row] = others == 0
+                if 0 < others < len(first[key]):
+                    baselines[row] = (first[key].sum(axis=0) - perplexities[row]) / others
+        return baselines, alone
 
     def state_dict(self) -> dict[str, list[float]]:
         return {key: levels.tolist() for key, levels in self._baselines.items()}

@@ -17,7 +17,7 @@ class Measured(NamedTuple):
     perplexities: np.ndarray  # float64 [B, L], nan where nothing can be scored
     baselines: np.ndarray  # float64 [B, L], nan where there is none
     others: np.ndarray | None  # float64 [2, B, M, L], of M other rows' references: perplexities and baselines
-    first_visit: np.ndarray  # bool [B]: rows that make their prompt's baseline
+    first_visit: np.ndarray  # bool [B]: rows at a prompt's first visit with no other completion to compare with
     skipped: np.ndarray  # bool [B]: rows without a baseline or a reference
     extracted: np.ndarray | None  # bool [B]: completions that `extract` matches, where there is one
     vetoed: np.ndarray | None  # bool [B]: with a veto
@@ -43,7 +43,7 @@ class Earned(NamedTuple):
 
 
 def earned(measured: Measured, config: RewardConfig, by_level: bool = False) -> Earned:
-    """What each text earns. A first visit earns 0; a text without a perplexity the lowest reward. by_level: the rewards
+    """What each text earns. Where there is nothing to compare with yet, 0; a text without a perplexity the lowest reward. by_level: the rewards
     are the sum of the levels' own, by their weights."""
     current, baseline, blank = measured.perplexities, measured.baselines, measured.unscorable
     weights = np.array(config.weights) / sum(config.weights)

@@ -167,9 +167,9 @@ def _pieces(units: Sequence[dict], text: str):
     yield text[end:], None
 
 
-def levels(heatmaps: Sequence[Markup]) -> list[str]:
+def levels(heatmaps: Sequence[Markup | None]) -> list[str]:
     """The levels that the fragments of a page show."""
-    return [level for level in ALL_LEVELS if any(f'data-level="{level}"' in one for one in heatmaps)]
+    return [level for level in ALL_LEVELS if any(f'data-level="{level}"' in (one or "") for one in heatmaps)]
 
 
 def _template():

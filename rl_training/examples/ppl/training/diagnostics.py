@@ -85,8 +85,8 @@ VERDICTS = {
 WHY_ZERO = {
     "missing": "{missing:.0%}: no baseline. The data set and the baselines do not belong together: compute them on "
     "this data set and split.",
-    "first_visit": "{first_visit:.0%}: first visit. Each prompt's first completions only make its baseline: train for "
-    "more epochs (--num_train_epochs 3), or give --baselines_path.",
+    "first_visit": "{first_visit:.0%}: first visit. A completion that is a prompt's first and only one has none to be "
+    "compared with: sample more for each (--num_generations 8), or give --baselines_path.",
     "unscorable": "{unscorable:.0%}: blank. The completions are empty or blank: check the prompts' format, and that "
     "--max_new_tokens is not tiny.",
 }

@@ -147,7 +147,9 @@ def evaluate(
     means = [(name, float(torch.from_numpy(one.ravel()).nanmean())) for name, one in zip(names, values, strict=True)]
     completions = [[text for text, _ in group] for group in groups]
     texts = [text for group in completions for text in group]
-    going = found_among(reward_fn, rows["prompt"], completions, rows["reference"])
+    going = found_among(
+        reward_fn, rows["prompt"], completions, rows["reference"] if "reference" in rows.column_names else None
+    )
     more = 1 + 2 * len(reward_fn.config.levels)  # what others give stands at the end
     shown = dict(means[:more]) | {"KL": kl_a_token(moved, tokens), **described(texts)} | dict(means[more:])
     if going is not None:
