@@ -1,13 +1,16 @@
-"""A reward function that keeps what its last call found."""
+"""A reward function that keeps what it last measured."""
 
 from multi_level_ppl_trl import MultiLevelPPLRewardFunction
-from ppl.reward.terms import details_of
+from ppl.reward.terms import details_of, earned
 
 
 class Heard(MultiLevelPPLRewardFunction):
-    """found: the details of the last call, as `compute_rewards` returns them."""
+    def measure(self, *args, **kwargs):
+        self.measured = super().measure(*args, **kwargs)
+        return self.measured
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.found = {}
-        self.listen(lambda call: self.found.update(details_of(call.measured, call.earned, self.config.levels)))
+    @property
+    def found(self):
+        """The details of the last call, as `compute_rewards` returns them."""
+        one = earned(self.measured, self.config, by_level=self.level is not None)
+        return details_of(self.measured, one, self.config.levels)

@@ -63,7 +63,7 @@ def test_two_processes_reward_as_one_does(halves, name):
         assert first["state"]["first_visits"][key] == pytest.approx(levels, rel=1e-4)
     if name == "zero-shot":
         assert len(one["state"]["first_visits"]) == 3
-        assert set(one["rewards"][0]) == {0.0} and len(set(one["rewards"][1])) > 5
+        assert len(set(one["rewards"][0])) > 5 and len(set(one["rewards"][1])) > 5
 
 
 def test_a_run_in_two_processes_leaves_what_a_run_in_one_leaves(tmp_path):

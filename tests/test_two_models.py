@@ -77,13 +77,14 @@ def test_the_space_that_the_policys_decoder_strips_is_scored(story, tiny):
     asked = {"reward": RewardConfig(), "chat": {}, "loop_penalty": 0, "per_level": False}
     job = SimpleNamespace(baselines=None, contexts={}, **asked, guarded_prompts=lambda tokenizer: {})
     [(reward_fn, _)] = make_rewards(job, Loaded(*story), Loaded(*tiny))
-    reward_fn(prompts, alone, completion_ids=ids)
-    assert ppls(reward_fn) == pytest.approx(expected, rel=1e-5)
+    _, details = reward_fn.compute_rewards(alone, prompts, completion_ids=ids, return_details=True)
+    assert np.stack(list(details["ppls"].values()), axis=1) == pytest.approx(expected, rel=1e-5)
     glued = levels(*tiny, prompts, alone)[:, 0]
     assert np.median(glued / expected[:, 0]) > 2
     # Of the text alone the policy's tokenizer says that a space may be lost, and the scorer guesses.
-    reward_fn(prompts, alone)
-    assert (np.abs(ppls(reward_fn) / expected - 1) < 1e-5).all(axis=1).sum() >= 22
+    _, details = reward_fn.compute_rewards(alone, prompts, return_details=True)
+    guessed = np.stack(list(details["ppls"].values()), axis=1)
+    assert (np.abs(guessed / expected - 1) < 1e-5).all(axis=1).sum() >= 22
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
@@ -346,7 +347,7 @@ def test_a_real_step_of_training_scores_what_the_policy_wrote(story, tiny, tmp_p
 
     calls = []
 
-    class Kept(MultiLevelPPLRewardFunction):
+    class Kept(Heard):
         def _report(self, prompts, completions, rewards, seconds, columns):
             calls.append((prompts, completions, columns["completion_ids"], ppls(self)))
 

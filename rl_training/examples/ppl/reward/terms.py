@@ -43,8 +43,10 @@ class Earned(NamedTuple):
 
 
 def earned(measured: Measured, config: RewardConfig, by_level: bool = False) -> Earned:
-    """What each text earns. Where there is nothing to compare with yet, 0; a text without a perplexity the lowest reward. by_level: the rewards
-    are the sum of the levels' own, by their weights."""
+    """What each text earns: 0 where there is nothing to compare with yet, without a perplexity the lowest reward.
+
+    by_level: the rewards are the sum of the levels' own, by their weights.
+    """
     current, baseline, blank = measured.perplexities, measured.baselines, measured.unscorable
     weights = np.array(config.weights) / sum(config.weights)
     improvement = improvements(baseline, current)
