@@ -14,8 +14,6 @@ from .config import DEFAULT_LANGUAGE, DEFAULT_PROMPT_TEMPLATE
 from .errors import InputError
 from .files import write_text
 
-# --- data ------------------------------------------------------------------------------------------------------------
-
 TINY_STORIES = Path(__file__).parent.parent / "tiny_stories"
 PROMPT_COLUMNS = ("prompt", "query", "text", "input")
 REFERENCE_COLUMNS = ("reference", "completion")
@@ -39,9 +37,7 @@ def without_none(value):
 
 def message_text(text: Text) -> str:
     """The text of a string or of chat messages, roles and markup left out, a line break between messages."""
-    if isinstance(text, str):
-        return text
-    return "\n".join(filter(None, map(_content, text)))
+    return text if isinstance(text, str) else "\n".join(filter(None, map(_content, text)))
 
 
 def _content(message: dict) -> str:
@@ -299,17 +295,16 @@ def load_split(
         asked = [part.partition("[")[0].strip() for part in split.split("+")]
         if there and (absent := [one for one in asked if one not in there]):
             raise InputError(f"{name} has no split {absent[0]!r}, it has {', '.join(there)}")
-        if saved:
-            data = splits.sliced(saved, split)
-            data = data.to_iterable_dataset() if streaming else data
-        else:
-            builder = datasets.load_dataset_builder(source, config, data_files=files)
-            texts = {*PROMPT_COLUMNS, *REFERENCE_COLUMNS, "id", *filter(None, text_columns)}
-            options = {**splits.options(builder, texts), "split": split, "streaming": streaming}
-            with splits.more_cells_refused(name):
+        with splits.more_cells_refused(name):
+            if saved:
+                data = splits.sliced(saved, split)
+                data = data.to_iterable_dataset() if streaming else data
+            else:
+                builder = datasets.load_dataset_builder(source, config, data_files=files)
+                texts = {*PROMPT_COLUMNS, *REFERENCE_COLUMNS, "id", *filter(None, text_columns)}
+                options = {**splits.options(builder, texts), "split": split, "streaming": streaming}
                 data = datasets.load_dataset(source, config, data_files=files, **options)
-                splits.column_names(data)  # of a stream, reads its first rows
-        splits.refuse_media(data)
+            splits.refuse_media(data)  # of a stream, reads its first rows
         return data
     except InputError:
         raise
@@ -412,8 +407,6 @@ def checked_shown(name: str, rows: Sequence) -> list[Shown]:
         made.append(tuple(values))
     return made
 
-
-# --- sentences -------------------------------------------------------------------------------------------------------
 
 # Text -> where its sentences start, as sentencex divides it. Line breaks, which end one too, are `LINE_BREAKS`.
 
