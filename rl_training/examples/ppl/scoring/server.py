@@ -94,10 +94,8 @@ class ServerScorer:
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_client"}
 
-    def _score(
-        self, rows: Sequence[Row], check: bool = True, stopped: threading.Event | None = None
-    ) -> list[np.ndarray]:
-        """float64 [m] of each row's labels. check: that a server which was gone has the same model."""
+    def _score(self, rows: Sequence[Row], check: bool = True, stopped=None) -> list[np.ndarray]:
+        """float64 [m] of each row's labels."""
         prompts = [[*row.inputs.tolist(), int(row.labels[-1])] for row in rows]
         asked = {"model": self._name, "prompt": prompts, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
         answer = self._ask("/v1/completions", asked, check=check, stopped=stopped)
@@ -105,7 +103,7 @@ class ServerScorer:
             choices = {choice["index"]: choice.get("prompt_logprobs") for choice in answer["choices"]}
             entries = [choices[index] for index in range(len(rows))]
         except (KeyError, TypeError) as error:
-            raise InputError(f"the scorer at {self.url} gave no completions, found {str(answer)!r:.100}") from error
+            raise self._error(f"gave no completions, found {str(answer)!r:.100}") from error
         return [self._surprisals(row, given) for row, given in zip(rows, entries, strict=True)]
 
     def _surprisals(self, row: Row, entries: Sequence[dict | None] | None) -> np.ndarray:
@@ -113,31 +111,26 @@ class ServerScorer:
         # ids        b   t1  t2  t3
         # entries    .   e1  e2  e3     nothing stands before the first, so it has none
         if entries is None:
-            raise InputError(
-                f"the scorer at {self.url} gives no prompt_logprobs: expected vLLM, asked at /v1/completions"
-            )
+            raise self._error("gives no prompt_logprobs: expected vLLM, asked at /v1/completions")
         values = np.empty(len(row.labels))
         for index, (position, label) in enumerate(zip((row.read + 1).tolist(), row.labels.tolist(), strict=True)):
             entry = entries[position] if position < len(entries) else None
             if not entry or str(label) not in entry:
-                raise InputError(
-                    f"the scorer at {self.url} gave no log-probability for token {label} at index {position} of a text"
-                    f", found {str(entry)!r:.60}: expected that of the token itself, whatever the likeliest ones are"
+                raise self._error(
+                    f"gave no log-probability for token {label} at index {position} of a text, found "
+                    f"{str(entry)!r:.60}: expected that of the token itself, whatever the likeliest ones are"
                 )
             given = entry[str(label)]["logprob"]
             # JSON knows no infinity: vLLM says -9999.
             values[index] = math.nan if given is None else -given if given > -9999 else math.inf
         return values
 
-    def _ask(
-        self,
-        path: str,
-        content: dict | None = None,
-        patient: bool = True,
-        check: bool = False,
-        stopped: threading.Event | None = None,
-    ) -> dict:
-        """patient: repeat the request for `patience` seconds from its first failure, unless `stopped` is set."""
+    def _error(self, what: str) -> InputError:
+        return InputError(f"the scorer at {self.url} {what}")
+
+    def _ask(self, path: str, content: dict | None = None, patient=True, check=False, stopped=None) -> dict:
+        """patient: repeat the request for `patience` seconds from its first failure, unless the event `stopped` is set.
+        check: that a server which was gone has the same model."""
         failed, pause, stopped = None, 0.5, stopped or threading.Event()
         while True:
             try:
@@ -152,9 +145,9 @@ class ServerScorer:
             left = failed + self.patience - now
             if not patient or left <= 0 or stopped.is_set():
                 waited = f" for {now - failed:.0f} s" if patient else ""
-                raise InputError(
-                    f"the scorer at {self.url} does not answer{waited} ({reason}): start it (vllm serve MODEL) or "
-                    "correct the address; what is finished is kept, and the same command goes on from it"
+                raise self._error(
+                    f"does not answer{waited} ({reason}): start it (vllm serve MODEL) or correct the address; what is "
+                    "finished is kept, and the same command goes on from it"
                 )
             if not self._said:
                 self._said = True
@@ -163,9 +156,7 @@ class ServerScorer:
             stopped.wait(min(pause, left))
             pause = min(2 * pause, 15)
         if response.status_code != 200:
-            raise InputError(
-                f"the scorer at {self.url} refused {path} with HTTP {response.status_code}: {_message(response)!r:.200}"
-            )
+            raise self._error(f"refused {path} with HTTP {response.status_code}: {_message(response)!r:.200}")
         if failed is not None:
             self._said = False
             if check:
@@ -173,7 +164,7 @@ class ServerScorer:
         try:
             return response.json()
         except ValueError as error:
-            raise InputError(f"the scorer at {self.url} answered {response.text!r:.60}, expected JSON") from error
+            raise self._error(f"answered {response.text!r:.60}, expected JSON") from error
 
     @cached_property
     def _client(self) -> httpx.Client:
@@ -187,7 +178,7 @@ class ServerScorer:
             first = answer["data"][0]
             return first["id"], first.get("max_model_len")
         except (KeyError, IndexError, TypeError) as error:
-            raise InputError(f"the scorer at {self.url} serves no model, found {str(answer)!r:.100}") from error
+            raise self._error(f"serves no model, found {str(answer)!r:.100}") from error
 
     def _check_tokenizer(self, tokenizer) -> None:
         """Ids mean nothing to a model with another tokenizer. Servers that cannot tell are taken at their word."""
@@ -198,8 +189,8 @@ class ServerScorer:
             logger.info("%s", error)
             return
         if "tokens" in answer and answer["tokens"] != self._probe.ids[-len(answer["tokens"]) :].tolist():
-            raise InputError(
-                f"the scorer at {self.url} serves {self._name!r}, whose tokenizer makes other ids than "
+            raise self._error(
+                f"serves {self._name!r}, whose tokenizer makes other ids than "
                 f"{getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__!r}: name the model that is served"
             )
 
@@ -227,8 +218,8 @@ class ServerScorer:
             # Two infinities are equal.
             off = abs(np.subtract(found, expected, out=np.zeros(len(found)), where=found != expected))
             if not (off.mean() <= PROBE_NATS and off.max(initial=0) <= _TOKEN_NATS):
-                raise InputError(
-                    f"the scorer at {self.url} gives a fixed text other numbers between others than alone (up to "
+                raise self._error(
+                    f"gives a fixed text other numbers between others than alone (up to "
                     f"{off.max():.2f} nats a token, {off.mean():.2f} in the mean): prefix caching can cause that, so "
                     "start it with --no-enable-prefix-caching"
                 )
@@ -247,9 +238,9 @@ class ServerScorer:
         now = {"model": self._identity()}
         if differing := differences({"model": self.identity}, now):
             before, after = differing["probe"]
-            raise InputError(
-                f"the scorer at {self.url} came back with another model: a fixed text has {after}, it had {before}: "
-                f"serve {self._name!r} as before"
+            raise self._error(
+                f"came back with another model: a fixed text has {after}, it had {before}: serve {self._name!r} as "
+                "before"
             )
 
 
