@@ -252,7 +252,7 @@ class TextEncoder:
             for ids, context in zip(own, contexts, strict=True)
         ]
         sizes = np.array([len(ids) for ids in own])
-        ids = np.fromiter(chain.from_iterable(own), np.int64)
+        ids = np.fromiter(chain.from_iterable(own), np.int64, sizes.sum())
         offsets = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
         spans = np.fromiter(offsets, np.int64, 2 * len(ids)).reshape(-1, 2)
         spans -= np.repeat([len(context) for context in contexts], sizes)[:, None]
@@ -318,9 +318,6 @@ def _first_visible(start: np.ndarray, end: np.ndarray, text: np.ndarray, targets
     return np.where(text[nearest] == text, first[nearest], -1)
 
 
-_MOST = 32  # characters of a first word
-
-
 def restore_spaces(
     encoder: TextEncoder,
     score: Callable[[list[Encoded]], list[np.ndarray]],
@@ -348,7 +345,8 @@ def restore_spaces(
         if context and target and not context[-1].isspace() and not target[0].isspace()
     ]
     contexts = [pairs[index][0] for index in open_ones for _ in range(2)]
-    words = [space + targets[index].split()[0][:_MOST] for index in open_ones for space in ("", " ")]
+    # 32 characters of a first word are enough to tell.
+    words = [space + targets[index].split()[0][:32] for index in open_ones for space in ("", " ")]
     totals = np.array([surprisal.sum() for surprisal in score(encoder.encode(contexts, words))]).reshape(-1, 2)
     for index, (glued, apart) in zip(open_ones, totals, strict=True):
         if apart < glued:
