@@ -14,7 +14,7 @@ from test_sampled import CHATS, PROMPTS, generate
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
+from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator
 from ppl.baselines.file import Baselines
 from ppl.config import RewardConfig, Sampling
 from ppl.data import message_text
