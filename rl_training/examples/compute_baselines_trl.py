@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from ppl import cli
+from ppl.cli import script
 from ppl.training.settings import parse
 
 
@@ -21,7 +22,7 @@ def parse_args(argv) -> argparse.Namespace:
     return parse(parser, argv, trains=False)[0]
 
 
-@cli.script
+@script
 def main(argv) -> int:
     return cli.run(parse_args(argv), _compute)
 

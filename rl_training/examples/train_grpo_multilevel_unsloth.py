@@ -10,6 +10,7 @@ import argparse
 import sys
 
 from ppl import cli
+from ppl.cli import script
 from ppl.data import prepare_rows
 from ppl.training.settings import parse
 
@@ -108,7 +109,7 @@ def make_trainer(job, policy, rewards):
     )
 
 
-@cli.script
+@script
 def main(argv) -> int:
     args, rest = parse_args(argv)
     return cli.run(args, lambda args: train(args, rest, argv))
