@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -118,9 +117,12 @@ def config_text(ours: Mapping, asked: Mapping, defaults: Mapping) -> str:
     chosen = {name: value for name, value in theirs.items() if value != defaults[name]}
 
     def block(title: str, settings: Mapping, mark: str = "") -> str:
-        plain = json.loads(json.dumps(settings))  # enumerations and tuples as YAML has them
-        text = yaml.safe_dump(plain, default_flow_style=None, sort_keys=False, width=10_000, allow_unicode=True)
-        return f"# {title}\n{textwrap.indent(text, mark)}"
+        lines = [f"# {title}"]
+        for name, value in settings.items():
+            plain = json.loads(json.dumps(value))  # enumerations and tuples as YAML has them
+            text = yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True)
+            lines.append(f"{mark}{name}: " + text.removesuffix("...\n").rstrip())
+        return "\n".join([*lines, ""])
 
     return "\n".join([
         block(f"The settings of this run. The same again: {SCRIPT} --config THIS_FILE", {**ours, **chosen}),
