@@ -42,13 +42,9 @@ class Job:
         check_weight(args.loop_penalty)
         self.checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
         check_reporters(args.report_to or [])
-        batches = plan_batches(
-            args.per_device_train_batch_size,
-            args.gradient_accumulation_steps,
-            args.num_generations,
-            int(os.environ.get("WORLD_SIZE", "1")),
-            any(word.startswith(("--steps_per_generation", "--generation_batch_size")) for word in rest),
-        )
+        numbers = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.num_generations
+        sampled_apart = any(word.startswith(("--steps_per_generation", "--generation_batch_size")) for word in rest)
+        batches = plan_batches(*numbers, int(os.environ.get("WORLD_SIZE", "1")), sampled_apart)
         check_output(args.output_dir)
         self.reward, sampling, self._form = cli.reward_config(args), cli.sampling(args), cli.prompt_form(args)
         self._config_name, self._columns, self._prepare = args.dataset_config, cli.column_options(args), prepare_dataset
