@@ -163,8 +163,6 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 class Sizes(NamedTuple):
-    """What suits a kind of device."""
-
     most: int  # tokens of one forward pass, padding included
     enough: int  # tokens of one pass; more of them make it no faster per token, unless they share a prefix
     slice_bytes: int  # of logits
@@ -298,8 +296,8 @@ class SurprisalScorer:
 
     def _rows(self, texts: list[Encoded]) -> list[list[Row]]:
         """Rows that never share a pass: of texts up to `_switch` tokens, and of longer ones."""
-        whole = self._switch is not None or self.way == ROW_BY_ROW
-        rows = [row for number, text in enumerate(texts) for row in windows(text, self.window, number, whole)]
+        window, whole = self.window, self._switch is not None or self.way == ROW_BY_ROW
+        rows = [row for number, text in enumerate(texts) for row in windows(text, window, number, whole)]
         return [[row for row in rows if self._is_beyond(row) == beyond] for beyond in (False, True)]
 
     def _is_beyond(self, row: Row) -> bool:
@@ -307,10 +305,7 @@ class SurprisalScorer:
 
     @functools.cached_property
     def _switch(self) -> int | None:
-        """Of a model with longrope (Phi-3-mini-128k): a pass with more positions takes its other factors, for all rows.
-
-        So the rows of texts up to so many tokens never share a pass with those of longer ones.
-        """
+        """Of a model with longrope (Phi-3-mini-128k): a pass with more positions takes other factors, for all its rows."""
         rope = getattr(self._base.config.get_text_config(decoder=True), "rope_parameters", None) or {}
         layers = rope.values() if all(isinstance(one, dict) for one in rope.values()) else [rope]
         sizes = [one["original_max_position_embeddings"] for one in layers if one.get("rope_type") == "longrope"]
@@ -469,8 +464,11 @@ class SurprisalScorer:
         """float32 [m], nats, of the labels of its rows."""
         if isinstance(one, Pack):
             hidden = run_packed(self._decoder, one)
-            states, order = (to_device(of, hidden.device) for of in np.unique(one.read, return_inverse=True))
-            return self._head.surprisal(hidden[states], to_device(one.labels, hidden.device), order)
+            read, order = np.unique(one.read, return_inverse=True)
+            if len(read) < len(hidden):
+                hidden = hidden[to_device(read, hidden.device)]
+            labels, states = (to_device(of, hidden.device) for of in (one.labels, order))
+            return self._head.surprisal(hidden, labels, states)
         if self.way != PADDED:
             return self._by_own_logits(self._base, one)
         hidden = _read(one, hidden_states(self._decoder, to_device(one.ids, self.model.device), prefix))
