@@ -209,7 +209,8 @@ def test_every_row_is_in_one_batch_within_all_limits(sizes, max_tokens, overhead
 def test_a_padded_batch_and_the_places_that_are_read():
     [batch] = batches(Group(1, [row(1, 2, 3, 4, read=[2, 3]), row(1, 2, 9)]), 100, 100)
     assert batch.ids.tolist() == [[2, 3, 4], [2, 9, 0]]
-    assert [one.tolist() for one in batch.read] == [[0, 0, 1], [1, 2, 1]]
+    assert batch.ids.ravel()[batch.read].tolist() == [3, 4, 9]
+    assert [one.tolist() for one in np.unravel_index(batch.read, batch.ids.shape)] == [[0, 0, 1], [1, 2, 1]]
 
 
 # --- packs -----------------------------------------------------------------------------------------------------------

@@ -46,10 +46,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Pass:
-    """Groups that go through the model in one forward pass, which is given `ids`."""
+    """Groups that go through the model in one forward pass: here the rows of one, side by side behind their prefix.
+
+    ids:  int64 [B, longest], what each row has behind the prefix, padded on the right with zeros
+    read: int64 [m]: indices in `ids`, row after row, whose hidden states predict the labels of the rows, in order
+    """
 
     groups: list[Group]
     ids: np.ndarray
+    read: np.ndarray
 
     @property
     def rows(self) -> list[Row]:
@@ -66,26 +71,13 @@ class Pack(Pass):
     """Groups end to end in one sequence, for a model that lets each row see nothing but its prefix and itself.
 
     ids:       int64 [T], per group its prefix once, then what each row has behind it
+    read:      as in a `Pass`; of a shared prefix one index may be read for several rows
     positions: int64 [T], the index of each token in its own row
     spans:     (start, end, prefix_start, prefix): tokens start .. end follow on tokens prefix_start .. + prefix
-    read:      int64 [m]: indices whose hidden states predict the labels of the rows, in order; of a shared prefix one
-               may be read for several rows
     """
 
     positions: np.ndarray
     spans: list[tuple[int, int, int, int]]
-    read: np.ndarray
-
-
-@dataclass(frozen=True)
-class Batch(Pass):
-    """Rows of one group side by side, for a model that is given the keys and values of their prefix.
-
-    ids:  int64 [B, longest], what each row has behind the prefix, padded on the right with zeros
-    read: (int64 [m], int64 [m]), rows and columns of `ids` whose hidden states predict the labels of the rows, in order
-    """
-
-    read: tuple[np.ndarray, np.ndarray]
 
 
 def windows(encoded: Encoded, window: int | None, text: int, whole: bool = False) -> Iterator[Row]:
@@ -167,18 +159,17 @@ def _common_prefix(a: Row, b: Row, short: int) -> int:
     return int(differ[0]) if len(differ) else int(limit)
 
 
-def batches(group: Group, max_tokens: int, overhead: int, max_rows: int | None = None) -> Iterator[Batch]:
+def batches(group: Group, max_tokens: int, overhead: int, max_rows: int | None = None) -> Iterator[Pass]:
     """Rows of a group in batches of similar length, padded to at most `max_tokens`.
 
     A batch is closed before its padding costs more than `overhead` tokens: another forward pass would be cheaper.
     """
     for part in _cut(group, max_rows, max_tokens, overhead):
-        own = [row.inputs[group.prefix :] for row in part.rows]
-        ids = np.zeros((len(own), len(own[0])), dtype=np.int64)
-        for index, one in enumerate(own):
-            ids[index, : len(one)] = one
-        rows = np.repeat(np.arange(len(own)), [len(row.read) for row in part.rows])
-        yield Batch([part], ids, (rows, np.concatenate([row.read for row in part.rows]) - group.prefix))
+        ids = np.zeros((len(part.rows), len(part.rows[0].inputs) - group.prefix), dtype=np.int64)
+        for row, own in zip(part.rows, ids, strict=True):
+            own[: len(row.inputs) - group.prefix] = row.inputs[group.prefix :]
+        read = [row.read - group.prefix + index * ids.shape[1] for index, row in enumerate(part.rows)]
+        yield Pass([part], ids, np.concatenate(read))
 
 
 def packs(groups: Sequence[Group], max_tokens: int, enough: int, max_rows: int | None = None) -> list[Pack]:
@@ -216,7 +207,7 @@ def lay_out(groups: list[Group]) -> Pack:
         for row, (start, *_) in zip(group.rows, spans[-len(group.rows) :], strict=True):
             behind = row.read >= group.prefix
             read.append(np.where(behind, start - group.prefix, shared) + row.read)
-    return Pack(groups, np.concatenate(ids), np.concatenate(positions), spans, np.concatenate(read))
+    return Pack(groups, np.concatenate(ids), np.concatenate(read), np.concatenate(positions), spans)
 
 
 def _cut(group: Group, max_rows: int | None, max_tokens: int, overhead: int | None = None) -> Iterator[Group]:

@@ -38,10 +38,6 @@ _SHORT, _STEP = 64, 8  # spans of at most so many tokens are padded to a multipl
 _pack: ContextVar["_Spans"] = ContextVar("pack")
 
 
-class CannotPackError(Exception):
-    """The model's attention is given something that a span alone does not tell."""
-
-
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
     """From pinned memory to a GPU, which copies it in its turn; from other memory one would wait for its turn."""
     tensor = torch.from_numpy(values)
@@ -127,7 +123,8 @@ def _cache_name(decoder) -> str | None:
 
 
 def run_packed(decoder, pack: Pack) -> torch.Tensor:
-    """Hidden states [T, H] of a pack's tokens. Raises `CannotPackError`."""
+    """Hidden states [T, H] of a pack's tokens. Raises `NotImplementedError` where the model's attention is given what a
+    span alone does not tell."""
     ids, positions = (to_device(values[None], decoder.device) for values in (pack.ids, pack.positions))
     options = {}
     with ExitStack() as stack:
@@ -169,15 +166,17 @@ class _Spans:
     @functools.cached_property
     def by_shape(self) -> list[_Alike]:
         shapes: dict[tuple[int, int], list[tuple]] = {}
-        for start, end, *before in self._pack.spans:
-            # Short spans are many and of many lengths: what some are padded costs less than a call for each length.
-            length = -(-(end - start) // _STEP) * _STEP if end - start <= _SHORT else end - start
-            shapes.setdefault((length, before[1]), []).append((start, end, before[0]))
+        for span in self._pack.spans:
+            start, end, _, prefix = span
+            length = end - start
+            if length <= _SHORT:  # such are many and of many lengths: padding costs less than a call for each length
+                length = -(-length // _STEP) * _STEP
+            shapes.setdefault((length, prefix), []).append(span)
         return [self._alike(*shape, np.array(spans)) for shape, spans in shapes.items()]
 
     def _alike(self, length: int, prefix: int, spans: np.ndarray) -> _Alike:
-        """spans: int64 [n, 3], (start, end, prefix_start), of at most `length` tokens."""
-        starts, ends, prefix_starts = spans.T[:, :, None]
+        """spans: int64 [n, 4], as in a `Pack`, of at most `length` tokens."""
+        starts, ends, prefix_starts, _ = spans.T[:, :, None]
         tokens = len(self._pack.ids)
         padded = starts + np.arange(length)
         own, written = np.minimum(padded, ends - 1), np.where(padded < ends, padded, tokens)
@@ -247,7 +246,7 @@ def _all_spans(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scal
 def _attention(module, query, key, value, attention_mask, **options):
     """[1, T, heads, width] from query, key and value [1, heads, T, width], as attention functions of transformers."""
     if any(options.get(name) is not None for name in ("sliding_window", "softcap", "s_aux", "position_bias")):
-        raise CannotPackError(f"{type(module).__name__} is no plain causal attention")
+        raise NotImplementedError(f"{type(module).__name__} is no plain causal attention")
     result = _all_spans(query, key, value, options.get("scaling"))
     if result is not None:
         return result, None
@@ -294,5 +293,5 @@ def _unsloth_packed(*, config, context, Q, K, V) -> torch.Tensor:
     plain = asked.pop("window_size", None) in (None, (-1, -1)) and asked == {"dropout_p": 0.0, "causal": True}
     result = _all_spans(Q, K, V, scale) if plain and context.attention_mask is None else None
     if result is None:
-        raise CannotPackError("Unsloth's attention is given more than queries, keys and values")
+        raise NotImplementedError("Unsloth's attention is given more than queries, keys and values")
     return result

@@ -8,7 +8,8 @@ length share a padded batch, and rows with a common prefix its keys and values.
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
@@ -21,7 +22,7 @@ from transformers.cache_utils import Cache
 
 from ..errors import InputError
 from ..processes import in_step, is_sharded
-from .batching import Batch, Group, Pack, Row, batches, lay_out, packs, share_prefixes, windows
+from .batching import Group, Pack, Pass, Row, batches, lay_out, packs, share_prefixes, windows
 from .frozen import base_of, check_weights_only, frozen
 from .identity import describe_model, encode_probe, probe_row
 from .packing import can_continue, can_pack, hidden_states, run_packed, run_prefix, to_device
@@ -305,7 +306,7 @@ class SurprisalScorer:
 
     @functools.cached_property
     def _switch(self) -> int | None:
-        """Of a model with longrope (Phi-3-mini-128k): a pass with more positions takes other factors, for all its rows."""
+        """Of a model with longrope (Phi-3-mini-128k): a pass with more positions takes other factors, for every row."""
         rope = getattr(self._base.config.get_text_config(decoder=True), "rope_parameters", None) or {}
         layers = rope.values() if all(isinstance(one, dict) for one in rope.values()) else [rope]
         sizes = [one["original_max_position_embeddings"] for one in layers if one.get("rope_type") == "longrope"]
@@ -437,11 +438,11 @@ class SurprisalScorer:
 
     def _score_groups(self, groups: list[Group], prefix: Cache | None, scored: list) -> None:
         """If memory runs out, what is left is laid out again, in passes of half the tokens."""
-        left = self._lay_out(groups)
+        left = deque(self._lay_out(groups))
         while left:
             try:
                 scored.append((left[0].rows, self._score_pass(left[0], prefix)))
-                del left[0]
+                left.popleft()
                 continue
             except RuntimeError as error:
                 if len(left[0].rows) == 1 or not should_reduce_batch_size(error):
@@ -450,9 +451,9 @@ class SurprisalScorer:
             clear_device_cache(garbage_collection=True)
             self.max_batch_tokens = max(1, left[0].ids.size // 2)
             logger.warning("out of memory: batches now hold at most %d tokens", self.max_batch_tokens)
-            left = self._lay_out([group for one in left for group in one.groups])
+            left = deque(self._lay_out([group for one in left for group in one.groups]))
 
-    def _lay_out(self, groups: list[Group]) -> list[Pack] | list[Batch]:
+    def _lay_out(self, groups: list[Group]) -> Sequence[Pass]:
         if self.way == PACKED:
             return packs(groups, self.max_batch_tokens, self._sizes.enough, self.batch_size)
         most = 1 if self.way == ROW_BY_ROW else self.batch_size
@@ -460,23 +461,23 @@ class SurprisalScorer:
         tokens = self.max_batch_tokens if self.way == PADDED else min(self.max_batch_tokens, self._head.rows)
         return [one for group in groups for one in batches(group, tokens, self._sizes.overhead, most)]
 
-    def _score_pass(self, one: Pack | Batch, prefix: Cache | None) -> torch.Tensor:
+    def _score_pass(self, one: Pass, prefix: Cache | None) -> torch.Tensor:
         """float32 [m], nats, of the labels of its rows."""
+        if self.way in (OWN_LOGITS, ROW_BY_ROW):
+            return self._by_own_logits(self._base, one)
         if isinstance(one, Pack):
             hidden = run_packed(self._decoder, one)
-            read, order = np.unique(one.read, return_inverse=True)
-            if len(read) < len(hidden):
-                hidden = hidden[to_device(read, hidden.device)]
-            labels, states = (to_device(of, hidden.device) for of in (one.labels, order))
-            return self._head.surprisal(hidden, labels, states)
-        if self.way != PADDED:
-            return self._by_own_logits(self._base, one)
-        hidden = _read(one, hidden_states(self._decoder, to_device(one.ids, self.model.device), prefix))
-        return self._head.surprisal(hidden, to_device(one.labels, hidden.device))
+        else:
+            hidden = hidden_states(self._decoder, to_device(one.ids, self.model.device), prefix).flatten(0, 1)
+        read, states = np.unique(one.read, return_inverse=True)
+        if len(read) < len(hidden):
+            hidden = hidden[to_device(read, hidden.device)]
+        return self._head.surprisal(hidden, *(to_device(of, hidden.device) for of in (one.labels, states)))
 
-    def _by_own_logits(self, model, batch: Batch) -> torch.Tensor:
-        logits = _read(batch, self._own_logits(model, to_device(batch.ids, self.model.device)))
-        return cross_entropy(logits, to_device(batch.labels, logits.device), reduction="none")
+    def _by_own_logits(self, model, one: Pass) -> torch.Tensor:
+        logits = self._own_logits(model, to_device(one.ids, self.model.device)).flatten(0, 1)
+        read, labels = (to_device(of, logits.device) for of in (one.read, one.labels))
+        return cross_entropy(logits[read], labels, reduction="none")
 
     def _own_logits(self, model, ids: torch.Tensor) -> torch.Tensor:
         """float32 [B, T, V], from the model's own forward pass."""
@@ -494,12 +495,6 @@ class SurprisalScorer:
                 self.model(input_ids=self._probe_ids()[:, :1], use_cache=False)
             else:
                 scored.append((batch.rows, self._by_own_logits(self.model, batch)))
-
-
-def _read(batch: Batch, states: torch.Tensor) -> torch.Tensor:
-    """[m, H] of hidden states or logits [B, T, H]: those that predict the rows' labels, in order."""
-    rows, columns = (to_device(one, states.device) for one in batch.read)
-    return states[rows, columns]
 
 
 def _by_text(texts: list[Encoded], scored: list[tuple[list[Row], torch.Tensor]]) -> list[np.ndarray]:
