@@ -192,27 +192,18 @@ def add_lora(model, r: int, alpha: int, seed: int, unsloth: bool):
     """
     if hasattr(model, "peft_config"):
         return model
-    targets = _lora_targets(model)
+    settings = {"r": r, "target_modules": _lora_targets(model), "lora_alpha": alpha, "lora_dropout": 0}
     if unsloth:
         from unsloth import FastLanguageModel
 
         return FastLanguageModel.get_peft_model(
-            model,
-            r=r,
-            target_modules=targets,
-            lora_alpha=alpha,
-            lora_dropout=0,
-            bias="none",
-            use_gradient_checkpointing="unsloth",
-            random_state=seed,
+            model, **settings, bias="none", use_gradient_checkpointing="unsloth", random_state=seed
         )
     import torch
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    return get_peft_model(
-        model, LoraConfig(r=r, target_modules=targets, lora_alpha=alpha, lora_dropout=0, task_type="CAUSAL_LM")
-    )
+    return get_peft_model(model, LoraConfig(**settings, task_type="CAUSAL_LM"))
 
 
 def train_text_only(model) -> None:
