@@ -30,7 +30,6 @@ def frozen(model: torch.nn.Module, adapters: bool = False) -> Iterator[None]:
     implementation, the environment. One thread at a time: the others wait. Raises `InputError` for an adapter that
     cannot be turned off: one that is merged into the weights, or that trains the model's own biases.
     """
-    layers = [] if adapters else _layers_to_turn_off(model)
     with ExitStack() as stack:
         stack.enter_context(_ONE_THREAD)
         stack.enter_context(patch_environment(**_UNSLOTH))
@@ -44,7 +43,7 @@ def frozen(model: torch.nn.Module, adapters: bool = False) -> Iterator[None]:
                 if attention.startswith("paged|"):
                     stack.callback(setattr, module.config, "_attn_implementation", attention)
                     module.config._attn_implementation = attention.removeprefix("paged|")
-        for layer in layers:
+        for layer in [] if adapters else _layers_to_turn_off(model):
             for parameter in layer.parameters():
                 stack.callback(parameter.requires_grad_, parameter.requires_grad)
             stack.callback(layer.enable_adapters, True)  # which turns gradients on, and so is called back first
