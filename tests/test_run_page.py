@@ -256,12 +256,11 @@ CONFIG = (
 
 def render(path: Path, hard, shown, entries, finished: bool = True) -> Path:
     facts = {"Data": "d" * 120, "<i>": "<script>window.hacked = 4</script>"}
-    after = (hard, shown) if finished else ()
-    html = run.run_page(
-        "A <title> " + "t" * 80, facts, "python x '</script><script>window.hacked = 5</script>' " + "w" * 300, CONFIG,
-        entries, (len(entries), 1000), hard, shown, *after,
-    )  # fmt: skip
-    path.write_bytes(html.encode("utf-8", "replace"))
+    (config := path.with_suffix(".yaml")).write_text(CONFIG)
+    state = SimpleNamespace(global_step=len(entries), max_steps=1000, log_history=entries, is_world_process_zero=True)
+    command = "python x '</script><script>window.hacked = 5</script>' " + "w" * 300
+    page = RunPage(path, "A <title> " + "t" * 80, facts, command, config, hard, shown)
+    page.write(state, *((hard, shown) if finished else ()))
     return path
 
 

@@ -214,75 +214,46 @@ class RunPage(TrainerCallback):
         self.write(state)
 
     def write(self, state, after: HeldOut | None = None, shown_after: Sequence[Completion] = ()) -> None:
-        """state: the trainer's. Only the first of several processes writes."""
+        """state: the trainer's. after: held-out prompts after the last step; None: not yet. shown_after: what
+        `explain_heldout` gives of them. Only the first of several processes writes."""
         if not state.is_world_process_zero:
             return
-        progress = (state.global_step, state.max_steps)
-        html = run_page(
-            self.title, self.facts, self.command, self.config.read_text(encoding="utf-8"),
-            state.log_history, progress, self.before, self.shown, after, shown_after,
-        )  # fmt: skip
-        write_text(self.path, html, "replace")  # a lone surrogate in a text has no UTF-8
-        if in_kernel():
-            from IPython.display import display
-
-            drawn, _, _ = charts(state.log_history)
-            curves = Framed(str(_template().curves(drawn, progress, LINE_COLORS)), 460)
-            if self._cell is None:
-                self._cell = display(curves, display_id=True)
-            else:
-                self._cell.update(curves)
-
-
-def run_page(
-    title: str,
-    facts: Mapping[str, str],
-    command: str,
-    config: str,
-    log_history: Sequence[Mapping],
-    progress: tuple[int, int],
-    before: HeldOut,
-    shown_before: Sequence[Completion],
-    after: HeldOut | None = None,
-    shown_after: Sequence[Completion] = (),
-) -> str:
-    """The page. progress: steps done, of how many. after: held-out prompts after the last step; None: not yet."""
-    drawn, others, merged = charts(log_history)
-    latest = after.scores if after else {}
-    scores = [(name, value, latest.get(name, math.nan)) for name, value in before.scores.items()]
-    prompts = map(_prompt, before.prompts[: len(shown_before)])
-    figures = ([_figure("Before", one) for one in shown_before], [_figure("After", one) for one in shown_after])
-    blocks = [block.splitlines() for block in config.strip().split("\n\n")]
-    defaults = [block for block in blocks if all(line.startswith("#") for line in block)]  # comments in the file
-    return str(
-        _template().page(
-            title=title,
-            facts=facts,
+        drawn, others, merged = charts(state.log_history)
+        progress, latest = (state.global_step, state.max_steps), after.scores if after else {}
+        prompts = map(_prompt, self.before.prompts[: len(self.shown)])
+        figures = ([_figure("Before", one) for one in self.shown], [_figure("After", one) for one in shown_after])
+        blocks = [block.splitlines() for block in self.config.read_text(encoding="utf-8").strip().split("\n\n")]
+        defaults = [block for block in blocks if all(line.startswith("#") for line in block)]  # comments in the file
+        template = ENVIRONMENT.get_template("run.html.j2").module
+        html = template.page(
+            title=self.title,
+            facts=self.facts,
             written=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC").lstrip("0"),
             progress=progress,
             charts=drawn,
             other_charts=others,
             merged=merged,
-            tiles=[
-                (name, _short(old), _short(new))
-                for name, old, new in scores
-                if name == "reward" or name.endswith(" PPL")
-            ],
-            scores=[
-                (name, NOTES.get(name, ""), _score(old), _score(new), _score(new - old, "+"))
-                for name, old, new in scores
-            ],
+            scores=[(name, old, latest.get(name, math.nan)) for name, old in self.before.scores.items()],
+            notes=NOTES,
             finished=after is not None,
-            prompts=len(before.prompts),
-            completions=sum(map(len, before.completions)),
+            prompts=len(self.before.prompts),
+            completions=sum(map(len, self.before.completions)),
             pairs=list(zip_longest(prompts, *figures)),
-            coloured="references" if any(one.lead for one in shown_before) else "completions",
+            coloured="references" if any(one.lead for one in self.shown) else "completions",
             settings=[block for block in blocks if block not in defaults],
             defaults=defaults,
-            command=command,
+            command=self.command,
             colors=LINE_COLORS,
         )
-    )
+        write_text(self.path, str(html), "replace")  # a lone surrogate in a text has no UTF-8
+        if in_kernel():
+            from IPython.display import display
+
+            curves = Framed(str(template.curves(drawn, progress, LINE_COLORS)), 460)
+            if self._cell is None:
+                self._cell = display(curves, display_id=True)
+            else:
+                self._cell.update(curves)
 
 
 def command_line(words: Sequence[str]) -> str:
@@ -297,10 +268,6 @@ def command_line(words: Sequence[str]) -> str:
     return shlex.join(shown)
 
 
-def _template():
-    return ENVIRONMENT.get_template("run.html.j2").module
-
-
 def _score(value: float, sign: str = "") -> str:
     if math.isnan(value):
         return "–"
@@ -309,6 +276,9 @@ def _score(value: float, sign: str = "") -> str:
 
 def _short(value: float) -> str:
     return "–" if math.isnan(value) else f"{'−' if value < 0 else ''}{number(abs(value))}"
+
+
+ENVIRONMENT.filters.update(score=_score, short=_short)
 
 
 def _prompt(prompt: Text) -> str:
