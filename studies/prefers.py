@@ -39,6 +39,7 @@ TRUE, OWN = "true", "T 1"
 SAMPLES = {OWN: (1.0, 4), "T 0.8": (0.8, 2), "T 0.6": (0.6, 2)}  # of the model itself: temperature, texts a prompt
 # Rewards of a text, made of nats a token: c behind another prompt, d behind its own; f and e the same behind examples.
 # Both orders, what examples add and then the prompt or the other way round, have the same sum, c - e.
+CAP = 0.5  # about what the true continuations' own prompts add to them
 REWARDS: dict[str, Callable] = {
     "today -d": lambda c, d, e, f: -d,
     "ex. before -e": lambda c, d, e, f: -e,
@@ -48,8 +49,9 @@ REWARDS: dict[str, Callable] = {
     "prompt f-e": lambda c, d, e, f: f - e,
     "sum c-e": lambda c, d, e, f: c - e,
     "d-e+f-e": lambda c, d, e, f: d - e + f - e,
-    "d-e+2(c-d)": lambda c, d, e, f: d - e + 2 * (c - d),
-    "c-f+2(f-e)": lambda c, d, e, f: c - f + 2 * (f - e),
+    "2(d-e)+f-e": lambda c, d, e, f: 2 * (d - e) + f - e,
+    "d-e+min(c-d,.5)": lambda c, d, e, f: d - e + (c - d).clip(max=CAP),
+    "d-e+min(f-e,.5)": lambda c, d, e, f: d - e + (f - e).clip(max=CAP),
 }
 STOP = frozenset(
     "the a an and or but of to in on at it is was were be been he she they his her their them him you i we that this "  # noqa: SIM905

@@ -374,7 +374,7 @@ def test_what_the_scorer_prefers_is_what_the_tables_say_and_is_computed_once(tmp
     assert set(made) == {"completions.json", "plans.json", "summaries.json"}
     of = made["completions.json"]
     own, other = (of[f"chat, 1 examples, {whose}"] for whose in ("own prompt", "other prompt 1"))
-    true, cold = "true", "T 0.6"
+    cold = "T 0.6"
 
     def helped(kind: str) -> list[list[float]]:  # by its own prompt, behind an example
         pairs = zip(other[kind], own[kind], strict=True)
@@ -385,7 +385,16 @@ def test_what_the_scorer_prefers_is_what_the_tables_say_and_is_computed_once(tmp
     ]
     assert len(above) == 6
     assert row_of(cold, printed)[5] == f"{sum(one > 0 for one in above) / 6:.0%} {statistics.mean(above):+.2f}"
-    assert [len(group) for group in of["texts"][true]] == [1, 1, 1]
+    assert [len(group) for group in of["texts"]["true"]] == [1, 1, 1]
+
+    of = made["plans.json"]
+    kind = "key words of another row's"
+    d, other = (
+        [empty[0] - behind[0] for empty, behind in zip(cell["none"], cell[kind], strict=True)]
+        for cell in (of["1 examples, own row"], of["1 examples, other row 1"])
+    )
+    clipped = [mine - max(theirs, 0) for mine, theirs in zip(d, other, strict=True)]
+    assert row_of(kind, printed)[2:] == [f"{statistics.mean(one):+.3f}" for one in (d, clipped)]
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.json")}
     assert run("prefers.py", *flags) == printed
