@@ -136,10 +136,11 @@ def explain_heldout(reward_fn, held_out: HeldOut, references: Sequence[Text]) ->
         lead = ""
         if reward_fn.config.target == "reference":
             lead, text = text, message_text(references[index] or "")
-            context = reward_fn.calculator.render(prompt)
-            put = reward_fn.config.reference_context
-            pair = (put.context(context, put.extracted(lead)[0]), text)
-        explained = reward_fn.calculator.explain_pair(reward_fn.model, pair)
+            part, _ = reward_fn.config.reference_context.extracted(lead)
+            scored = (reward_fn.reference_context(prompt, part), text)
+        else:
+            scored = reward_fn.calculator.contexts.of(prompt, text, pair)
+        explained = reward_fn.calculator.explain_pair(reward_fn.model, scored)
         completions.append(Completion(lead, text, explained, explained.perplexities, held_out.rewards[index][0]))
     return completions
 

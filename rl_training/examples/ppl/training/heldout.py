@@ -54,7 +54,8 @@ class HeldOutPrompts:
         }
         # As JSON has it, to be compared with what a file says.
         weights = [[name_of(function), weight] for function, weight in rewards]
-        self.rewarded = json.loads(json.dumps({"weights": weights, **vars(job.reward), **job.chat}))
+        shown = perplexity_rewards(rewards)[0].calculator.contexts.identity
+        self.rewarded = json.loads(json.dumps({**vars(job.reward), **job.chat, **shown, "rewards": weights}))
         # The model before training: itself without its adapter, or a frozen copy, if that is what scores.
         copy = None if job.models.scorer or job.models.scorer_url else scorer.model
         self.scorers = kl_scorers(policy.model, copy if job.models.lora is None else policy.model)
