@@ -7,7 +7,6 @@ from huggingface_hub import ModelCard, hf_hub_download, metadata_load
 from yaml import YAMLError
 
 from ..baselines.file import Baselines
-from ..config import LEVELS
 from ..files import write_text
 from ..models import base_of_adapter, model_path
 from .job import Job
@@ -59,7 +58,7 @@ def settings(job: Job) -> list[tuple[str, str]]:
     steps = ", ".join(f"{paid:g} from {percent:g} %" for percent, paid in reward.reward_thresholds or ())
     precision = "4-bit" if load["load_in_4bit"] else "" if load["dtype"] == "auto" else load["dtype"]
     scorer = "the model itself before training" if job.models.scorer is None else f"`{shown(job.models.scorer)}`"
-    weights = ", ".join(f"{level} {weight:g}" for level, weight in zip(LEVELS, reward.weights, strict=True))
+    weights = ", ".join(f"{level} {weight:g}" for level, weight in zip(reward.levels, reward.weights, strict=True))
     return [
         ("Base model", f"`{shown(base_of(job.models.name))}`"),
         ("Data", f"`{shown(job.dataset_name)}`, {job.dataset_split}: {len(job.train_rows):,} prompts"),
