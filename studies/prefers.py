@@ -64,7 +64,7 @@ PARTS = ("completions", "plans", "summaries")
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.parser(__doc__.splitlines()[0], epilog=__doc__.rpartition("\n\n")[2])
-    parser.add_argument("--output_dir", default="study_prefers", help="numbers and texts, in one file for each part")
+    parser.add_argument("--output_dir", default="study_prefers", help="numbers and texts, a file for each part")
     parser.add_argument("--model_name", default="smollm2", help="as for the training script; one with chats")
     parser.add_argument("--dataset_name", default="tiny-stories", help="as for the training script; stories")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to make tables of")
@@ -339,7 +339,9 @@ def summaries(args: argparse.Namespace, bench: Bench, kept: Kept) -> None:
 def gains(
     title: str, args: argparse.Namespace, bench: Bench, kept: Kept, kinds: dict, context: Callable, target: str
 ) -> None:
-    """The table of what a text adds, in nats a token, to a row's `target`; less what it adds to other rows', clipped.
+    """The table of what a text adds, in nats a token, to a row's `target`; less what it adds to M other rows'.
+
+    Clipped: where it adds less than nothing to another row's, that earns nothing.
 
     context: of a row, the text ("" for none) and the rows that are examples.
     """
@@ -358,21 +360,25 @@ def gains(
     columns: dict[str, dict] = {}
     for n in [0, *args.examples]:
         own = added(n, None)
-        columns[f"N = {n}"] = own
+        columns[f"N {n}"] = own
         others = [added(n, other) for other in range(max(args.contrast))]
         for m in args.contrast:
-            columns[f"N = {n}, M = {m}"] = {
-                kind: own[kind] - np.mean([np.maximum(one[kind], 0) for one in others[:m]], axis=0) for kind in kinds
-            }
-    rows = [[kind, *(f"{column[kind].mean():+.3f}" for column in columns.values())] for kind in kinds]
+            for name, least in (("", -np.inf), (" clipped", 0)):
+                columns[f"N {n}, M {m}{name}"] = {
+                    kind: own[kind] - np.mean([one[kind].clip(min=least) for one in others[:m]], axis=0)
+                    for kind in kinds
+                }
     untrained = next(kind for kind in kinds if kind.startswith("untrained"))
-    another = f"another row's {untrained}"
-    own = [f"{(column[untrained].mean() - column[another].mean()):+.3f}" for column in columns.values()]
-    rows.append(["own minus another row's, untrained", *own])
+    rows = []
+    for kind in kinds:
+        above = [column[kind] > column[untrained].mean(axis=1, keepdims=True) for column in columns.values()]
+        means = [column[kind].mean() for column in columns.values()]
+        rows.append([kind, *(f"{more.mean():.0%} {mean:+.3f}" for more, mean in zip(above, means, strict=True))])
     rows.append([
         "sd of a row's untrained ones", *(f"{column[untrained].std(axis=1).mean():.3f}" for column in columns.values())
     ])  # fmt: skip
-    print_table(f"{title}: nats a token that a text adds to the {target}", ["text", *columns], rows)
+    title = f"{title}: how often above the mean of the row's untrained ones, and nats a token added to the {target}"
+    print_table(title, ["text", *columns], rows)
 
 
 if __name__ == "__main__":
