@@ -271,6 +271,8 @@ def shown_rows(args: argparse.Namespace, rows: Iterable[Shown]) -> dict[str, lis
     config, asked = reward_config(args), args.examples
     if asked is None and "examples" in config.levels:
         asked = str(DEFAULT_EXAMPLES)
+    if asked is None and not config.contrast:
+        return {"examples": [], "others": []}
     if asked is None or asked.isdecimal():
         return dict(zip(("examples", "others"), draw(rows, int(asked or 0), config.contrast), strict=True))
     return {"examples": read_shown(asked), "others": draw(rows, 0, config.contrast)[1]}

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,8 +22,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 from .. import cli
-from ..config import COLORS, LEVELS
+from ..config import ALL_LEVELS, COLORS, OUTER
 from ..data import (
+    FIRST,
     Columns,
     PromptForm,
     Text,
@@ -33,6 +35,7 @@ from ..data import (
     message_text,
     refuse_unscored,
     stable_id,
+    write_shown,
 )
 from ..errors import InputError, retired
 from ..files import check_folder, writable_file, write_atomically
@@ -48,7 +51,6 @@ if TYPE_CHECKING:  # scoring imports transformers, and Unsloth must come before 
 # A window is what a crash costs, and holds several batches, so that rows of like length meet in one.
 WINDOW_ROWS = 4096
 WINDOW_CHARACTERS = {"cpu": 32_000, "cuda": 1_000_000}
-_COLUMNS = [f"baseline_{level}" for level in LEVELS]
 
 # --- a data set -> rows with text and an id of their own, in windows -------------------------------------------------
 
@@ -135,6 +137,8 @@ class Job(NamedTuple):
     columns: Columns
     form: PromptForm
     scored: str  # "prompt" or "reference": the column that must have text
+    levels: Sequence[str]
+    contexts: dict  # keywords of the calculator: examples and other rows
     # What a look at the data set has found, where there was one.
     texts: int | None = None  # rows to score, where that is known
     is_conversational: bool = False  # whether prompts are chat messages: those of the first row with text tell
@@ -146,7 +150,8 @@ class Job(NamedTuple):
 
 _SETTINGS = (
     *("model_name", "load_in_4bit", "dtype", "max_seq_length", "dataset_name", "dataset_config", "dataset_split"),
-    *("num_samples", "target", "template", "max_phrase_words", "language", "aggregation"),
+    *("num_samples", "target", "template", "max_phrase_words", "language", "aggregation", "levels", "contrast"),
+    *("score_without_chat",),
     *("chat_template_path", "chat_template_kwargs", "tools"),
 )
 
@@ -192,10 +197,16 @@ def prepare(args: argparse.Namespace, survey: bool = True) -> Job:
         raise InputError("--generate samples completions, --target reference measures the data set's texts: drop one")
     settings = {**{name: getattr(args, name) for name in _SETTINGS}, "generated": generation(args), **form.identity}
     settings["columns"] = columns._asdict()
-    parts.check(settings)
     # What the model writes itself needs no reference.
     scored = "reference" if has_reference(columns, form) and not args.generate else "prompt"
-    job = Job(output, file, args.plot, parts, settings, dataset, columns, form, scored)
+    if scored == "prompt" and not args.generate and (outer := [one for one in args.levels if one in OUTER]):
+        raise InputError(f"level {outer[0]} is of a text behind its prompt: name its column with --reference_column")
+    drawn = (row for row in read_rows(dataset, columns, form, FIRST, scored) if row is not None)
+    contexts = cli.shown_rows(args, ((row.prompt, row.reference) for row in drawn))
+    settings["shown"] = stable_id(json.dumps(contexts))
+    parts.check(settings)
+    contexts["prompt_template"] = args.prompt_template
+    job = Job(output, file, args.plot, parts, settings, dataset, columns, form, scored, args.levels, contexts)
     if not survey:
         return job
     seen = texts = 0
@@ -265,21 +276,27 @@ def load_scorer(args: argparse.Namespace, job: Job, device: str | None) -> Score
         model, tokenizer, unsloth = _load_model(args, device)
 
     from ..scoring.calculator import MultiLevelPPLCalculator
+    from ..scoring.contexts import reference_context
     from ..scoring.identity import identity
     from ..scoring.sampling import sample
     from ..scoring.surprisal import as_scorer
     from ..scoring.tokens import Sampled
 
     chat, config, sampling = cli.chat_options(args), cli.reward_config(args), asdict(cli.sampling(args))
-    definitions = (config.max_phrase_words, config.language, config.aggregation)
-    calculator = MultiLevelPPLCalculator(tokenizer, *definitions, args.batch_size, **chat)
+    definitions = {**config.definitions, "contrast": config.contrast}
+    definitions.pop("template", None)
+    calculator = MultiLevelPPLCalculator(tokenizer, **definitions, batch_size=args.batch_size, **chat, **job.contexts)
     scoring = model if server is None else server
 
     def score_own_writing(rows: Sequence[Row]) -> "Scores":
         """Per row the mean over completions that the model samples now: what a policy that starts from it can do."""
         prompts, seed = [row.prompt for row in rows], args.seed + rows[0].number  # the same wherever a run begins
         groups = sample(model, tokenizer, prompts, num_generations=args.generate, **sampling, seed=seed, **chat)
-        pairs = [Sampled(tuple(one.prompt_ids), tuple(one.written)) for group in groups for one in group]
+        pairs = [
+            calculator.text(prompt, one.text, Sampled(tuple(one.prompt_ids), tuple(one.written)))
+            for prompt, group in zip(prompts, groups, strict=True)
+            for one in group
+        ]
         scores = calculator.score(scoring, pairs)
         perplexities, tokens, read = (np.reshape(of, (len(rows), args.generate, -1)) for of in scores[:3])
         scored = ~np.isnan(perplexities[..., :1])
@@ -291,10 +308,10 @@ def load_scorer(args: argparse.Namespace, job: Job, device: str | None) -> Score
         if job.scored == "prompt":
             pairs = [("", message_text(row.prompt)) for row in rows]
         elif config.target == "reference":
-            contexts = [config.reference_context.context(calculator.render(row.prompt)) for row in rows]
-            pairs = [(context, message_text(row.reference)) for context, row in zip(contexts, rows, strict=True)]
+            put = partial(reference_context, calculator, config.reference_context)
+            pairs = [(put(row.prompt), message_text(row.reference)) for row in rows]
         else:
-            pairs = [calculator.turns(row.prompt, row.reference) for row in rows]
+            pairs = [calculator.text(row.prompt, row.reference) for row in rows]
         return calculator.score(scoring, pairs)
 
     prompt = {**job.form.identity, **(chat_identity(tokenizer, **chat) if job.is_conversational else {})}
@@ -345,7 +362,7 @@ def is_4bit(name: str) -> bool:
 
 
 def score_window(window: Window, score: Callable[[Sequence[Row]], "Scores"]) -> tuple[dict, list[list]]:
-    """What is counted, and per row [number, id, word, phrase, sentence, scored tokens, and of its texts the
+    """What is counted, and per row [number, id, its levels, scored tokens, and of its texts the
     prompt's hash, the prompt's beginning, the reference's hash]."""
     header = {"digest": window.digest, "rows": len(window.rows), "blank": window.blank}
     if not window.rows:
@@ -537,13 +554,13 @@ def assemble(job: Job, identity: dict, read: int, seconds: float) -> None:
         for _, row_id, *kept in parts.records():
             if row_id not in seen:  # without an id column, equal rows have one id and one baseline
                 seen.add(row_id)
-                values.extend(kept[: len(LEVELS)])
-                yield row_id, dict(zip((*LEVELS, "n_tokens", *TEXTS), kept, strict=True))
+                values.extend(kept[: len(job.levels)])
+                yield row_id, dict(zip((*job.levels, "n_tokens", *TEXTS), kept, strict=True))
 
     made = parts.folder / f"output{suffix}"
     with cannot_write(parts.folder):
         write_atomically(made, lambda file: write_records(file, suffix, items()))
-    levels = np.reshape(values, (-1, len(LEVELS)))
+    levels = np.reshape(values, (-1, len(job.levels)))
     counts = {name: parts.total(name) for name in ("rows", "blank", "unscored", "tokens")}
     counts["duplicates"] = counts["rows"] - counts["unscored"] - len(levels)
     counts["rows"] += counts["blank"]
@@ -572,8 +589,11 @@ def assemble(job: Job, identity: dict, read: int, seconds: float) -> None:
     if job.plot is not None:
         title = f"{settings['dataset_name']} {settings['dataset_split']}, scored by {settings['model_name']}"
         with cannot_write(Path(job.plot)):
-            plot_levels(dict(zip(LEVELS, levels.T, strict=True)), job.plot, title)
+            plot_levels(dict(zip(job.levels, levels.T, strict=True)), job.plot, title)
     with cannot_write(job.output):
+        for name in ("examples", "others"):
+            if rows := job.contexts[name]:
+                write_shown(f"{job.output}.{name}.jsonl", rows)
         # The meta file is never beside another run's output.
         job.output.unlink(missing_ok=True)
         os.replace(meta_path(made), meta_path(job.output))
@@ -583,7 +603,7 @@ def assemble(job: Job, identity: dict, read: int, seconds: float) -> None:
     table = Table("Perplexity", box=box.SIMPLE_HEAD)
     for name in ("mean", "median", "min", "max"):
         table.add_column(name, justify="right")
-    for level, of_level in zip(LEVELS, levels.T, strict=True):
+    for level, of_level in zip(job.levels, levels.T, strict=True):
         table.add_row(level, *(f"{f(of_level):,.4f}" for f in (np.mean, np.median, np.min, np.max)))
     Console().print(table)
     skipped = {"blank": "blank", "unscored": "without a scorable token", "duplicates": "equal to an earlier one"}
@@ -607,25 +627,28 @@ def dataset_baselines(job: Job) -> Path:
 
 
 def _write_rows(file, job: Job) -> None:
-    """The rows that have a baseline, with it in the columns `baseline_word`, `baseline_phrase`, `baseline_sentence`."""
+    """The rows that have a baseline, with it in the columns `baseline_word`, `baseline_phrase`, ..."""
     import pyarrow
     import pyarrow.parquet
     from datasets import Features, Value
 
-    # float64 [N, 4]: the row's number, its levels
-    scored = np.fromiter(((record[0], *record[2:5]) for record in job.parts.records()), np.dtype((float, 4)))
+    # float64 [N, 1 + L]: the row's number, its levels
+    size, columns = 1 + len(job.levels), [f"baseline_{level}" for level in job.levels]
+    rows = ((record[0], *record[2 : 1 + size]) for record in job.parts.records())
+    scored = np.fromiter(rows, np.dtype((float, size)))
+    foreign = [f"baseline_{level}" for level in ALL_LEVELS]
     first = 0
     with ExitStack() as closing:
         for table in job.dataset.with_format("arrow").iter(batch_size=1000):
             here = scored[slice(*np.searchsorted(scored[:, 0], (first, first + len(table))))]
             kept = table.take(here[:, 0].astype(int) - first)
-            kept = kept.drop_columns([name for name in _COLUMNS if name in kept.column_names])
-            for name, column in zip(_COLUMNS, here[:, 1:].T, strict=True):
+            kept = kept.drop_columns([name for name in foreign if name in kept.column_names])
+            for name, column in zip(columns, here[:, 1:].T, strict=True):
                 kept = kept.append_column(name, pyarrow.array(column))
             if not first:
                 features = job.dataset.features or Features.from_arrow_schema(table.schema)
-                others = {name: feature for name, feature in features.items() if name not in _COLUMNS}
-                schema = Features({**others, **dict.fromkeys(_COLUMNS, Value("float64"))}).arrow_schema
+                others = {name: feature for name, feature in features.items() if name not in foreign}
+                schema = Features({**others, **dict.fromkeys(columns, Value("float64"))}).arrow_schema
                 writer = closing.enter_context(pyarrow.parquet.ParquetWriter(file, schema))
             writer.write_table(kept.cast(schema))
             first += len(table)
@@ -650,8 +673,8 @@ def plot_levels(levels: Mapping[str, Sequence[float]], path: str | Path, title: 
 
     figure = Figure(figsize=(8, 6), layout="constrained")
     figure.suptitle(title)
-    axes = figure.subplots(len(levels), sharex=True, sharey=True)
-    for axis, (level, values) in zip(axes, levels.items(), strict=True):
+    axes = figure.subplots(len(levels), sharex=True, sharey=True, squeeze=False)
+    for axis, (level, values) in zip(axes[:, 0], levels.items(), strict=True):
         median = np.median(values)
         axis.hist(values, bins=edges, color=COLORS[level])
         axis.axvline(median, color="black", linestyle="--", linewidth=1)

@@ -23,7 +23,7 @@ from ..errors import BaselineError, InputError
 from ..processes import from_all, of_this
 from ..prompts import Turn, Turns, chat_identity, refuse_begun
 from ..scoring.calculator import MultiLevelPPLCalculator
-from ..scoring.contexts import BETWEEN
+from ..scoring.contexts import reference_context
 from ..scoring.identity import identity
 from ..scoring.sampling import given_by_trainer, refuse_appended
 from ..scoring.surprisal import Scorer, as_scorer, is_scorer
@@ -397,11 +397,7 @@ class MultiLevelPPLRewardFunction:
 
     def reference_context(self, prompt: Text | None, part: str = "") -> str:
         """What stands before a reference: examples, its prompt and what of a completion counts, put together."""
-        put, contexts = self.config.reference_context, self.calculator.contexts
-        before = "" if put.reads_prompt else "".join(
-            put.context("") + message_text(reference) + BETWEEN for _, reference in contexts.examples
-        )  # fmt: skip
-        return before + put.context(self.calculator.render(contexts.read(prompt)), part)
+        return reference_context(self.calculator, self.config.reference_context, prompt, part)
 
     def state_dict(self) -> dict:
         """What a resumed run needs: the zero-shot baselines recorded so far."""

@@ -143,6 +143,17 @@ class Contexts:
         return max((most for most, size in enumerate(sizes) if sizes[-1] - size >= excess), default=0)
 
 
+def reference_context(calculator, put, prompt: Text | None, part: str = "") -> str:
+    """What stands before a reference: examples, its prompt and what of a completion counts, put together.
+
+    put: of `ppl.config.RewardConfig.reference_context`.
+    """
+    contexts = calculator.contexts
+    references = [] if put.reads_prompt else [reference for _, reference in contexts.examples]
+    before = "".join(put.context("") + message_text(reference) + BETWEEN for reference in references)
+    return before + put.context(calculator.render(contexts.read(prompt)) if put.reads_prompt else "", part)
+
+
 def joined(prompt: str, text: str) -> str:
     """One behind the other, with a space between where neither has one.
 
