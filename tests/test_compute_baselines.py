@@ -282,7 +282,7 @@ def test_output_dataset_is_one_that_the_reward_uses_as_it_is(streaming, capsys):
     assert test.column_names == ["prompt", "completion", "kept", *(f"baseline_{level}" for level in LEVELS)]
     assert list(test["prompt"]) == [row["prompt"] for row in ROWS if (row["completion"] or "").strip()]
     baselines = Baselines.load("test.pkl")
-    for row, levels in zip(test, row_baselines(test.to_dict()), strict=True):
+    for row, levels in zip(test, row_baselines(test.to_dict(), LEVELS), strict=True):
         assert list(levels.values()) == baselines[stable_id(row["prompt"], row["completion"])].tolist()
     assert list(train["kept"]) == list(range(1500)) and len(Baselines.load("train.pkl")) == 1500
     meta = read_meta("with_baselines/.baselines")

@@ -196,7 +196,7 @@ def prepare(args: argparse.Namespace, survey: bool = True) -> Job:
     if args.generate and args.target == "reference":
         raise InputError("--generate samples completions, --target reference measures the data set's texts: drop one")
     settings = {**{name: getattr(args, name) for name in _SETTINGS}, "generated": generation(args), **form.identity}
-    settings["columns"] = columns._asdict()
+    settings |= {"columns": columns._asdict(), "levels": list(args.levels)}
     # What the model writes itself needs no reference.
     scored = "reference" if has_reference(columns, form) and not args.generate else "prompt"
     if scored == "prompt" and not args.generate and (outer := [one for one in args.levels if one in OUTER]):
