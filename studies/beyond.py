@@ -1,4 +1,4 @@
-"""Rewards that temperature, talk and manner cannot earn: examples, the prompt's level, contrast; four tasks, their arms.
+"""Rewards that temperature, talk and manner cannot earn: examples, the prompt's level, contrast, on four tasks.
 
     python beyond.py --tasks stories summaries --output_dir study_beyond
 
@@ -27,7 +27,7 @@ SUM_UP = "Here is a story.\n\n{prompt}\n\nSay in one sentence what happens in it
 PLANNED = "{prompt}{completion}<|im_end|>\n<|im_start|>user\nGo on with the story.<|im_end|>\n<|im_start|>assistant\n"
 TOLD = "<|im_start|>user\nTell me this story: {completion}<|im_end|>\n<|im_start|>assistant\n"
 
-RUNS = (
+RUNS = (  # noqa: SIM905
     "--model_name smollm2 --no_unsloth --no-load_in_4bit --gradient_checkpointing false --form nats --learning_rate "
     "5e-4 --per_device_train_batch_size 16 --num_generations 8 --heldout_samples 32 --logging_steps 1"
 ).split()
