@@ -191,7 +191,14 @@ class Baselines(Mapping[str, np.ndarray]):
             raise BaselineError(f"{path}: {gone}")
         if path.suffix not in SUFFIXES:
             raise BaselineError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
-        baselines = cls(_read_records(path), read_meta(path), str(path), levels)
+        meta = read_meta(path)
+        made = meta.get("definitions", {}).get("levels", LEVELS)
+        if absent := [level for level in levels if level not in made]:
+            raise BaselineError(
+                f"{path} has the levels {', '.join(made)}, and {absent[0]} is asked for: make it again with --levels "
+                f"{' '.join(levels)}"
+            )
+        baselines = cls(_read_records(path), meta, str(path), levels)
         if not baselines:
             raise BaselineError(f"{path} holds no row: make it with compute_baselines_trl.py")
         return baselines
