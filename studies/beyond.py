@@ -5,7 +5,7 @@
 stories: go on with a story, asked through a chat. texts: the same as a plain text. plans: plan what happens next.
 summaries: say in one sentence what happens. An arm is a reward; each is run with every seed, a process a run. A run
 that is finished is not run again, and one that was stopped goes on from its last checkpoint: a stopped study goes on
-with the same command. `beyond_measures.py` says what came of it. A run takes a quarter of an hour on one CPU core.
+with the same command. `beyond_measures.py` says what came of it. A run takes an hour on one CPU core.
 """
 
 import argparse
@@ -29,7 +29,7 @@ TOLD = "<|im_start|>user\nTell me this story: {completion}<|im_end|>\n<|im_start
 
 RUNS = (  # noqa: SIM905
     "--model_name smollm2 --no_unsloth --no-load_in_4bit --gradient_checkpointing false --form nats --learning_rate "
-    "5e-4 --per_device_train_batch_size 16 --num_generations 8 --heldout_samples 32 --logging_steps 1"
+    "5e-4 --per_device_train_batch_size 16 --num_generations 8 --heldout_samples 16 --logging_steps 1"
 ).split()
 OUTER = "--aggregation nested --levels prompt examples"
 PERMUTED = "permuted references"
@@ -40,10 +40,10 @@ COMPLETIONS = {
     "a little of the inner": "--aggregation nested --levels word phrase sentence prompt examples --weights 1 1 1 10 10",
 }
 TASKS = {  # flags, longest completion, arms
-    "stories": (["--chat", "--prompt_template", GO_ON], 48, {**COMPLETIONS, "without chat": "--score_without_chat"}),
-    "texts": ([], 48, COMPLETIONS),
+    "stories": (["--chat", "--prompt_template", GO_ON], 40, {**COMPLETIONS, "without chat": "--score_without_chat"}),
+    "texts": ([], 40, COMPLETIONS),
     "plans": (
-        ["--chat", "--prompt_template", PLAN, "--target", "reference", "--template", PLANNED + "{reference}"], 48,
+        ["--chat", "--prompt_template", PLAN, "--target", "reference", "--template", PLANNED + "{reference}"], 40,
         {"today": "", "examples": "--examples 3", "contrast": "--contrast 2", "both": "--examples 3 --contrast 2",
          PERMUTED: "--examples 3 --contrast 2"},
     ),
@@ -89,12 +89,11 @@ def study(args: argparse.Namespace) -> int:
 def rows_file(output: Path, task: str, permuted: bool = False) -> Path:
     """The rows of a task as JSON lines. permuted: each with the reference of the row before it."""
     path = output / f"{task}{'_permuted' if permuted else ''}.jsonl"
-    rows = [row for split in ("train", "test") for row in story_rows("tiny-stories", split)]
-    of_document = task == "summaries"
-    columns = [
-        (row["id"], row["document" if of_document else "prompt"], row["document" if of_document else "reference"])
-        for row in rows
-    ]
+    rows = [row for split in ("train", "test") for row in story_rows("tiny-stories", split, follow=3)]
+    beginnings = [(row["id"], row["prompt"], row["reference"]) for row in rows]
+    # What is summed up is a story's first five sentences: a CPU trains on them in an hour.
+    documents = [(row_id, f"{prompt} {reference}", f"{prompt} {reference}") for row_id, prompt, reference in beginnings]
+    columns = documents if task == "summaries" else beginnings
     references = [reference for _, _, reference in columns]
     if permuted:
         references = [*references[-1:], *references[:-1]]
