@@ -1,6 +1,7 @@
 """What stands before a text: examples, its own prompt, other rows' prompts; against one forward pass a token."""
 
 import math
+from dataclasses import replace
 
 import brute_force
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 import torch
 import toys
 
-from ppl.config import LEVELS
+from ppl.config import LEVELS, RewardConfig
 from ppl.errors import InputError
 from ppl.reward.function import MultiLevelPPLRewardFunction
+from ppl.reward.terms import Measured, earned
 from ppl.scoring.calculator import MultiLevelPPLCalculator
 from ppl.scoring.contexts import Contexts
 from ppl.scoring.levels import nested_perplexities
@@ -137,8 +139,8 @@ def test_other_rows_are_the_same_for_a_group_whatever_the_order_and_never_ones_o
         assert rows == other.others_of(prompt) and len(set(rows)) == 2 and prompt not in [p for p, _ in rows]
 
 
-def test_references_of_other_rows_are_taken_off_clipped(model, tokenizer):
-    """R = D(z; i) - mean_j max(D(z; j), 0), D in nats a token, each by brute force."""
+def test_references_of_other_rows_are_taken_off_with_a_floor(model, tokenizer):
+    """R = D(z; i) - mean_j max(D(z; j), -0.2), D in nats a token, each by brute force."""
     references = [" It found a crow.", " Nobody laughed at it."]
     options = {"target": "reference", "form": "nats", "weights": (1, 0, 0), "others": OTHERS, "contrast": 2}
     reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, examples=EXAMPLES, **options)
@@ -153,8 +155,7 @@ def test_references_of_other_rows_are_taken_off_clipped(model, tokenizer):
             word(SHOWN + prompt, one) - word(SHOWN + prompt + text, one)
             for prompt, one in [(PROMPT, reference), *others]
         ]
-        assert any(gain > 0 for gain in gains[1:])
-        expected = gains[0] - np.mean(np.maximum(gains[1:], 0))
+        expected = gains[0] - np.mean(np.maximum(gains[1:], -0.2))
         assert abs(expected) < 0.5 and rewards[row].item() == pytest.approx(expected, abs=1e-4)
         assert details["ppls"]["word"][row].item() == pytest.approx(
             math.exp(word(SHOWN + PROMPT + text, reference)), rel=1e-4
@@ -238,3 +239,33 @@ def test_a_word_is_coloured_by_what_its_prompt_and_the_examples_help_it(model, t
         one = explained[level][0]
         assert one["perplexity"] == pytest.approx(math.exp((one[outer] - one[inner]) / one["n_tokens"]), rel=1e-5)
     assert "The fox" in explained._repr_html_() or "fox" in explained._repr_html_()
+
+
+def measured(perplexities, baselines, others=None):
+    count = len(perplexities)
+    none = np.zeros(count, dtype=bool)
+    return Measured(np.array(perplexities), np.array(baselines), others, none, none, None, None)
+
+
+def test_what_belongs_to_its_prompt_is_paid_for_up_to_half_a_nat():
+    """By hand: of the prompt's level 0.3 and 0.5 nats count whole, 2 as 0.5; the examples' without end."""
+    config = RewardConfig(aggregation="nested", levels=("prompt", "examples"), form="nats")
+    found = earned(measured(np.exp([[-0.3, 0.0], [-0.5, 0.0], [-2.0, 0.0], [0.0, -0.8]]), np.ones((4, 2))), config)
+    assert found.rewards == pytest.approx([0.15, 0.25, 0.25, 0.4])
+    assert found.improvement[2, 0] == pytest.approx(100 * (1 - math.exp(-2)))  # what is logged is whole
+
+
+@pytest.mark.parametrize("form", ["nats", "thresholds"])
+def test_harming_other_rows_pays_up_to_a_fifth_of_a_nat(form):
+    """By hand, of one level: other rows' references become e^0.1, e^0.2 and e^3 times as surprising, and e^-0.3."""
+    config = RewardConfig(target="reference", form=form, weights=(1, 0, 0), contrast=1)
+    if form == "thresholds":
+        config = replace(config, reward_thresholds=[(percent, percent) for percent in range(1, 40)])
+    size = 4
+    others = np.ones((2, size, 1, 3))
+    others[0, :, 0] = np.exp([[0.1], [0.2], [3.0], [-0.3]])
+    found = earned(measured(np.ones((size, 3)), np.ones((size, 3)), others), config)
+    if form == "nats":
+        assert found.rewards == pytest.approx([0.1, 0.2, 0.2, -0.3])
+    else:
+        assert found.rewards.tolist() == [10, 22, 22, 0]  # 100 (e^0.1 - 1) = 10.5, 100 (e^0.2 - 1) = 22.1

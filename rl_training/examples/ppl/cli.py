@@ -103,7 +103,7 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     add("--chat_template_kwargs", type=_json_object, metavar="JSON",
         help="variables of the chat template, such as '{\"enable_thinking\": false}'")  # fmt: skip
     add("--tools", metavar="FILE", help="JSON list of tools' schemas that the chat template shows")
-    _add_reward_flags(add, "score_without_chat")
+    _add_reward_flags(add, "prompts")
 
 
 def _add_sampling_flags(add: Callable) -> None:
@@ -120,10 +120,10 @@ def _add_sampling_flags(add: Callable) -> None:
         help=f"more of transformers' GenerationConfig: {', '.join(GENERATION_KWARGS)}")  # fmt: skip
 
 
-def _add_reward_flags(add: Callable, *names: str) -> None:
-    """The fields of `RewardConfig` of these names; of its choices and numbers the class itself says what is wrong."""
+def _add_reward_flags(add: Callable, *where: str) -> None:
+    """The fields of `RewardConfig` that belong there. The class itself says what is wrong with a choice or a number."""
     for one in fields(RewardConfig):
-        if one.name in names:
+        if one.metadata.get("where") in where:
             options = dict(one.metadata["of_flag"])
             if choices := options.pop("choices", None):
                 options["metavar"] = "{" + ",".join(choices) + "}"
@@ -134,7 +134,7 @@ def _add_reward_flags(add: Callable, *names: str) -> None:
 def add_definition_flags(parser: argparse.ArgumentParser, rows: str) -> None:
     """rows: what --examples takes."""
     add = parser.add_argument_group("definitions").add_argument
-    _add_reward_flags(add, "max_phrase_words", "language", "aggregation", "levels", "contrast")
+    _add_reward_flags(add, "definitions")
     add("--examples", metavar=rows, help="rows, prompt and reference, that the scorer reads before every prompt and "
         "the policy never sees (default: none; with level examples 3)")  # fmt: skip
 
@@ -172,14 +172,13 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("reward").add_argument
     add("--baselines_path", "--baselines",
         help="of compute_baselines_trl.py (default: each prompt's first completions)")  # fmt: skip
-    _add_reward_flags(add, "target", "extract", "template", "form", "weights", "reward_thresholds")
+    _add_reward_flags(add, "both", "training")
     add("--per_level", action="store_true",
         help="three rewards over one cache, each normalised within its group (GDPO); --weights weigh them")  # fmt: skip
     add("--loop_penalty", type=float, default=LOOP_PENALTY, metavar="W", help="what loops and copies of the prompt "
         "cost, in ranges of the reward; with --per_level, one over the share that is vetoed; 0: nothing")  # fmt: skip
     add("--allow_copies", action="store_true", help="do not penalise copying, from the prompt or, with a --template "
         "without {prompt}, from the reference")  # fmt: skip
-    _add_reward_flags(add, "missing", "allow_baseline_mismatch")
 
     add = parser.add_argument_group("training (every other field of TRL's GRPOConfig is a flag, too)").add_argument
     add("--config", action="append", help="YAML file of flags; those on the command line win")
@@ -211,7 +210,7 @@ def add_baseline_flags(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace what is there under that name")
     add("--output_dataset", metavar="DIR", help="also write the data set with the baselines as columns")
     add("--plot", metavar="OUT.png", help="also draw the distribution of the three levels")
-    _add_reward_flags(add, "target", "template")
+    _add_reward_flags(add, "both")
     add("--num_samples", type=positive_int, help="only the first rows with text (default: all)")
     add("--batch_size", type=positive_int, help="most texts in one forward pass (default: as many as fit)")
     add("--streaming", action="store_true", help="read the data set as it is scored, and keep no copy")

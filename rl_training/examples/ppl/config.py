@@ -10,15 +10,36 @@ import math
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import regex
 
 from .errors import InputError, one_of, without_retired
 
-LEVELS = ("word", "phrase", "sentence")  # measured if nothing else is asked for
-OUTER = ("prompt", "examples")  # of nested ones, outward: what stands before the text
-ALL_LEVELS = (*LEVELS, *OUTER)
+
+class Level(NamedTuple):
+    """color: in plots; they are told apart by people who see red and green alike, and in grey. behind: for a level of
+    what stands before a text, the prompts that its view has, of `ppl.scoring.contexts.Contexts` and the text's own.
+    enough: how far below 0 the level is paid for, in nats a token; None: all the way."""
+
+    color: str
+    behind: Callable[[Any, Any], list] | None = None
+    enough: float | None = None
+
+
+# Outward. A nested level is the difference of its view to the one before it (`ppl.scoring.levels`).
+TABLE = {
+    "word": Level("#0072b2"),
+    "phrase": Level("#e69f00"),
+    "sentence": Level("#444444"),
+    # Of true continuations the median is 0.56. What has more says the prompt again, or is written at a low temperature.
+    "prompt": Level("#009e73", lambda contexts, own: [own], enough=0.5),
+    "examples": Level("#cc79a7", lambda contexts, own: [contexts.behind_examples(own)]),
+}
+ALL_LEVELS = tuple(TABLE)
+OUTER = tuple(name for name, level in TABLE.items() if level.behind)
+COLORS = {name: level.color for name, level in TABLE.items()}
+LEVELS = tuple(name for name in TABLE if name not in OUTER)  # measured if nothing else is asked for
 
 AGGREGATIONS = ("geometric", "nested")
 TARGETS = ("completion", "reference")
@@ -42,19 +63,20 @@ LOOP_PENALTY = 20.0  # the loop guard's weight, in what the perplexity reward ca
 # and stays within twice that, so that a group of which all are there still has a spread.
 NATS_KNEE = 0.5
 DEFAULT_EXAMPLES, DEFAULT_CONTRAST = 3, 2  # rows, where a level needs them
+# How much is earned at most by harming other rows' references, in nats a token. At 0, as CPMI has it, a text in the
+# right manner that says nothing still beats one that says something and harms others a little (studies/README.md).
+MOST_HARM = 0.2
 
 # Of sampling, for baselines as in training
 DEFAULT_MAX_NEW_TOKENS = 128
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_SEED = 42
 
-# In plots. Distinguishable by people who see red and green alike, and in grey.
-COLORS = {"word": "#0072b2", "phrase": "#e69f00", "sentence": "#444444", "prompt": "#009e73", "examples": "#cc79a7"}
 
-
-def _setting(default, help: str, also: str = "", **of_flag) -> Any:
-    """A field: its default, the flag's help, another name of flag and YAML, and what else `add_argument` takes."""
-    return field(default=default, metadata={"help": help, "also": also, "of_flag": of_flag})
+def _setting(where: str, default, help: str, also: str = "", **of_flag) -> Any:
+    """A field: which scripts have its flag (`ppl.cli`), its default, the flag's help, another name of flag and YAML,
+    and what else `add_argument` takes."""
+    return field(default=default, metadata={"where": where, "help": help, "also": also, "of_flag": of_flag})
 
 
 @dataclass(frozen=True)
@@ -67,47 +89,52 @@ class RewardConfig:
     ((1.0, 0.5), (3.0, 1.0))
     """
 
-    target: str = _setting("completion", "whose perplexity", choices=TARGETS)
+    target: str = _setting("both", "completion", "whose perplexity", choices=TARGETS)
     aggregation: str = _setting(
-        DEFAULT_AGGREGATION, "geometric: the mean over a level's units; nested: each level is given something else",
+        "definitions", DEFAULT_AGGREGATION,
+        "geometric: the mean over a level's units; nested: each level is given something else",
         choices=AGGREGATIONS,
     )  # fmt: skip
     levels: Sequence[str] = _setting(
-        LEVELS, "levels that count (default: word phrase sentence); with --aggregation nested also prompt, what a "
+        "definitions", LEVELS,
+        "levels that count (default: word phrase sentence); with --aggregation nested also prompt, what a "
         "completion's own prompt adds to other rows', and examples, what --examples add", nargs="+", metavar="LEVEL",
     )  # fmt: skip
-    max_phrase_words: int = _setting(DEFAULT_PHRASE_WORDS, "most words of a phrase")
-    language: str = _setting(DEFAULT_LANGUAGE, "ISO 639 code for splitting sentences")
+    max_phrase_words: int = _setting("definitions", DEFAULT_PHRASE_WORDS, "most words of a phrase")
+    language: str = _setting("definitions", DEFAULT_LANGUAGE, "ISO 639 code for splitting sentences")
     template: str = _setting(
-        DEFAULT_TEMPLATE, "with --target reference, how prompt and completion are put together before it; a baseline "
+        "both", DEFAULT_TEMPLATE,
+        "with --target reference, how prompt and completion are put together before it; a baseline "
         "has an empty completion", metavar="TEXT",
     )  # fmt: skip
     extract: str | None = _setting(
-        None, "with --target reference, the part of a completion that counts: the first group or the match, such as "
+        "training", None,
+        "with --target reference, the part of a completion that counts: the first group or the match, such as "
         "'.*In summary[:,]\\s*(.*?)\\s*$' (default, and without a match: all of it)", metavar="REGEX",
     )  # fmt: skip
     form: str = _setting(
-        "thresholds", "nats: the log-likelihood ratio to the baseline, dense, instead of thresholds", "reward_form",
+        "training", "thresholds",
+        "nats: the log-likelihood ratio to the baseline, dense, instead of thresholds", "reward_form",
         choices=FORMS,
     )  # fmt: skip
     weights: Sequence[float] | None = _setting(
-        None, "one for each of --levels (default: 0.2 0.3 0.5; with --aggregation nested all alike)",
+        "training", None, "one for each of --levels (default: 0.2 0.3 0.5; with --aggregation nested all alike)",
         "ppl_weights", type=float, nargs="+", metavar="W",
     )  # fmt: skip
     reward_thresholds: Sequence | None = _setting(
-        None, "from improvement to reward (default: 0.05:0.2 0.5:0.5 1:0.7 2:0.9 3:1)", nargs="+",
+        "training", None, "from improvement to reward (default: 0.05:0.2 0.5:0.5 1:0.7 2:0.9 3:1)", nargs="+",
         metavar="PERCENT:REWARD",
     )  # fmt: skip
-    contrast: int = _setting(
+    contrast: int = _setting("definitions",
         0, "other rows to compare with: with --target reference, what a completion does for their references is taken "
         "off; level prompt compares with their prompts (default there: 2)", metavar="M",
     )  # fmt: skip
     score_without_chat: bool = _setting(
-        False, "the scorer reads the prompt as text, though the policy is asked through its chat template",
+        "prompts", False, "the scorer reads the prompt as text, though the policy is asked through its chat template",
         action="store_true",
     )  # fmt: skip
-    missing: str = _setting("error", "rows without a baseline", choices=MISSING)
-    allow_baseline_mismatch: bool = _setting(False, "use baselines made otherwise", action="store_true")
+    missing: str = _setting("training", "error", "rows without a baseline", choices=MISSING)
+    allow_baseline_mismatch: bool = _setting("training", False, "use baselines made otherwise", action="store_true")
     normalize: bool = field(default=False)  # without a flag: GRPO normalises within each group
 
     def __post_init__(self) -> None:

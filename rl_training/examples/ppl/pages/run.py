@@ -30,7 +30,14 @@ SHOWN = 8  # prompts whose completions stand on the page
 # On a light and a dark page, of lines: as in the plots, but with a contrast of 3 or more (WCAG 2.2 AA).
 LINE_COLORS = (
     {**COLORS, "phrase": "#c26a00"},
-    {"word": "#5cb8f0", "phrase": "#f0a83c", "sentence": "#cfcac3", "prompt": "#3ecf9f", "examples": "#e6a3c8"},
+    {
+        **COLORS,
+        "word": "#5cb8f0",
+        "phrase": "#f0a83c",
+        "sentence": "#cfcac3",
+        "prompt": "#3ecf9f",
+        "examples": "#e6a3c8",
+    },
 )
 SECRETS = ("--hub_token", "--push_to_hub_token")
 # What a held-out score says, for those whose name does not.

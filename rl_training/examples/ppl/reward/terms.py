@@ -1,12 +1,13 @@
 """What was measured -> what each text earns: functions of numbers and settings alone."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ..config import NATS_KNEE, RewardConfig
+from ..config import MOST_HARM, NATS_KNEE, TABLE, RewardConfig
 
 HIGHEST = 1e300  # in place of a perplexity too large for float64: means and differences stay finite
 
@@ -50,6 +51,9 @@ def earned(measured: Measured, config: RewardConfig, by_level: bool = False) -> 
     current, baseline, blank = measured.perplexities, measured.baselines, measured.unscorable
     weights = np.array(config.weights) / sum(config.weights)
     improvement = improvements(baseline, current)
+    enough = [TABLE[level].enough for level in config.levels]
+    floor = [0.0 if most is None or config.aggregation != "nested" else math.exp(-most) for most in enough]
+    current, baseline = (np.maximum(values, floor) for values in (current, baseline))
     improvement[(measured.first_visit | blank) & ~measured.skipped] = 0.0
     average = improvement @ weights
     gain = nats if config.form == "nats" else improvements
@@ -57,10 +61,11 @@ def earned(measured: Measured, config: RewardConfig, by_level: bool = False) -> 
     gained, others = levels @ weights, None
     if measured.others is not None:
         theirs = gain(measured.others[1], measured.others[0])
-        # Clipped, so that nothing is earned by harming them (https://arxiv.org/abs/2604.10660).
-        others = np.nanmean(np.maximum(theirs @ weights, 0.0), axis=1)
+        # As CPMI has it (https://arxiv.org/abs/2604.10660), but for the floor, which is 0 there.
+        harm = -MOST_HARM if config.form == "nats" else 100 * (1 - math.exp(MOST_HARM))
+        others = np.nanmean(np.maximum(theirs @ weights, harm), axis=1)
         gained = gained - others
-        levels = levels - np.nanmean(np.maximum(theirs, 0.0), axis=1)
+        levels = levels - np.nanmean(np.maximum(theirs, harm), axis=1)
     if config.form == "nats":
         beyond = np.abs(gained) > NATS_KNEE
         rewards, of_levels = bent(gained), bent(levels)

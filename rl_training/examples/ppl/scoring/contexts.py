@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
+from ..config import OUTER, TABLE
 from ..data import Shown, Text, checked_shown, message_text, prompt_key, stable_id
 from ..errors import InputError
 from ..prompts import Turn, Turns, completion_turns, render_prompt
@@ -40,7 +41,7 @@ class Contexts:
         self._tokenizer, self._contrast, self._without_chat = tokenizer, contrast, without_chat
         self._chat = dict(chat or {})
         self._form = form.partition("{prompt}")[::2]
-        self._views = [view for view in ("prompt", "examples") if view in levels]
+        self._views = [level for level in OUTER if level in levels]
         self.examples, rows = (
             [(self._read(prompt), reference) for prompt, reference in checked_shown(name, given)]
             for name, given in (("examples", examples), ("others", others))
@@ -113,12 +114,10 @@ class Contexts:
         if self._without_chat and isinstance(own, str) and own is not prompt:
             completion = message_text(completion)
             pair = (own, joined(own, completion)[len(own) :])
-        prompts: list[list[Text | None]] = [[own]]
-        if "prompt" in self._views:
-            prompts.insert(0, [other for other, _ in self.others_of(own)])
-        if "examples" in self._views:
-            prompts.append([self.behind_examples(own)])
-        elif self.examples:
+        # The sentence level's view, then those of the levels further out.
+        prompts = [[other for other, _ in self.others_of(own)] if "prompt" in self._views else [own]]
+        prompts += [TABLE[level].behind(self, own) for level in self._views]
+        if "examples" not in self._views:
             prompts = [[self.behind_examples(one) for one in view] for view in prompts]
         if prompts == [[own]]:
             return pair
