@@ -198,7 +198,7 @@ def test_calls_that_come_meanwhile_take_one_pass_of_the_scorer_and_get_the_same_
         calls = [pool.submit(module.compute_score, **rows[0])]
         assert begun.wait(PATIENCE)
         calls += [pool.submit(module.compute_score, **row) for row in rows[1:]]
-        while module._score.waiting < len(rows) - 1:
+        while module.scored_together.waiting < len(rows) - 1:
             time.sleep(0.001)
         go_on.set()
         together = [call.result() for call in calls]

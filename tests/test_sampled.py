@@ -282,7 +282,7 @@ def test_two_completions_of_one_text_do_not_share_a_number(model, tokenizer):
     for _ in range(2):
         reward_fn(**call)
         assert reward_fn.found["ppls"]["word"].tolist() == pytest.approx(expected, rel=1e-5)
-    assert len(set(np.round(expected, 3))) == len(reward_fn._cache) == 3
+    assert len(set(np.round(expected, 3))) == len(reward_fn.cache) == 3
 
 
 def test_prompts_that_were_cut_on_the_left_are_given_as_ids(model, tokenizer):

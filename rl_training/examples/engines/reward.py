@@ -58,7 +58,7 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
     """
     try:
         given = zip(queries, prompts, labels, strict=True)
-        scored = _score([_Row(_completion(query, prompt), prompt, label) for query, prompt, label in given])
+        scored = scored_together([_Row(_completion(query, prompt), prompt, label) for query, prompt, label in given])
     except Exception as error:
         # OpenRLHF logs it at the level of details, goes on without a reward, and dies elsewhere of that.
         print(f"error: {'' if isinstance(error, InputError) else type(error).__name__ + ': '}{error}", file=sys.stderr)
@@ -84,7 +84,7 @@ def compute_score(data_source, solution_str: str, ground_truth, extra_info=None,
         )
     prompt = info["prompt"] if isinstance(info["prompt"], str) else list(info["prompt"])
     refuse_begun([prompt], "verl")
-    return _score([_Row(solution_str, prompt, ground_truth, info.get("id"))])[0]
+    return scored_together([_Row(solution_str, prompt, ground_truth, info.get("id"))])[0]
 
 
 class _Row(NamedTuple):
@@ -124,4 +124,4 @@ def _score_calls(calls: list[list[_Row]]) -> list[list[dict[str, float]]]:
     return [[dict(zip(columns, next(values), strict=True)) for _ in rows] for rows in calls]
 
 
-_score = Coalescing(_score_calls)
+scored_together = Coalescing(_score_calls)

@@ -143,7 +143,7 @@ class MultiLevelPPLRewardFunction:
         if self.baselines is not None and self.baselines.meta and not config.allow_baseline_mismatch:
             check_meta(self.baselines, self.identity)
         self.first_visits = FirstVisits()
-        self._cache = PerplexityCache()
+        self.cache = PerplexityCache()
         self._listeners: list[Callable[[Call], None]] = []
         self.level: str | None = None  # of `per_level`: the one whose reward this function gives
         self.veto: Veto | None = None
@@ -318,7 +318,7 @@ class MultiLevelPPLRewardFunction:
         if of_reference and references is None:
             raise InputError("target='reference' needs a column `reference`: rename the data set's column to it")
         if not is_scorer(self.model):
-            self._cache.forget_if_trained(self.model)
+            self.cache.forget_if_trained(self.model)
         prompts = [None] * n if prompts is None else list(prompts)
         references = [None] * n if references is None else list(references)
         completions = texts if completions is None else completions
@@ -420,7 +420,7 @@ class MultiLevelPPLRewardFunction:
     def perplexities(self, texts: Sequence) -> np.ndarray:
         """float64 [B, L], of what `MultiLevelPPLCalculator.score` takes, from the cache where it has them."""
         score = functools.partial(self.calculator.score_pairs, self.model)
-        return self._cache.perplexities(texts, score) if self.use_cache else score(texts)
+        return self.cache.perplexities(texts, score) if self.use_cache else score(texts)
 
 
 def row_baselines(columns: Mapping[str, Sequence], levels: Sequence[str]) -> list[dict | None] | None:
