@@ -41,9 +41,9 @@ def row_of(name: str, printed: str) -> list[str]:
 
 
 def documented(script: str) -> list[str]:
-    """The flags with which the guide runs a study, without the folder at their end."""
-    guide = (ROOT / "MULTILEVEL_PPL_GUIDE.md").read_text(encoding="utf-8")
-    [flags] = re.findall(rf"^python \.\./\.\./studies/{script} (.*) --output_dir \w+$", guide, re.MULTILINE)
+    """The flags with which studies/README.md runs a study, without the folder at their end."""
+    text = (ROOT / "studies" / "README.md").read_text(encoding="utf-8")
+    [flags] = re.findall(rf"^    python studies/{script} (.*) --output_dir \w+$", text, re.MULTILINE)
     return flags.split()
 
 
