@@ -19,7 +19,8 @@ from training_runs import EXAMPLES, SHORT, train
 from ppl import gguf
 from ppl.errors import InputError
 from ppl.models import load_model, model_path
-from ppl.scoring.identity import describe_model, differences, tokenizer_fingerprint
+from ppl.scoring.differences import differences
+from ppl.scoring.identity import describe_model, tokenizer_fingerprint
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.smollm2

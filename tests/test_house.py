@@ -1,6 +1,8 @@
 """The rules of the house: which wing imports which, that a wing's map names what is there, that --help is instant."""
 
 import ast
+import json
+import os
 import re
 import subprocess
 import sys
@@ -155,6 +157,33 @@ def test_unsloth_can_come_first(module):
     """It patches trl, transformers and peft, so what runs before it is imported must not import them."""
     code = f"import sys, {module}; print({{'trl', 'transformers', 'peft'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PPL.parent)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["--levels", "word", "prompt", "--aggregation", "nested"], ["--examples", "1"]])
+def test_a_job_is_read_before_unsloth_is_imported_and_imports_nothing_that_it_patches(flags, tmp_path):
+    baselines = {"train-001": dict.fromkeys(("word", "phrase", "sentence", "prompt"), 9.0)}
+    (tmp_path / "b.json").write_text(json.dumps(baselines))
+    (tmp_path / "b.json.meta.json").write_text(json.dumps({"definitions": {"aggregation": "nested"}}))
+    words = ["--max_samples", "20", "--output_dir", "out", "--baselines_path", "b.json", "--missing", "skip", *flags]
+    words += ["--allow_baseline_mismatch"] if "--levels" not in flags else []
+    code = f"""
+import sys
+import train_grpo_multilevel_unsloth as script
+from ppl.training import job
+def import_unsloth():
+    print({{"trl", "transformers", "peft"}} & set(sys.modules))
+    sys.exit()
+job.import_unsloth = import_unsloth
+args, rest = script.parse_args({words})
+try:
+    job.Job(args, rest, [], script.prepare_dataset)
+except ValueError as error:
+    assert "levels" in str(error)
+    print({{"trl", "transformers", "peft"}} & set(sys.modules))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(PPL.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.stdout.strip() == "set()", done.stdout + done.stderr
 
 

@@ -218,7 +218,7 @@ def test_baselines_made_with_other_examples_are_refused(model, tokenizer):
     shown = MultiLevelPPLRewardFunction(model, tokenizer, examples=EXAMPLES).identity
     nested = MultiLevelPPLRewardFunction(model, tokenizer, **NESTED).identity
     fewer = MultiLevelPPLRewardFunction(model, tokenizer, **{**NESTED, "others": OTHERS[:3]}).identity
-    from ppl.scoring.identity import differences
+    from ppl.scoring.differences import differences
 
     assert set(differences(plain, shown)) == {"examples"} == set(differences(shown, plain))
     assert {"levels", "contrast", "others", "examples"} <= set(differences(plain, nested))

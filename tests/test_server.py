@@ -29,7 +29,7 @@ from ppl.errors import BaselineError, InputError
 from ppl.models import load_model
 from ppl.reward.configured import reward_from_config
 from ppl.reward.loop_guard import loop_guard, loop_veto
-from ppl.scoring.identity import PROBE_NATS, differences
+from ppl.scoring.differences import PROBE_NATS, differences
 from ppl.scoring.server import PROBE, ServerScorer, connect
 from ppl.scoring.surprisal import SurprisalScorer, as_scorer, is_scorer
 from ppl.scoring.tokens import TextEncoder

@@ -27,8 +27,8 @@ from ppl.errors import InputError
 from ppl.scoring import packing, surprisal
 from ppl.scoring.batching import Group
 from ppl.scoring.calculator import MultiLevelPPLCalculator
+from ppl.scoring.differences import differences
 from ppl.scoring.frozen import base_of
-from ppl.scoring.identity import differences
 from ppl.scoring.surprisal import Head, SurprisalScorer, difference
 from ppl.scoring.tokens import TextEncoder
 

@@ -20,6 +20,7 @@ from ..config import LEVELS, RewardConfig
 from ..data import PromptForm, Text, message_text, stable_id
 from ..errors import BaselineError, retired
 from ..files import write_text
+from ..scoring.differences import BEHIND_AN_ADDRESS, differences
 from . import safe_pickle
 
 SUFFIXES = (".pkl", ".json")
@@ -284,8 +285,6 @@ def check_meta(baselines: Baselines, expected: Mapping) -> None:
     its word, a model's name is told but not compared, and another window only matters if a text was longer. Raises
     `BaselineError`.
     """
-    from ..scoring.identity import differences  # here, since a file is read without torch
-
     differing = differences(baselines.meta, expected)
     if differing:
         made, has = (", ".join(f"{key} {both[side]}" for key, both in differing.items()) for side in (0, 1))
@@ -300,11 +299,10 @@ def check_meta(baselines: Baselines, expected: Mapping) -> None:
 
 def _command(baselines: Baselines, expected: Mapping, differing: Mapping) -> str:
     """The call of compute_baselines_trl.py that makes the file as `expected` has it."""
-    from ..scoring.identity import BEHIND_AN_ADDRESS
-
     meta = baselines.meta
     model, made_from = {**meta.get("model", {}), **expected.get("model", {})}, meta.get("dataset", {})
     wanted = {**expected.get("definitions", {}), **meta.get("prompt", {}), **expected.get("prompt", {})}
+    wanted = {key: tuple(value) if isinstance(value, list) else value for key, value in wanted.items()}
     wanted["target"] = expected.get("target")
     usual = {one.name: one.default for one in fields(RewardConfig)} | PromptForm().identity
     usual["chat_template_kwargs"] = {}
@@ -320,12 +318,13 @@ def _command(baselines: Baselines, expected: Mapping, differing: Mapping) -> str
         # Of the model's own writing, again; a reference is not written.
         **(meta.get("generated") or {} if wanted["target"] != "reference" else {}),
         **{key: wanted.get(key) for key in usual if wanted.get(key) != usual[key]},
+        "examples": expected.get("shown", {}).get("examples", "").partition(" ")[0] or None,
         "output_path": baselines.source,
         "overwrite": True,
     }
     words = ["python", "compute_baselines_trl.py"]
     for key, value in flags.items():
         if value is not None and value is not False:
-            words.append(f"--{key}")
-            words += [] if value is True else [json.dumps(value) if isinstance(value, dict) else str(value)]
+            values = value if isinstance(value, tuple) else [json.dumps(value) if isinstance(value, dict) else value]
+            words += [f"--{key}", *(map(str, values) if value is not True else ())]
     return shlex.join(words)

@@ -41,6 +41,7 @@ from ..errors import InputError, retired
 from ..files import check_folder, writable_file, write_atomically
 from ..models import load_model, model_path
 from ..prompts import chat_identity
+from ..scoring.differences import differences
 from ..splits import column_names, reading
 from .file import SUFFIXES, TEXTS, beginning, meta_path, read_meta, versions, write_meta, write_records
 from .parts import Parts, Processes, cannot_write
@@ -468,8 +469,6 @@ def _compute(args: argparse.Namespace, load: Callable[..., Scorer], processes: P
 def check_other_runs(job: Job, identity: dict) -> None:
     """Raises `InputError` if other splits of the data set with baselines were scored with other settings, with which
     they would look like one data set, or the parts by a model of the same name and weights that has other numbers."""
-    from ..scoring.identity import differences
-
     if job.dataset_file is not None and (differing := differences(read_meta(dataset_baselines(job)), identity)):
         values = ", ".join(f"{name} {theirs}, now {mine}" for name, (theirs, mine) in differing.items())
         raise InputError(

@@ -9,6 +9,7 @@ packing.py     rows end to end in one sequence, each blind to its neighbours; el
 surprisal.py   the only forward pass: which way it goes, and what it gives each token
 levels.py      surprisals and units -> the perplexity of each level, nested levels included
 identity.py    what two numbers must share to be compared
+differences.py where two identities differ
 frozen.py      adapters off, eval mode, no gradient, and back
 sampling.py    completions of the model as it stands
 heatmap.py     a text coloured by surprisal, with heatmap.html.j2; what all pages share, with frame.html.j2

@@ -63,7 +63,7 @@ class Contexts:
         if "prompt" in self._views:
             shown["others"] = list(self._others.values())
         return {
-            name: hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
+            name: f"{len(rows)} rows {hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()}"
             for name, rows in shown.items()
             if rows
         }

@@ -23,7 +23,8 @@ from ..errors import InputError
 from ..models import load_tokenizer
 from ..prompts import read_template
 from .batching import Row, windows
-from .identity import BEHIND_AN_ADDRESS, PROBE, PROBE_NATS, differences, encode_probe, probe_row
+from .differences import BEHIND_AN_ADDRESS, PROBE_NATS, differences
+from .identity import PROBE, encode_probe, probe_row
 from .tokens import Encoded
 
 logger = logging.getLogger(__name__)
