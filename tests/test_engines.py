@@ -28,6 +28,7 @@ from multi_level_ppl_trl import MultiLevelPPLCalculator, MultiLevelPPLRewardFunc
 from ppl.config import LEVELS
 from ppl.errors import InputError
 from ppl.models import load_model
+from ppl.reward.terms import bent
 
 EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
 ENGINE_REWARD = EXAMPLES / "engines" / "reward.py"
@@ -171,11 +172,11 @@ def test_a_level_alone_earns_by_the_rewards_own_form_and_a_blank_text_the_least(
         for result in scored:
             improvement = result[f"reward_{level}"]
             if form == "nats":  # baseline - current = improvement of it
-                expected = np.clip(-np.log(1 - improvement / 100), -0.5, 0.5)
+                expected = bent(-np.log(1 - improvement / 100))
             else:
                 expected = 1.0 if improvement >= 60 else -1.0 if improvement >= -200 else 0.0
             assert result[f"score_{level}"] == pytest.approx(expected, abs=1e-6)
-        assert blank[f"score_{level}"] == {"nats": -0.5, "thresholds": -1.0}[form]
+        assert blank[f"score_{level}"] == {"nats": -1.0, "thresholds": -1.0}[form]
         assert blank[f"score_{level}"] <= min(result[f"score_{level}"] for result in scored)
 
 
@@ -214,7 +215,7 @@ def test_verl_finds_baselines_by_the_rows_id(configure, tmp_path):
     module = by_path("custom_module", True)
     rows = verl_rows(PROMPTS, id=[f"row{n}" for n in range(len(ROWS))])
     scores = [result["score"] for result in naive(module.compute_score, rows)]
-    assert scores == [0.5 if text else -0.5 for text in COMPLETIONS]
+    assert all(score == -1 if not text else 0.9 < score < 1 for score, text in zip(scores, COMPLETIONS, strict=True))
 
 
 def test_verl_does_not_go_on_with_a_begun_answer(configure):

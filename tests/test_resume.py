@@ -95,7 +95,7 @@ def test_it_logs_the_same_steps(undisturbed, stopped_twice):
         entries = [entry for entry in log_history(output, STEPS) if "reward" in entry]
         logs.append([(e["step"], e["reward"], e["reward_word"], e["loss"], e["entropy"]) for e in entries])
     assert logs[0] == logs[1] and [entry[0] for entry in logs[0]] == list(range(1, STEPS, 2))  # where it samples
-    assert {entry[1] for entry in logs[0][:5]} == {0.0} and any(entry[1] > 0 for entry in logs[0][5:])
+    assert len({entry[1] for entry in logs[0]}) > 3  # a first visit is measured, too
 
 
 def test_what_was_measured_before_training_is_kept(undisturbed, stopped_twice):

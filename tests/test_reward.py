@@ -143,7 +143,7 @@ def test_each_prompt_has_a_first_visit_of_its_own():
 
 def test_the_others_of_a_first_visit_are_left_out_one_by_one():
     function = reward({"a": (100, 30, 50), "b": (98, 10, 60), "c": (102, 20, 40), "": math.nan}, weights=(1, 0, 0))
-    assert function(["p"] * 4, ["a", "b", "c", ""]) == pytest.approx([0, 0.9 if 100 * 4 / 102 < 3 else 1, 0, 0])
+    assert function(["p"] * 4, ["a", "b", "c", ""]) == pytest.approx([0, 0.9, 0, 0])  # 98 against 101
     found = {level: values.tolist() for level, values in function.found["baselines"].items()}
     assert found["word"] == [100, 101, 99, 100] and found["phrase"] == [15, 25, 20, 20]  # a blank one is no part of it
     assert found["sentence"] == [50, 45, 55, 50]
@@ -327,7 +327,7 @@ def test_details_have_one_number_a_text(target):
 def test_texts_alone_are_enough():
     """`compute_rewards(texts=..., return_details=True)`, as the guide has it."""
     rewards, details = Heard(MODEL, TOKENIZER).compute_rewards(texts=["The fox.", "The end."], return_details=True)
-    assert rewards.tolist() == [0, 0]
+    assert sorted(rewards.tolist()) == [0, 1]  # each against the other
     twin = brute_force.all_levels(MODEL, TOKENIZER, "The fox.")
     assert details["ppls"]["word"][0].item() == pytest.approx(twin["word"], rel=1e-4)
 

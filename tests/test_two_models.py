@@ -14,10 +14,9 @@ from test_sampled import CHATS, PROMPTS, generate
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator
+from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
 from ppl.baselines.file import Baselines
 from ppl.config import RewardConfig, Sampling
-from ppl.data import message_text
 from ppl.models import load_model
 from ppl.scoring.sampling import GivenIds, end_tokens, prompt_ids
 from ppl.scoring.tokens import Sampled
@@ -347,29 +346,27 @@ def test_a_real_step_of_training_scores_what_the_policy_wrote(story, tiny, tmp_p
 
     calls = []
 
-    class Kept(Heard):
-        def _report(self, prompts, completions, rewards, seconds, columns):
-            calls.append((prompts, completions, columns["completion_ids"], ppls(self)))
-
     policy = copy.deepcopy(story[0]), story[1]
     prompts = story_model.prompts()[:4]
     config = GRPOConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=8, num_generations=2,
         report_to="none", max_steps=2, max_completion_length=12, save_strategy="no",
     )  # fmt: skip
-    reward_fn = Kept(*tiny, policy=policy)
+    reward_fn = MultiLevelPPLRewardFunction(*tiny, policy=policy)
+    reward_fn.listen(calls.append)
     trainer = ResumableGRPOTrainer(
         model=policy[0], args=config, reward_funcs=reward_fn.per_level() if per_level else [reward_fn],
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]), processing_class=policy[1],
     )  # fmt: skip
     trainer.train()
-    assert len(calls) == (2 * len(LEVELS) if per_level else 2)
+    assert len(calls) == 2  # of several levels one tells for all
     assert sum("their text is scored" in one.getMessage() for one in caplog.records) == 1
     glued = 0
-    for prompts, completions, ids, found in calls:
+    for call in calls:
+        prompts, ids, found = call.prompts, call.columns["completion_ids"], call.measured.perplexities
         given = prompt_ids(prompts, policy[1])
         ends = [policy[1].eos_token_id]
         texts = [written(policy[1], before, row, ends) for before, row in zip(given, ids, strict=True)]
         assert found == pytest.approx(levels(*tiny, prompts, texts), rel=1e-5, nan_ok=True)
-        glued += sum(text != message_text(one) for text, one in zip(texts, completions, strict=True))
+        glued += sum(text != one for text, one in zip(texts, call.texts, strict=True))
     assert glued >= 8

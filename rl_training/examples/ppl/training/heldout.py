@@ -215,8 +215,8 @@ def gained_by_any(before: Mapping[str, float], after: Mapping[str, float]) -> st
     before, after: scores of `HeldOut`.
 
     >>> before = {"word improvement %": 0.0, "found among 8": 0.5}
-    >>> gained_by_any(before, {"word improvement %": 16.0, "found among 8": 0.5})[:52]
-    'ANY ROW: completions earn 16.0 points more, and are f'
+    >>> gained_by_any(before, {"word improvement %": 16.0, "found among 8": 0.5})[:47]
+    'ANY ROW: completions earn 16.0 points more, and'
     >>> gained_by_any(before, {"word improvement %": 16.0, "found among 8": 0.9})
     """
     [found] = [name for name in before if name.startswith(FOUND)] or [None]
