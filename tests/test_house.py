@@ -152,7 +152,8 @@ def test_files_are_written_in_one_place():
             assert calls == writers.get(path, set()), path
 
 
-@pytest.mark.parametrize("module", ["ppl.training.job", "ppl.baselines.job"])
+# The last is imported to compare settings, before any model is loaded.
+@pytest.mark.parametrize("module", ["ppl.training.job", "ppl.baselines.job", "ppl.scoring.identity"])
 def test_unsloth_can_come_first(module):
     """It patches trl, transformers and peft, so what runs before it is imported must not import them."""
     code = f"import sys, {module}; print({{'trl', 'transformers', 'peft'}} & set(sys.modules))"
@@ -200,3 +201,43 @@ def test_help_is_instant(script):
     assert {"ppl", "argparse"} <= names
     slow = {"numpy", "torch", "transformers", "datasets", "trl", "peft", "unsloth", "pandas", "matplotlib", "sentencex"}
     assert not names & slow
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_python_without_the_packages_is_told_in_one_line(script):
+    """-S leaves out the folder of installed packages, as the system's Python has none of them."""
+    done = subprocess.run([sys.executable, "-S", "-E", PPL.parent / f"{script}.py"], capture_output=True, text=True)
+    [line] = done.stderr.splitlines()
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"error: .* has no package \w+: .*/\.venv/bin/activate` .*", line)
+
+
+def test_a_package_that_is_missed_later_is_told_in_one_line_too(tmp_path):
+    (tmp_path / "rich.py").write_text("raise ModuleNotFoundError(\"No module named 'rich'\", name='rich')")
+    command = [sys.executable, PPL.parent / "multi_level_ppl_trl.py", "--text", "A fox."]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    [line] = done.stderr.splitlines()
+    assert done.returncode == 2 and " has no package rich: " in line
+    done = subprocess.run([*command, "--debug"], capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)})
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["--no_unsloth"]])
+def test_nothing_but_our_line_is_printed_until_a_model_is_there(flags):
+    """In a fresh process, with what libraries print when they are imported.."""
+    code = (
+        "import sys, logging, warnings\n"
+        "from ppl.models import import_unsloth, load_model, where\n"
+        "unsloth = not sys.argv[1:]\n"
+        "assert not unsloth or import_unsloth() is None\n"
+        "model, *_ = load_model('tiny-stories', load_in_4bit=True, unsloth=unsloth)\n"
+        "logging.getLogger('bitsandbytes.backends.cpu.ops').warning('Failed to load CPU gemm_4bit_forward')\n"
+        "warnings.warn('IProgress not found. Please update jupyter')\n"
+        "print(where('tiny-stories', model))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags], capture_output=True, text=True, cwd=PPL.parent,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.stdout == "tiny-stories on cpu: dtype = float32, 4-bit = True\n", done.stdout
+    assert done.stderr == ""

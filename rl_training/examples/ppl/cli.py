@@ -26,6 +26,7 @@ from .config import (
 )
 from .data import PromptForm, Shown, draw, read_shown
 from .errors import SETTINGS, InputError, retired
+from .models import check_reachable, model_path
 from .prompts import read_template, read_tools
 
 LATEST = "latest"  # checkpoint
@@ -236,7 +237,9 @@ def grpo_fields() -> set[str]:
     """
     names = set()
     for file in ("trl/trainer/grpo_config.py", "trl/trainer/base_config.py", "transformers/training_args.py"):
-        package = importlib.util.find_spec(file.partition("/")[0])
+        name = file.partition("/")[0]
+        if (package := importlib.util.find_spec(name)) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         tree = ast.parse(Path(package.origin).parent.parent.joinpath(file).read_text(encoding="utf-8"))
         lines = (line for node in tree.body if isinstance(node, ast.ClassDef) for line in node.body)
         names |= {ast.unparse(line.target) for line in lines if isinstance(line, ast.AnnAssign)}
@@ -347,6 +350,10 @@ def run(args: argparse.Namespace, body: Callable[[argparse.Namespace], int]) -> 
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
+        for name in (getattr(args, "model_name", None), getattr(args, "scorer_model", None)):
+            # Now, since to import what loads it takes seconds. What a server scores with is not loaded here.
+            if name is not None and not getattr(args, "scorer_url", None):
+                check_reachable(model_path(name))
         return body(args)
     except InputError as error:
         if args.debug:

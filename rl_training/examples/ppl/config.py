@@ -8,7 +8,7 @@ Imports nothing that takes time.
 import difflib
 import math
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -163,14 +163,14 @@ class RewardConfig:
         self.reference_context  # noqa: B018  raises
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], where: str = "") -> "RewardConfig":
+    def of(cls, settings: Mapping[str, Any], where: str = "", others: Iterable[str] = ()) -> "RewardConfig":
         """Of names and values as flags and files have them, where None stands for the default; what is retired and asks
-        for nothing is left out. where: what a message begins with."""
+        for nothing is left out. where: what a message begins with. others: names that may have been meant."""
         try:
             known, settings = [one.name for one in fields(cls)], without_retired(settings)
             for name in settings:
                 if name not in known:
-                    raise InputError(f"unknown setting {name!r}{did_you_mean(name, known)}")
+                    raise InputError(f"unknown setting {name!r}{did_you_mean(name, [*known, *others])}")
             return cls(**{name: value for name, value in settings.items() if value is not None})
         except InputError as error:
             raise InputError(f"{where}{error}") from error

@@ -1,8 +1,12 @@
 """Model and tokenizer from Unsloth, transformers, a GGUF file or the embedded folder; and what names them."""
 
+import contextlib
+import difflib
+import io
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from .data import TINY_STORIES
@@ -10,13 +14,15 @@ from .errors import InputError
 from .gguf import check_package, is_gguf, plain_folder, smollm2_file
 from .prompts import of_text, read_template
 
+EMBEDDED = ("tiny-stories", "smollm2")
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def model_path(name: str) -> str:
     """What to load for a name: the embedded folder for tiny-stories, a package's file for smollm2, else the name.
 
-    Raises `InputError` for a folder or a file that holds no model, and without the packages that a file needs.
+    Raises `InputError` for a folder or a file that holds no model, for a name like one of those two, and without the
+    packages that a file needs.
     """
     if name == "smollm2":
         return str(smollm2_file())
@@ -26,6 +32,8 @@ def model_path(name: str) -> str:
             raise InputError(f"the GGUF file {name!r} does not exist")
         if path.is_absolute() or name.startswith("."):
             raise InputError(f"model folder {name!r} does not exist")
+        if near := difflib.get_close_matches(name.lower(), EMBEDDED, n=1, cutoff=0.7):
+            raise InputError(f"no model folder is named {name!r}: did you mean {near[0]}?")
         return name
     if is_gguf(path):
         check_package()
@@ -39,6 +47,30 @@ def model_path(name: str) -> str:
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise InputError(f"model folder {name!r} holds no weights: expected a .safetensors or .bin file in it")
     return str(path)
+
+
+def check_reachable(name: str) -> None:
+    """Raises `InputError` for a name that is no path, and neither in the hub's cache nor on the hub.
+
+    transformers asks for each file anew, and for each of them several times: without a network that takes minutes.
+    """
+    if Path(name).exists():
+        return
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if any(isinstance(try_to_load_from_cache(name, one), str) for one in ("config.json", "adapter_config.json")):
+            return
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # of the network, the hub's answer, a name that it does not take
+        models = [path.parent.name for kind in ("config", "adapter_config") for path in Path().glob(f"*/{kind}.json")]
+        near = difflib.get_close_matches(name, {*EMBEDDED, *models}, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise InputError(
+            f"cannot load model {name!r}: no such folder here, nor in the cache, and the hub says: {_first_line(error)}"
+            f"{hint}; expected a folder with config.json, weights and tokenizer, a GGUF file, a name on the hub (with "
+            f"a network), or {' or '.join(EMBEDDED)}"
+        ) from error
 
 
 def tokenizer_path(name: str) -> str:
@@ -58,6 +90,7 @@ def load_tokenizer(name: str, whose: str):
     from transformers import AutoTokenizer, GenerationConfig
 
     path = tokenizer_path(name)
+    check_reachable(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
@@ -99,6 +132,7 @@ def load_model(
         made = " (it was made of a GGUF file: load that one once, and it is there again)"
         remedy = made if Path(base).parent.name == "gguf" else ""
         raise InputError(f"{path} is an adapter of {base}, which does not exist{remedy}")
+    check_reachable(base or path)
     template = None if chat_template_path is None else read_template(chat_template_path)
     reason, loaded = import_unsloth() if unsloth else None, None
     target = _device(device)
@@ -106,11 +140,13 @@ def load_model(
         dtype = "float32"
     if unsloth and reason is None:
         try:
-            loaded = _from_unsloth(path, load_in_4bit, dtype, max_seq_length, full_finetuning)
+            with _quiet():
+                loaded = _from_unsloth(path, load_in_4bit, dtype, max_seq_length, full_finetuning)
         # Unsloth raises many things for an architecture or a machine it does not know; the other way is open for all.
         except Exception as error:
             reason = f"{type(error).__name__}: {_first_line(error)}"
-    model, tokenizer = loaded or _from_transformers(path, name, load_in_4bit, dtype, target)
+    with _quiet():
+        model, tokenizer = loaded or _from_transformers(path, name, load_in_4bit, dtype, target)
     if loaded is None and max_seq_length is not None:
         model.max_seq_length = max_seq_length  # the name Unsloth gives it: the same window on both ways
     if template is not None:
@@ -174,10 +210,32 @@ def check_words(tokenizer, name: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it, no library prints a banner, or draws a bar of the weights that it loads."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def where(name: str, model) -> str:
+    """On what, and in which precision, a model runs."""
+    dtype, in_4bit = str(model.dtype).removeprefix("torch."), getattr(model, "is_loaded_in_4bit", False)
+    return f"{name} on {model.device}: dtype = {dtype}, 4-bit = {in_4bit}"
+
+
 def import_unsloth() -> str | None:
     """Import Unsloth, which must come before trl, transformers and peft. None, or the reason why it cannot be used."""
     try:
-        import unsloth  # noqa: F401
+        with contextlib.redirect_stdout(io.StringIO()):  # its banner
+            import unsloth  # noqa: F401
     # Without a supported accelerator, or beside versions it does not know, its import raises many things.
     except Exception as error:
         return f"{type(error).__name__}: {_first_line(error)}"

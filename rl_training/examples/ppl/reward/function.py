@@ -5,6 +5,7 @@ compute_rewards  ->  measure  ->  Measured  ->  earned (terms.py)  ->  rewards, 
 
 import copy
 import functools
+import inspect
 import math
 import threading
 import time
@@ -26,7 +27,7 @@ from ..scoring.calculator import MultiLevelPPLCalculator
 from ..scoring.contexts import reference_context
 from ..scoring.identity import identity
 from ..scoring.sampling import given_by_trainer, refuse_appended
-from ..scoring.surprisal import Scorer, as_scorer, is_scorer
+from ..scoring.surprisal import Scorer, as_scorer, check_model, is_scorer
 from ..scoring.tokens import Sampled
 from .memory import FirstVisits, PerplexityCache
 from .terms import HIGHEST, Earned, Measured, details_of, earned, normalized
@@ -117,13 +118,15 @@ class MultiLevelPPLRewardFunction:
             raise InputError("expected a baseline_model or a scorer, not both, and its tokenizer")
         self.model = scorer if baseline_model is None else baseline_model
         if not is_scorer(self.model):
+            check_model(self.model)
             self.model = extract_model_from_parallel(self.model, keep_torch_compile=True)
             if device is not None and torch.device(device) != self.model.device:
                 self.model = self.model.to(device)
         elif device is not None:
             raise InputError(f"device is {device!r}, but the scorer has a place of its own: leave device out")
         self.config = config = RewardConfig.of(
-            {"weights": weights, "reward_thresholds": reward_thresholds, "normalize": normalize, **settings}
+            {"weights": weights, "reward_thresholds": reward_thresholds, "normalize": normalize, **settings},
+            others=inspect.signature(MultiLevelPPLRewardFunction).parameters,
         )
         self.calculator = MultiLevelPPLCalculator(
             tokenizer, config.max_phrase_words, config.language, config.aggregation, batch_size, max_batch_tokens,

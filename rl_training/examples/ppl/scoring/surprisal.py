@@ -200,6 +200,7 @@ class SurprisalScorer:
         adapters: bool = False,
         tokenizer=None,
     ) -> None:
+        check_model(model)
         if adapters:
             check_weights_only(model)
         self._base = base_of(model)  # once: accelerate visits every module for it, 10 ms of an 8B model with adapters
@@ -536,6 +537,15 @@ class Scorer(Protocol):
 def as_scorer(model, tokenizer=None) -> Scorer:
     """The scorer that a model in this process is, with its tokenizer; a scorer as it is."""
     return model if is_scorer(model) else SurprisalScorer(model, tokenizer=tokenizer)
+
+
+def check_model(model) -> None:
+    """Raises `InputError` for what is no model, such as a name or a tokenizer."""
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(
+            f"the model is {str(model)!r:.60}, expected a loaded one: model, tokenizer, _ = "
+            "ppl.models.load_model(name), and the model comes before its tokenizer"
+        )
 
 
 def is_scorer(model) -> bool:

@@ -41,7 +41,7 @@ class Job:
         self.loop_penalty, self.per_level, self.allow_copies = args.loop_penalty, args.per_level, args.allow_copies
         check_weight(args.loop_penalty)
         self.checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-        check_reporters(args.report_to or [])
+        check_reporters(args.report_to or (["wandb"] if args.wandb_project else []))
         numbers = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.num_generations
         sampled_apart = any(word.startswith(("--steps_per_generation", "--generation_batch_size")) for word in rest)
         batches = plan_batches(*numbers, int(os.environ.get("WORLD_SIZE", "1")), sampled_apart)

@@ -13,7 +13,7 @@ import torch
 
 from ..data import Text, message_text
 from ..errors import InputError
-from ..models import add_lora, load_model, train_text_only
+from ..models import add_lora, load_model, train_text_only, where
 from ..processes import is_first
 from ..prompts import render_prompt
 from ..scoring.frozen import frozen
@@ -130,16 +130,14 @@ def load_policy_and_scorer(job: Job) -> tuple[Loaded, Loaded]:
     full_finetuning = asked.lora is None
     if reason:
         check_trl(reason)
-    if is_first():
-        options = ", ".join(f"{name}={asked.policy_load[name]}" for name in ("load_in_4bit", "dtype"))
-        print(f"Loading {asked.name} ({options}) ...")
     options = {**asked.policy_load, "full_finetuning": full_finetuning}
     model, tokenizer, refused = load_model(asked.name, unsloth=reason is None, **options)
     if refused:
         check_trl(refused)
     reason = reason or refused
     if is_first():
-        print(f"Training with transformers and PEFT: {reason}" if reason else "Training with Unsloth", flush=True)
+        way = f"transformers and PEFT: {reason}" if reason else "Unsloth"
+        print(f"{where(asked.name, model)}. Training with {way}", flush=True)
     if full_finetuning:
         train_text_only(model)
     else:

@@ -416,12 +416,24 @@ def _counts_refused(asked: Mapping, make: Callable, error: Exception) -> InputEr
 
 
 def check_reporters(names: Sequence[str]) -> None:
-    """Raises `InputError` for a reporter whose package is not installed, and for one beside none."""
+    """Raises `InputError` for a reporter whose package is not installed, for one beside none, and for Weights & Biases
+    without a key, which it would ask for when the models are loaded."""
     if "none" in names and len(names) > 1:
         raise InputError(f"--report_to is {' '.join(names)}: none stands alone, or leave it out")
     for name in names:
         if name != "none" and importlib.util.find_spec(name) is None:
             raise InputError(f"--report_to {name} needs the package {name}: pip install {name}")
+    if "wandb" in names:
+        import wandb
+        from requests.utils import get_netrc_auth
+
+        settings = wandb.setup().settings
+        key = settings.api_key or settings.identity_token_file or get_netrc_auth(settings.base_url)
+        if settings.mode in ("online", "shared") and not key:
+            raise InputError(
+                f"Weights & Biases has no key for {settings.base_url}: call `wandb login`, or set WANDB_API_KEY; with "
+                "WANDB_MODE=offline it needs none"
+            )
 
 
 def _check_settings(config, asked: Mapping, eval_split: str | None) -> None:

@@ -1,5 +1,7 @@
 """TRL's GRPOTrainer, with what a resumed run needs to go on as if it had never stopped. Import Unsloth before this."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -71,7 +73,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
             super()._save(output_dir, state_dict)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        super().create_model_card(*args, **kwargs)
+        with contextlib.redirect_stderr(io.StringIO()):  # Weights & Biases, asked for the address of an offline run
+            super().create_model_card(*args, **kwargs)
         if self.card is not None and self.is_world_process_zero():
             self.card(self.state)
 
