@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import warm
+from safetensors.torch import load_file
 from training_runs import EXAMPLES, SHORT, log_history, refusal, train
 from waiting import PATIENCE
 
@@ -200,3 +202,41 @@ def test_resuming_from_nothing_is_refused(tmp_path):
     assert "no whole checkpoint" in refusal("--resume_from_checkpoint", "--output_dir", out)
     assert "nowhere holds no trainer_state.json" in refusal("--resume_from_checkpoint", "nowhere", "--output_dir", out)
     assert not out.exists()
+
+
+# Ctrl-C in the first batch of an evaluation, and how many batches it had.
+STOPPED = """
+import signal, sys
+from ppl.training import trainer
+import train_grpo_multilevel_unsloth
+
+batches, own = [], trainer.SafeStops.on_prediction_step
+
+def on_prediction_step(self, args, state, control, **kwargs):
+    batches.append(state.global_step)
+    signal.raise_signal(signal.SIGINT)
+    own(self, args, state, control, **kwargs)
+
+trainer.SafeStops.on_prediction_step = on_prediction_step
+code = train_grpo_multilevel_unsloth.main(sys.argv[1:])
+print("BATCHES", batches)
+sys.exit(code)
+"""
+
+
+def test_a_signal_ends_an_evaluation_between_its_batches(tmp_path):
+    flags = [*SHORT, "--no_unsloth", "--no-load_in_4bit", "--max_steps", "3", "--eval_split", "test[:12]"]
+    flags += ["--eval_steps", "2", "--eval_on_start", "false", "--max_new_tokens", "4", "--save_strategy", "no"]
+    flags += ["--num_generations", "2", "--output_dir", tmp_path / "out"]
+    command = [warm.python(), "-c", STOPPED, *map(str, flags)]
+    done = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 128 + signal.SIGINT, done.stderr[-3000:]
+    assert "BATCHES [2]" in done.stdout and "Stopped at step 2. Go on with" in done.stdout
+    history = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert not [name for entry in history for name in entry if name.startswith("eval_")]
+    train(*flags, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-2")
+    stopped = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    train(*flags, "--output_dir", tmp_path / "whole")
+    whole_run = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    assert stopped.keys() == whole_run.keys()
+    assert all(torch.equal(stopped[name], whole_run[name]) for name in whole_run)

@@ -26,8 +26,8 @@ import sys
 import warnings
 from pathlib import Path
 
-# What libraries say when they are imported, and nobody can act on: bitsandbytes lacks a kernel that it does without, tqdm
-# lacks widgets in a notebook.
+# What libraries say when they are imported, and nobody can act on: of a kernel that bitsandbytes does without, and of
+# widgets that a notebook does not have.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", "IProgress not found")
 

@@ -3,9 +3,11 @@
 import contextlib
 import io
 import json
+import math
 import os
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -25,11 +27,16 @@ from .rewards import Reward, perplexity_rewards
 from .settings import STATE_FILE, resume_command
 
 
+class EvaluationStopped(Exception):
+    """Ends an evaluation between two batches, after Ctrl-C."""
+
+
 class ResumableGRPOTrainer(GRPOTrainer):
-    """Seven differences: prompts are read as the scorer reads them, of the model's generation_config.json only the
+    """Eight differences: prompts are read as the scorer reads them, of the model's generation_config.json only the
     special tokens act on the sampling and all of it is saved, reward functions get the `prompt_ids` that the policy was
     given, adapters keep their precision, an epoch's order follows from its number, a resumed run with `beta` takes up
-    the trained adapter, too, the model card says what the run was.
+    the trained adapter, too, the model card says what the run was, an evaluation can be stopped and
+    leaves the random state of training as it was.
 
     chat: what the chat template is given, keywords of `ppl.prompts.render_prompt`. card: called with the trainer's
     state when TRL has written README.md into the output folder.
@@ -85,6 +92,15 @@ class ResumableGRPOTrainer(GRPOTrainer):
         # are such folders, transformers loads from them alone: the adapter in training would begin anew.
         if "ref" in getattr(model, "peft_config", {}):
             model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+
+    def _evaluate(self, *args, **kwargs):
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=devices):  # the steps after it are the same, also if it is stopped
+                return super()._evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self._metrics["eval"].clear()  # of the batches until then
+            return defaultdict(lambda: math.nan)
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
@@ -187,9 +203,10 @@ class RewardState(TrainerCallback):
 class SafeStops(TrainerCallback):
     """Saves where a run can go on exactly, and after SIGTERM or Ctrl-C saves and stops at the next such place.
 
-    Completions are sampled for `steps_per_generation` x `num_iterations` batches at once and are not part of a
-    checkpoint: one that is due in between waits for the next sampling. A second signal ends the process at once.
-    Must come after the trainer's own callbacks. With several processes, a signal to one of them stops all.
+    An evaluation ends between two batches. Completions are sampled for `steps_per_generation` x `num_iterations`
+    batches at once and are not part of a checkpoint: one that is due in between waits for the next sampling. A second
+    signal ends the process at once. Must come after the trainer's own callbacks. With several processes, a signal to
+    one of them stops all.
 
     received: the signal's number, None without one.
     """
@@ -221,17 +238,34 @@ class SafeStops(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self._batches += 1
-        if torch.distributed.is_initialized():
-            anywhere = torch.tensor([self.received or 0], device=args.device)
-            torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
-            self.received = int(anywhere) or None
+        self._tell_all(args)
+        control.should_evaluate &= self.received is None
         if control.should_training_stop:
             return
         self._save_is_due |= control.should_save or self.received is not None
-        safe = self._batches % (args.steps_per_generation * args.num_iterations) == 0
-        control.should_save = self._save_is_due and safe
+        control.should_save = self._save_is_due and self._is_safe(args)
         if control.should_save:
             self._save_is_due = False
             # What was measured since the last entry is logged: the next process would begin to count anew.
             control.should_log |= self.received is not None
             control.should_training_stop = self.received is not None
+
+    def on_prediction_step(self, args, state, control, **kwargs) -> None:
+        self._tell_all(args)
+        if self.received is None:
+            return
+        control.should_evaluate = False  # as at the end of one
+        # The step before it has ended. Where that is no safe place, the next steps come to one.
+        if state.global_step > 0 and self._is_safe(args):
+            control.should_save = control.should_training_stop = True
+        raise EvaluationStopped
+
+    def _is_safe(self, args) -> bool:
+        return self._batches % (args.steps_per_generation * args.num_iterations) == 0
+
+    def _tell_all(self, args) -> None:
+        """Let all processes know of a signal to one of them."""
+        if torch.distributed.is_initialized():
+            anywhere = torch.tensor([self.received or 0], device=args.device)
+            torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
+            self.received = int(anywhere) or None
