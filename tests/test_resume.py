@@ -57,7 +57,7 @@ def stop_at(command: list[str], step: int, number: int) -> tuple[int, str]:
 
 
 def printed_command(output: str) -> list[str]:
-    [line] = re.findall(r"Go on with\n +python (.*)", output)
+    [line] = re.findall(r"Go on with\n +\S*python (.*)", output)
     return [warm.python(), *shlex.split(line)]
 
 
@@ -169,10 +169,14 @@ def test_the_latest_checkpoint_is_the_newest_whole_one(tmp_path):
     ],
 )
 def test_the_command_to_go_on(argv, monkeypatch):
+    """It runs as pasted: where .venv is not activated, python is another one, or none."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    assert resume_command(argv, "out/checkpoint-3") == (
-        "python train.py --a 'b c' --resume_from_checkpoint out/checkpoint-3"
-    )
+    command = "python train.py --a 'b c' --resume_from_checkpoint out/checkpoint-3"
+    folder = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert resume_command(argv, "out/checkpoint-3") == f"{folder}/{command}"
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin")
+    assert resume_command(argv, "out/checkpoint-3") == command
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert resume_command(argv, "c").startswith("accelerate launch --num_processes 2 train.py ")
 

@@ -121,6 +121,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     job = Job(args, rest, command, prepare_dataset)  # imports Unsloth: what imports TRL has to come after it
 
     from ppl.pages.run import finish_report, start_report
+    from ppl.training.card import print_use
     from ppl.training.heldout import HeldOutPrompts
     from ppl.training.policy import NOT_PUSHED, load_policy_and_scorer, merge, publish
     from ppl.training.rewards import perplexity_rewards, weighted
@@ -143,6 +144,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
         finish_report(job, page, perplexity, held_out.after(), trainer.state)
         code = 0 if publish(trainer, job) else NOT_PUSHED
         merge(job, policy)
+        print_use(job)
     trainer.accelerator.end_training()  # an interpreter that ends with gloo's threads at work may be aborted
     return code
 

@@ -8,6 +8,8 @@ import json
 import math
 import os
 import re
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
@@ -400,6 +402,15 @@ def script(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
             return int(end.code or 0)
 
     return called
+
+
+def runnable(words: Sequence[str]) -> str:
+    """A command line to paste into this shell. Its first word is a program of this Python, such as python itself: with
+    its folder, unless the shell finds the same one without."""
+    program = Path(sys.executable).with_name(words[0])
+    found = shutil.which(words[0])
+    known = found is not None and (words[0] != "python" or Path(found).parent == program.parent)
+    return shlex.join([words[0] if known else str(program), *words[1:]])
 
 
 def script_name(default: str) -> str:

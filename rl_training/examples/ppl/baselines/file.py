@@ -4,9 +4,9 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import os
 import pickle
 import reprlib
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..cli import runnable
 from ..config import LEVELS, RewardConfig
 from ..data import PromptForm, Text, message_text, stable_id
 from ..errors import BaselineError, retired
@@ -322,9 +323,9 @@ def _command(baselines: Baselines, expected: Mapping, differing: Mapping) -> str
         "output_path": baselines.source,
         "overwrite": True,
     }
-    words = ["python", "compute_baselines_trl.py"]
+    words = ["python", os.path.relpath(Path(__file__).parents[2] / "compute_baselines_trl.py")]
     for key, value in flags.items():
         if value is not None and value is not False:
             values = value if isinstance(value, tuple) else [json.dumps(value) if isinstance(value, dict) else value]
             words += [f"--{key}", *(map(str, values) if value is not True else ())]
-    return shlex.join(words)
+    return runnable(words)

@@ -39,7 +39,7 @@ from ..data import (
 )
 from ..errors import InputError, retired
 from ..files import check_folder, writable_file, write_atomically
-from ..models import load_model, model_path, where
+from ..models import load_model, model_path
 from ..prompts import chat_identity
 from ..scoring.differences import differences
 from ..splits import column_names, reading
@@ -333,8 +333,6 @@ def _load_model(args: argparse.Namespace, device: str | None) -> tuple[Any, Any,
     """(model, tokenizer, whether they are Unsloth's)"""
     import torch
 
-    from ..processes import is_first
-
     in_4bit = is_4bit(args.model_name) if args.load_in_4bit is None else args.load_in_4bit
     # On a CPU and not quantised, Unsloth's model is that of transformers.
     on_gpu = torch.cuda.is_available() and (device or "cuda").startswith("cuda")
@@ -348,11 +346,9 @@ def _load_model(args: argparse.Namespace, device: str | None) -> tuple[Any, Any,
         unsloth=unsloth,
         chat_template_path=args.chat_template_path,
     )
-    uses = unsloth and reason is None
-    if is_first():
-        way = "Unsloth" if uses else "transformers" + (f", without Unsloth: {reason}" if reason else "")
-        print(f"{where(args.model_name, model)}. Scoring with {way}", file=sys.stderr)
-    return model, tokenizer, uses
+    if reason is not None:
+        print(f"Without Unsloth: {reason}", file=sys.stderr)
+    return model, tokenizer, unsloth and reason is None
 
 
 def is_4bit(name: str) -> bool:

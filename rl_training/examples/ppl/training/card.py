@@ -1,15 +1,20 @@
 """The model card: what a model was trained on, with which reward, what came of it, how to load it; TRL's text below."""
 
 import json
+import re
+from dataclasses import asdict
 from pathlib import Path
 
 from huggingface_hub import ModelCard, hf_hub_download, metadata_load
+from jinja2 import Template
 from yaml import YAMLError
 
 from ..baselines.file import Baselines
+from ..cli import runnable
 from ..files import write_text
 from ..models import base_of_adapter, model_path
-from .job import Job
+from ..processes import is_first
+from .job import Job, push_command
 from .settings import CONFIG_FILE
 
 TEMPLATE = str(Path(__file__).with_name("card.md.j2"))
@@ -43,13 +48,50 @@ def complete_card(job: Job, state) -> None:
         heldout=heldout(job.output / "heldout.json"),
         picture=(job.output / "reward.png").exists(),
         config=CONFIG_FILE,
-        source=job.config.hub_model_id or name,
-        in_4bit=adapter and job.models.policy_load["load_in_4bit"],
+        use=how_to_use(job, job.config.hub_model_id or name, name),
         licence=data.license,
         mark=MARK,
-        trl=trl.text,
+        trl=re.sub(r"This model is a fine-tuned version of .*\n|## Quick start\n(?s:.*?)(?=\n## )", "", trl.text),
     )
     write_text(path, str(card), "replace")
+
+
+def how_to_use(job: Job, source: str, folder: str) -> str:
+    """Markdown: how to load what was trained, write with it as in training, merge it, make a GGUF file and push it.
+
+    source: what is loaded, a folder or a name on the hub. folder: the output folder, as commands name it.
+    """
+    prompt, chat = job.heldout_rows["prompt"][0], {name: value for name, value in job.chat.items() if value}
+    of_chat = {"return_dict": True, **chat.pop("chat_template_kwargs", {}), **chat}
+    if not isinstance(prompt, str):
+        begun = prompt[-1]["role"] == "assistant"
+        of_chat["continue_final_message" if begun else "add_generation_prompt"] = True
+    sampling = {name: value for name, value in asdict(job.sampling).items() if value is not None}
+    adapter = job.models.lora is not None
+    return Template(Path(__file__).with_name("use.md.j2").read_text(encoding="utf-8")).render(
+        adapter=adapter,
+        in_4bit=adapter and job.models.policy_load["load_in_4bit"],
+        source=source,
+        prompt=prompt,
+        of_chat=of_chat,
+        sampling={"do_sample": True, **sampling.pop("generation_kwargs", {}), **sampling},
+        merged=f"{folder}/merged" if adapter else folder,
+        is_merged=job.models.save_merged or not adapter,
+        push=push_command(job.config, folder),
+    )
+
+
+def print_use(job: Job) -> None:
+    """The same, to be pasted into this shell: Python as what `python` reads."""
+    if not is_first():
+        return
+    text = how_to_use(job, str(job.output), str(job.output))
+    blocks = re.findall(r"```(\w+)\n(.*?)\n```", text, flags=re.DOTALL)
+    python = "\n".join(lines for language, lines in blocks if language == "python")
+    commands = "\n".join(lines for language, lines in blocks if language == "bash")
+    print(f"\nTo use it ({job.output / 'README.md'} says the same), in this shell:\n")
+    commands = re.sub("^(python|hf)(?= )", lambda program: runnable([program[0]]), commands, flags=re.MULTILINE)
+    print(f"{runnable(['python', '-'])} <<'END'\n{python}\nEND\n{commands}")
 
 
 def settings(job: Job) -> list[tuple[str, str]]:

@@ -177,12 +177,12 @@ def check_hub(config) -> None:
         ) from error
 
 
-def push_command(config) -> str:
-    """The command that pushes a run's folder as --push_to_hub does."""
+def push_command(config, folder: str | None = None) -> str:
+    """The command that pushes a run's folder as --push_to_hub does. folder: its name where the command is called."""
     options = ["--private"] if config.hub_private_repo else []
     options += ["--revision", config.hub_revision] if config.hub_revision else []
     name = config.hub_model_id or Path(config.output_dir).absolute().name
-    return shlex.join(["hf", "upload", name, config.output_dir, ".", "--exclude", "checkpoint-*", *options])
+    return shlex.join(["hf", "upload", name, folder or config.output_dir, ".", "--exclude", "checkpoint-*", *options])
 
 
 def check_batch(rows: int, config) -> None:

@@ -225,4 +225,6 @@ def publish(trainer, job: Job) -> bool:
 def merge(job: Job, policy: Loaded) -> None:
     """The merged model that --save_merged asks for; last of all, so that nothing else is lost if it cannot be had."""
     if job.models.save_merged and is_first():
-        save_merged(policy.model, policy.tokenizer, job.output, job.output / "merged")
+        folder = job.output / "merged"
+        save_merged(policy.model, policy.tokenizer, job.output, folder)
+        print(f"Merged model, in 16 bits: {folder}")

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shlex
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -266,7 +265,7 @@ def resume_command(argv: Sequence[str], checkpoint: str) -> str:
             has_value = "=" not in word and index + 1 < len(words) and not words[index + 1].startswith("--")
             del words[index : index + 1 + has_value]
             break
-    return shlex.join([*launched(words), "--resume_from_checkpoint", checkpoint])
+    return cli.runnable([*launched(words), "--resume_from_checkpoint", checkpoint])
 
 
 def launched(argv: Sequence[str]) -> list[str]:
