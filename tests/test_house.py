@@ -152,8 +152,7 @@ def test_files_are_written_in_one_place():
             assert calls == writers.get(path, set()), path
 
 
-# The last is imported to compare settings, before any model is loaded.
-@pytest.mark.parametrize("module", ["ppl.training.job", "ppl.baselines.job", "ppl.scoring.identity"])
+@pytest.mark.parametrize("module", ["ppl.training.job", "ppl.baselines.job"])
 def test_unsloth_can_come_first(module):
     """It patches trl, transformers and peft, so what runs before it is imported must not import them."""
     code = f"import sys, {module}; print({{'trl', 'transformers', 'peft'}} & set(sys.modules))"
@@ -224,7 +223,7 @@ def test_a_package_that_is_missed_later_is_told_in_one_line_too(tmp_path):
 
 @pytest.mark.parametrize("flags", [[], ["--no_unsloth"]])
 def test_nothing_but_our_line_is_printed_until_a_model_is_there(flags):
-    """In a fresh process, with what libraries print when they are imported.."""
+    """In a fresh process, with what libraries print when they are imported."""
     code = (
         "import sys, logging, warnings\n"
         "from ppl.models import import_unsloth, load_model, where\n"

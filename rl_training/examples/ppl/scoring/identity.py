@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..config import RewardConfig
 from ..models import weight_shape
@@ -78,8 +79,6 @@ def precision(model) -> dict:
 
 def _config(config) -> dict:
     """The fields that the configuration's class has of its own and that logits depend on, as JSON holds them."""
-    from transformers import PreTrainedConfig  # here: Unsloth has to come first, and settings are compared before it
-
     config = config.get_text_config(decoder=True)
     common = PreTrainedConfig.__dataclass_fields__.keys()
     fields = config.to_dict()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..errors import InputError
 from ..prompts import Turn, added_ids, of_text
@@ -17,14 +18,7 @@ from .units import code_points
 
 _UNFINISHED = "\ufffd"  # what a decoder makes of bytes that are no character (yet)
 _BYTE = re.compile("<0x([0-9A-F]{2})>")  # a byte's token, beside tokens of characters
-
-
-@functools.cache
-def _byte_of() -> dict[str, int]:
-    """The byte that a letter stands for in tokens that are all made of bytes."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode  # here: Unsloth has to be imported before it
-
-    return {letter: byte for byte, letter in bytes_to_unicode().items()}
+_BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}  # in tokens that are all made of bytes
 
 
 class Decoding:
@@ -89,8 +83,8 @@ class Decoding:
             name = self._backend.id_to_token(token) or ""
             if self._all_or_none and (byte := _BYTE.fullmatch(name)):
                 self._bytes[token] = bytes.fromhex(byte[1])
-            elif _UNFINISHED in piece and not self._all_or_none and _byte_of().keys() >= set(name):
-                self._bytes[token] = bytes(_byte_of()[letter] for letter in name)
+            elif _UNFINISHED in piece and not self._all_or_none and _BYTE_OF.keys() >= set(name):
+                self._bytes[token] = bytes(_BYTE_OF[letter] for letter in name)
 
     def _starts(self, prompt: Sequence[int], completion: Sequence[int], whole: str, border: int) -> np.ndarray:
         # Bytes that the prompt ends in can be of the completion's first character.
