@@ -116,7 +116,7 @@ test: setup browser smollm2
 	$(PY) -m pytest -q --durations=10 --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # The tests that need no script, no trainer and no architecture but the toys: within a minute on two cores.
-FAST := units levels nested thresholds nats tokens batching query coalescing loop_guard reference_context retired house \
+FAST := units levels nested outer_levels thresholds nats tokens batching query coalescing loop_guard reference_context retired house \
     languages train_plan reward
 
 check: lint
