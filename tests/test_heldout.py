@@ -169,3 +169,5 @@ def test_what_is_found_among_rows_is_by_the_scorers_own_log_probabilities(target
                 scores[row * 2 + index, other] = -np.mean(tokens)
     assert seen == found(scores, k)
     assert found_among(reward_fn, prompts[:1], groups[:1], references[:1]) is None
+    if target == "completion":  # what says nothing goes with no row
+        assert found_among(reward_fn, prompts[:4], [[""]] * 4)[1][:2] == (0, 1 / 4)

@@ -121,6 +121,9 @@ def test_a_chat_scored_as_text_reads_what_was_put_into_the_template(model):
     expected = MultiLevelPPLCalculator(tokenizer).compute_all_levels(model, " It ran.", SHOWN + PROMPT)
     assert details["ppls"]["word"].item() == pytest.approx(expected["word"], rel=1e-5)
     assert reward_fn([ask(PROMPT)], said, completion_ids=[ids]) is not None
+    told = [{"role": "assistant", "content": "It ran."}, {"role": "tool", "content": "42"}]
+    _, several = reward_fn.compute_rewards(["It ran."], [ask(PROMPT)], completions=[told], return_details=True)
+    assert several["ppls"]["word"].item() == details["ppls"]["word"].item()  # what a tool says was not written
     levels = MultiLevelPPLRewardFunction(
         model, tokenizer, score_without_chat=True, prompt_template=form, aggregation="nested", levels=("prompt",),
         others=[(ask(p), r) for p, r in OTHERS], contrast=2,

@@ -42,6 +42,7 @@ class Contexts:
         self._chat = dict(chat or {})
         self._form = form.partition("{prompt}")[::2]
         self._views = [level for level in OUTER if level in levels]
+        self._ids: dict[str, tuple[int, ...]] = {}
         self.examples, rows = (
             [(self._read(prompt), reference) for prompt, reference in checked_shown(name, given)]
             for name, given in (("examples", examples), ("others", others))
@@ -112,7 +113,12 @@ class Contexts:
         ask for. completion: the messages that the pair is made of."""
         own = self._read(prompt)
         if self._without_chat and isinstance(own, str) and own is not prompt:
-            completion = message_text(completion)
+            said = (
+                [one for one in completion if one["role"] == "assistant"]
+                if isinstance(completion, list)
+                else completion
+            )
+            completion = message_text(said)
             pair = (own, joined(own, completion)[len(own) :])
         # The sentence level's view, then those of the levels further out.
         prompts = [[other for other, _ in self.others_of(own)] if "prompt" in self._views else [own]]
@@ -128,7 +134,12 @@ class Contexts:
         if prompt is own:
             return pair
         if isinstance(pair, Sampled):
-            return Sampled(tuple(prompt_ids([prompt], self._tokenizer, **self._chat)[0]), pair.completion)
+            key = prompt_key(prompt or "")  # the texts of a group share it
+            if key not in self._ids:
+                self._ids = {key: tuple(prompt_ids([prompt], self._tokenizer, **self._chat)[0])} | (
+                    self._ids if len(self._ids) < 64 else {}
+                )
+            return Sampled(self._ids[key], pair.completion)
         if isinstance(pair, Turns):
             turns = completion_turns(prompt, completion, self._tokenizer, **self._chat)
             return Turns((context, text) for (context, _), (_, text) in zip(turns, pair, strict=True))

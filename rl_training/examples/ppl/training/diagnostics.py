@@ -11,6 +11,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from ..data import message_text, prompt_key
+from ..processes import is_sharded
+from ..scoring.surprisal import is_scorer
 from .found import found_among
 
 
@@ -254,6 +256,9 @@ class Diagnostics(TrainerCallback):
 
     def _any_row(self) -> str | None:
         """A verdict if completions earn more than at the first look, and go with their own rows no better."""
+        scorer = self._reward_fn.model
+        if not is_scorer(scorer) and is_sharded(scorer):  # in each process other rows, all would have to ask as often
+            return None
         prompts, texts, references = zip(*self._recent.values(), strict=True) if self._recent else ((), (), ())
         seen = found_among(self._reward_fn, prompts, [[text] for text in texts], references)
         if seen is None:

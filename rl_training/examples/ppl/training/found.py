@@ -79,7 +79,8 @@ def found_among(
                         pairs.append((context, message_text(references[other])))
                     else:
                         pairs.append(calculator.last(prompts[other], text))
-    scores = np.full((rows * each, rows), np.nan)
-    scores[tuple(zip(*blocks, strict=True))] = -calculator.mean_surprisals(reward_fn.model, pairs)
-    scores[np.isnan(scores)] = np.nanmin(scores)  # a blank text goes with nothing
+    seen = -calculator.mean_surprisals(reward_fn.model, pairs)
+    seen[np.isnan(seen)] = np.min(seen, initial=0.0, where=~np.isnan(seen))  # a blank text goes with nothing
+    scores = np.zeros((rows * each, rows))
+    scores[tuple(zip(*blocks, strict=True))] = seen
     return k, found(scores, k)
