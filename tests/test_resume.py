@@ -138,23 +138,25 @@ def test_the_settings_beside_the_model_give_the_same_run(undisturbed):
     assert ours[1]["load_in_4bit"] is True and ours[1]["reward_thresholds"][0] == (0.05, 0.2)
 
 
-def whole(folder: Path, step: int, age: float) -> Path:
+def whole(folder: Path, step: int, age: float = 0) -> Path:
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir()
-    (checkpoint / "trainer_state.json").write_text("{}")
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     (checkpoint / STATE_FILE).write_text("{}")
     os.utime(checkpoint / STATE_FILE, (age, age))
     return checkpoint
 
 
-def test_the_latest_checkpoint_is_the_newest_whole_one(tmp_path):
+def test_the_latest_checkpoint_is_the_whole_one_with_the_most_steps(tmp_path):
+    """Not the newest: a copy of a folder has its files' times in any order."""
     assert find_checkpoint(None, str(tmp_path)) is None
     with pytest.raises(InputError, match="no whole checkpoint"):
         find_checkpoint(LATEST, str(tmp_path))
-    whole(tmp_path, 500, age=1)  # of an earlier run
-    newest = whole(tmp_path, 20, age=2)
+    whole(tmp_path, 1, age=3)
+    latest = whole(tmp_path, 20, age=1)
+    whole(tmp_path, 3, age=2)
     (tmp_path / "checkpoint-30").mkdir()  # the process was killed while writing it
-    assert find_checkpoint(LATEST, str(tmp_path)) == str(newest)
+    assert find_checkpoint(LATEST, str(tmp_path)) == str(latest)
     with pytest.raises(InputError, match=r"checkpoint-30 holds no trainer_state.json"):
         find_checkpoint(str(tmp_path / "checkpoint-30"), str(tmp_path))
 
@@ -193,12 +195,32 @@ def test_a_run_that_goes_on_with_other_rewards_measures_its_start_with_them(tmp_
     flags = [*SHORT, "--no_unsloth", "--no-load_in_4bit", "--output_dir", tmp_path / "out", "--save_steps", "1"]
     train(*flags, "--max_steps", "1")
     first = json.loads((tmp_path / "out" / "heldout.json").read_text())
-    train(*flags, "--max_steps", "2", "--resume_from_checkpoint", "--loop_penalty", "0", "--reward_form", "nats")
+    again = [*flags, "--max_steps", "2", "--resume_from_checkpoint", "--loop_penalty", "0", "--reward_form", "nats"]
+    assert f"Going on from {tmp_path / 'out' / 'checkpoint-1'}\n" in train(*again).stdout
     then = json.loads((tmp_path / "out" / "heldout.json").read_text())
     assert "loop penalty" in first["before"]["scores"] and "loop penalty" not in then["before"]["scores"]
     assert set(then["before"]["scores"]) == set(then["after"]["scores"])
     assert then["before"]["completions"] == first["before"]["completions"]  # of the model before its first step
     assert then["before"]["scores"]["KL"] == 0
+
+
+def test_a_folder_with_a_run_in_it_is_not_written_into(tmp_path):
+    """Its checkpoints would be taken for those of the next one."""
+    out = tmp_path / "out"
+    flags = [*SHORT, "--no_unsloth", "--no-load_in_4bit", "--max_steps", "1", "--output_dir", out]
+    train(*flags, "--save_strategy", "no", "--save_merged")
+    (out / "checkpoint-500").mkdir()  # half of one is none
+    before = (out / "README.md").stat().st_mtime_ns
+    line = refusal(*flags)
+    assert f"--output_dir {out} holds a finished run: choose another folder, replace that run with --overwrite" in line
+    assert "--resume_from_checkpoint" not in line and (out / "README.md").stat().st_mtime_ns == before
+    (out / "heldout.json").unlink()
+    (out / "checkpoint-500").rmdir()
+    whole(out, 500)
+    assert "holds the checkpoints of a run: " in (line := refusal(*flags)) and "--resume_from_checkpoint" in line
+    train(*flags, "--overwrite", "--save_steps", "1")
+    assert [one.name for one in out.glob("checkpoint-*")] == ["checkpoint-1"] and not (out / "merged").exists()
+    assert "overwrite" not in (out / "training_config.yaml").read_text()
 
 
 def test_resuming_from_nothing_is_refused(tmp_path):

@@ -186,6 +186,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training (every other field of TRL's GRPOConfig is a flag, too)").add_argument
     add("--config", action="append", help="YAML file of flags; those on the command line win")
     add("--output_dir", default="output_grpo", help="adapter, tokenizer, checkpoints, report")
+    add("--overwrite", action="store_true", help="replace the run that is in --output_dir")
     add("--num_train_epochs", type=float, default=1.0, help="passes over the prompts")
     add("--per_device_train_batch_size", type=positive_int, default=4, help="in completions")
     add("--gradient_accumulation_steps", type=positive_int, help="(default: the least that fits)")
@@ -202,7 +203,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="where logs go (default: wandb with --wandb_project; without one, nothing is sent anywhere)")  # fmt: skip
     add("--run_name", help="name of the run")
     add("--resume_from_checkpoint", nargs="?", const=LATEST, metavar="PATH",
-        help="go on with this checkpoint, without PATH with the newest in --output_dir")  # fmt: skip
+        help="go on with this checkpoint, without PATH with the last one in --output_dir")  # fmt: skip
 
 
 def add_baseline_flags(parser: argparse.ArgumentParser) -> None:

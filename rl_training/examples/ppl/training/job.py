@@ -3,6 +3,7 @@
 import argparse
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,16 @@ from ..files import check_folder, write_text
 from ..models import import_unsloth
 from ..processes import is_first
 from ..reward.loop_guard import check_weight
-from .settings import CONFIG_FILE, check_reporters, config_text, find_checkpoint, grpo_config, models, plan_batches
+from .settings import (
+    CONFIG_FILE,
+    check_reporters,
+    check_unused,
+    config_text,
+    find_checkpoint,
+    grpo_config,
+    models,
+    plan_batches,
+)
 
 
 class Job:
@@ -41,6 +51,9 @@ class Job:
         self.loop_penalty, self.per_level, self.allow_copies = args.loop_penalty, args.per_level, args.allow_copies
         check_weight(args.loop_penalty)
         self.checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+        self._replaces = args.overwrite and self.checkpoint is None
+        if not self._replaces and self.checkpoint is None:
+            check_unused(args.output_dir)
         check_reporters(args.report_to or (["wandb"] if args.wandb_project else []))
         numbers = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.num_generations
         sampled_apart = any(word.startswith(("--steps_per_generation", "--generation_batch_size")) for word in rest)
@@ -86,6 +99,8 @@ class Job:
             check_hub(self.config)
         if is_first():
             print("".join(f"{notice}\n" for notice in self._notices), end="", file=sys.stderr)
+            if self.checkpoint is not None:
+                print(f"Going on from {self.checkpoint}")
 
     @property
     def output(self) -> Path:
@@ -96,9 +111,11 @@ class Job:
         return self.output / CONFIG_FILE
 
     def write_config(self) -> None:
-        """Make the output folder, and write down every setting of the run."""
+        """Make the output folder, and write down every setting of the run; what --overwrite replaces goes."""
         self.output.mkdir(parents=True, exist_ok=True)
         if self.config.process_index == 0:
+            for folder in [*self.output.glob("checkpoint-*"), self.output / "merged"] if self._replaces else []:
+                shutil.rmtree(folder, ignore_errors=True)
             write_text(self.config_file, self._config_text)
 
     def guarded_prompts(self, tokenizer) -> dict:

@@ -24,7 +24,7 @@ from ..models import model_path
 CONFIG_FILE = "training_config.yaml"
 STATE_FILE = "reward_state.json"  # of `ppl.training.trainer.RewardState`: the last file of a checkpoint
 SCRIPT = "train_grpo_multilevel_unsloth.py"
-_NOT_KEPT = ("debug", "config", "resume_from_checkpoint")  # of one call, not of the run
+_NOT_KEPT = ("debug", "config", "resume_from_checkpoint", "overwrite")  # of one call, not of the run
 _OF_THE_MACHINE = ("bf16", "fp16", "use_cpu")  # told in the file, chosen again where it is used
 
 # --- flags and files of them -----------------------------------------------------------------------------------------
@@ -231,30 +231,58 @@ def plan_batches(
 
 
 def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
-    """The checkpoint to resume from; None if none is asked for. asked: its folder, or `LATEST` of `output_dir`.
+    """The checkpoint to resume from; None if none is asked for. asked: its folder, or `LATEST`: of the whole ones in
+    `output_dir` the one with the most steps, since in a copy of a folder the times of files mean nothing.
 
     Raises `InputError` if there is none, or if it is not whole: a killed process leaves half of one.
     """
     if asked is None:
         return None
     if asked == LATEST:
-        states = Path(output_dir).glob(f"checkpoint-*/{STATE_FILE}")
-        newest = max(states, key=lambda path: path.stat().st_mtime, default=None)
-        if newest is None:
+        latest = max(whole_checkpoints(output_dir), key=steps_of, default=None)
+        if latest is None:
             raise InputError(f"--resume_from_checkpoint: no whole checkpoint in --output_dir {output_dir}")
-        asked = str(newest.parent)
+        asked = str(latest)
     for name in ("trainer_state.json", STATE_FILE):
         path = Path(asked, name)
         if not path.is_file():
             raise InputError(
                 f"--resume_from_checkpoint {asked} holds no {name}: expected a checkpoint-N folder of this script, "
-                "written to its end; without a value, the newest in --output_dir is taken"
+                "written to its end; without a value, the last one in --output_dir is taken"
             )
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{path} is damaged ({error}): go on with another checkpoint") from error
     return asked
+
+
+def whole_checkpoints(output_dir: str) -> list[Path]:
+    return [state.parent for state in Path(output_dir).glob(f"checkpoint-*/{STATE_FILE}")]
+
+
+def steps_of(checkpoint: Path) -> tuple[int, float]:
+    """Its optimizer steps; between checkpoints that do not say it, the time decides."""
+    try:
+        steps = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")).get("global_step", 0)
+    except (OSError, ValueError):  # what is wrong with it is said when it is taken
+        steps = 0
+    return steps, (checkpoint / STATE_FILE).stat().st_mtime
+
+
+def check_unused(output_dir: str) -> None:
+    """Raises `InputError` for a folder with a run in it: two runs in one folder cannot be told from each other."""
+    heldout, checkpoints = Path(output_dir, "heldout.json"), whole_checkpoints(output_dir)
+    try:
+        finished = json.loads(heldout.read_text(encoding="utf-8", errors="surrogatepass"))["after"] is not None
+    except (OSError, ValueError, LookupError, TypeError):
+        finished = False
+    if finished or checkpoints:
+        raise InputError(
+            f"--output_dir {output_dir} holds {'a finished run' if finished else 'the checkpoints of a run'}: choose "
+            "another folder, replace that run with --overwrite"
+            + (", or go on with it with --resume_from_checkpoint" if checkpoints else "")
+        )
 
 
 def resume_command(argv: Sequence[str], checkpoint: str) -> str:
