@@ -63,7 +63,8 @@ MOST_NATS = 709.0  # a token; exp of more is beyond float64
 class MultiLevelPPLCalculator:
     """Perplexity of a text at the level of its words, phrases and sentences, from one forward pass.
 
-    Where a method takes a `model`, it takes a `ppl.scoring.surprisal.Scorer` as well, such as one behind an address.
+    Where a method takes a `model`, it takes a `ppl.scoring.surprisal.Scorer` as well, such as one behind an address. A
+    model's adapters are off; `ppl.scoring.surprisal.SurprisalScorer(model, adapters=True)` is a scorer with them on.
 
     A unit's perplexity is exp(S_u / n_u), its surprisal in nats over its number of tokens. A level's is the geometric
     mean of its units' perplexities, exp(mean_u S_u / n_u). With `aggregation="nested"` each level is given something
