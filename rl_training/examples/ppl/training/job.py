@@ -51,9 +51,6 @@ class Job:
         self.loop_penalty, self.per_level, self.allow_copies = args.loop_penalty, args.per_level, args.allow_copies
         check_weight(args.loop_penalty)
         self.checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-        self._replaces = args.overwrite and self.checkpoint is None
-        if not self._replaces and self.checkpoint is None:
-            check_unused(args.output_dir)
         check_reporters(args.report_to or (["wandb"] if args.wandb_project else []))
         numbers = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.num_generations
         sampled_apart = any(word.startswith(("--steps_per_generation", "--generation_batch_size")) for word in rest)
@@ -88,6 +85,9 @@ class Job:
             if seen := sum(prompt_key(prompt) in trained for prompt in self.eval_rows["prompt"]):
                 of = f"{seen} of {len(self.eval_rows)} rows of --eval_split {args.eval_split}"
                 self._notices.append(f"{of} have prompts that are trained on")
+        self._replaces = args.overwrite and self.checkpoint is None
+        if not self._replaces and self.checkpoint is None:
+            check_unused(args.output_dir)
         self.without_unsloth = "--no_unsloth" if args.no_unsloth else import_unsloth()
         self.config, self.asked, defaults = grpo_config(args, rest, batches)
         self.config.eval_on_start = self.config.eval_on_start and self.checkpoint is None

@@ -130,6 +130,9 @@ def load_policy_and_scorer(job: Job) -> tuple[Loaded, Loaded]:
     full_finetuning = asked.lora is None
     if reason:
         check_trl(reason)
+    if is_first():
+        options = ", ".join(f"{name}={asked.policy_load[name]}" for name in ("load_in_4bit", "dtype"))
+        print(f"Loading {asked.name} ({options}) ...", flush=True)
     options = {**asked.policy_load, "full_finetuning": full_finetuning}
     model, tokenizer, refused = load_model(asked.name, unsloth=reason is None, **options)
     if refused:

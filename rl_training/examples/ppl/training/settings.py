@@ -281,7 +281,7 @@ def check_unused(output_dir: str) -> None:
         raise InputError(
             f"--output_dir {output_dir} holds {'a finished run' if finished else 'the checkpoints of a run'}: choose "
             "another folder, replace that run with --overwrite"
-            + (", or go on with it with --resume_from_checkpoint" if checkpoints else "")
+            + (", or continue it with --resume_from_checkpoint" if checkpoints else "")
         )
 
 
