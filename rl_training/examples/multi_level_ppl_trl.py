@@ -20,7 +20,7 @@ from ppl.cli import script
 from ppl.data import read_shown
 from ppl.errors import InputError
 from ppl.files import without_nan, writable_file, write_text
-from ppl.models import where
+from ppl.models import check_reachable, model_path, where
 
 _EXPORTS = {
     "MultiLevelPPLCalculator": "scoring.calculator",
@@ -85,6 +85,8 @@ def score(args: argparse.Namespace) -> int:
     check_unicode("--context", args.context)
     shown = {name: read_shown(path) for name in ("examples", "others") if (path := getattr(args, name)) is not None}
     page = writable_file(args.html, "--html") if args.html is not None else None
+
+    check_reachable(model_path(args.model_name))
 
     from rich.console import Console
 

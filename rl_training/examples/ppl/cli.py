@@ -28,7 +28,7 @@ from .config import (
 )
 from .data import PromptForm, Shown, draw, read_shown
 from .errors import SETTINGS, InputError, retired
-from .models import check_reachable, model_path
+from .models import model_path
 from .prompts import read_template, read_tools
 
 LATEST = "latest"  # checkpoint
@@ -356,7 +356,7 @@ def run(args: argparse.Namespace, body: Callable[[argparse.Namespace], int]) -> 
         for name in (getattr(args, "model_name", None), getattr(args, "scorer_model", None)):
             # Now, since to import what loads it takes seconds. What a server scores with is not loaded here.
             if name is not None and not getattr(args, "scorer_url", None):
-                check_reachable(model_path(name))
+                model_path(name)
         return body(args)
     except InputError as error:
         if args.debug:
