@@ -533,7 +533,7 @@ def test_killed_interrupted_and_gone_on_with():
     for sent in [signal.SIGKILL, signal.SIGKILL, signal.SIGINT]:
         before = windows_of("b.json")
         process = popen(*flags)
-        wait_for(lambda before=before: windows_of("b.json") > before)
+        wait_for(lambda before=before: windows_of("b.json") > before, process)
         process.send_signal(sent)
         _, error = process.communicate()
         assert process.returncode == (130 if sent == signal.SIGINT else -9), error
@@ -547,7 +547,7 @@ def test_two_runs_at_once_and_a_full_disk():
     write_rows("rows.jsonl", many_rows(3000))
     flags = ["--dataset_name", "rows.jsonl"]
     first = popen(*flags, pause=0.4)
-    wait_for(lambda: windows_of("baselines.pkl"))
+    wait_for(lambda: windows_of("baselines.pkl"), first)
     assert stub(*flags) == 2  # in this process, while the other is at work
     first.send_signal(signal.SIGKILL)
     first.communicate()
