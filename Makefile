@@ -40,6 +40,8 @@ REQUIREMENTS := $(or $(REQUIREMENTS_$(KIND)),$(error KIND is '$(KIND)': it can b
 
 # Exists once an install has come to its end; until then .venv/.installing does, with the number of the process.
 STAMP := .venv/.installed-$(KIND)
+# Exists in a .venv that this file created, the only one that it deletes.
+OURS := .venv/.made-by-make
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
@@ -96,22 +98,25 @@ demo: setup $(filter smollm2,$(MODEL))
 	@$(RUN) compute_baselines_trl.py $(DEMO) $(DEMO_BASELINES_$(MODEL)) --generate 4 --overwrite \
 	    --output_path $(OUT)/baselines.pkl --plot $(OUT)/baselines.png
 	@$(RUN) train_grpo_multilevel_unsloth.py $(DEMO) $(DEMO_TRAINING_$(MODEL)) --per_device_train_batch_size 16 \
-	    --baselines_path $(OUT)/baselines.pkl --max_steps $(DEMO_STEPS) --output_dir $(OUT)/training
+	    --baselines_path $(OUT)/baselines.pkl --max_steps $(DEMO_STEPS) --output_dir $(OUT)/training --overwrite
 	@printf '%s\n' "" "Look at" \
 	    "  $(OUT)/heatmap.html          a text coloured by surprise" \
 	    "  $(OUT)/baselines.png         the perplexities before training" \
 	    "  $(OUT)/training/report.html  the training: curves, completions before and after, settings" "" \
-	    "With your own model and data (a folder, a file or a name on the hub), in rl_training/examples:" \
-	    "  python test_multilevel_ppl_trl.py --model_name MODEL" \
-	    "  python compute_baselines_trl.py --model_name MODEL --dataset_name DATASET --generate 4 --output_path baselines.pkl" \
-	    "  python train_grpo_multilevel_unsloth.py --model_name MODEL --dataset_name DATASET --baselines_path baselines.pkl"
+	    "Go on in this shell. Put a model and data of your own in the place of these (a folder, a file or a name on the hub):" \
+	    "  source '$(CURDIR)/.venv/bin/activate'" \
+	    "  cd '$(CURDIR)/rl_training/examples'" \
+	    "  python multi_level_ppl_trl.py --model_name '$(OUT)/training' --adapter on --text 'Once upon a time.'" \
+	    "  python compute_baselines_trl.py --model_name $(MODEL) --dataset_name tiny_stories/test.json --output_path own.pkl" \
+	    "  python train_grpo_multilevel_unsloth.py --model_name $(MODEL) --dataset_name tiny_stories/test.json \\" \
+	    "      --baselines_path own.pkl --output_dir output_own"
 
 # Neighbours stay with one process, since what the tests of a file share is made once in each.
 test: setup browser smollm2
 	$(PY) -m pytest -q --durations=10 --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # The tests that need no script, no trainer and no architecture but the toys: within a minute on two cores.
-FAST := units levels nested thresholds nats tokens batching query coalescing loop_guard reference_context retired house \
+FAST := units levels nested outer_levels thresholds nats tokens batching query coalescing loop_guard reference_context retired house \
     languages train_plan reward
 
 check: lint
@@ -173,13 +178,14 @@ lint: setup
 	$(PY) -m mypy
 
 clean:
-	rm -rf .venv .venv-engines .venv-vllm .pytest_cache .ruff_cache .mypy_cache .hypothesis rl_training/examples/*.egg-info
+	@if [ -e .venv ] && ! [ -e $(OURS) ]; then echo "Kept .venv, which make did not create."; else rm -rf .venv; fi
+	rm -rf .venv-engines .venv-vllm .pytest_cache .ruff_cache .mypy_cache .hypothesis rl_training/examples/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup: $(STAMP)
 
 # What an interrupted install, another Python or the other kind left behind is not built upon: .venv starts over.
-# A .venv that somebody made by hand is kept, and the packages go into it.
+# A .venv that somebody made by hand is never deleted: the packages go into it, if its Python is the one that is asked for.
 $(STAMP): $(REQUIREMENTS)
 	$(if $(SUPPORTED),,$(error $(PYTHON) is $(or $(PYTHON_VERSION),not there): \
 	    make .venv with Python 3.10 to 3.14, for instance 'make PYTHON=python3.13'. Where the system has none of them, \
@@ -189,12 +195,19 @@ $(STAMP): $(REQUIREMENTS)
 	        "or 'make clean' if it is stuck." >&2; \
 	    exit 1; \
 	fi; \
-	if [ -e .venv/.installing ] || [ ! -e $@ -a -n "$(wildcard .venv/.installed-*)" ] || ! $(SAME_MINOR); then \
-	    rm -rf .venv; \
+	if ! [ -e .venv ] || [ -e $(OURS) ]; then \
+	    if [ -e .venv/.installing ] || [ ! -e $@ -a -n "$(wildcard .venv/.installed-*)" ] || ! $(SAME_MINOR); then \
+	        rm -rf .venv; \
+	    fi; \
+	    mkdir -p .venv && touch $(OURS); \
+	elif ! $(SAME_MINOR); then \
+	    echo "error: .venv, which make did not create, has not Python $(PYTHON_VERSION): call make with PYTHON=.venv/bin/python," \
+	        "or move .venv away" >&2; \
+	    exit 1; \
 	fi; \
-	mkdir -p .venv && echo $$$$ >.venv/.installing && \
+	echo $$$$ >.venv/.installing && \
 	echo "Setting up .venv for $(KIND) ($(WHY)) with Python $(PYTHON_VERSION)." && \
-	$(PYTHON) -m venv .venv && $(INSTALL_$(KIND)) && \
+	{ $(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv; } && $(INSTALL_$(KIND)) && \
 	mv .venv/.installing $@ && echo "Done: $(PY) has everything."
 
 TORCH = $(shell grep '^torch==' $(REQUIREMENTS_cpu))

@@ -80,11 +80,8 @@ def whole_rows():
     from ppl.scoring.surprisal import SurprisalScorer
 
     class WholeRows(SurprisalScorer):
-        def _score_packs(self, groups, surprisals):
-            super()._score_packs([Group(0, group.rows) for group in groups], surprisals)
-
-        def _compare_cache(self):
-            return False
+        def groups(self, rows):
+            return [Group(0, rows)]
 
     return WholeRows
 

@@ -109,13 +109,13 @@ def scoring_rows(rows: Rows, title: str, model, tokenizer, count: int, sizes: Si
     speed = statistics.median(seconds["geometric"])
     share = 2 * count * sum(lengths) / speed / rate
     span = f"{title}: {len(lengths)} texts of {min(lengths)} to {max(lengths)} tokens"
-    packed = "packed" if calculators["geometric"]._scorer._packs_agree else "padded"
-    of = f"2 x parameters x tokens, to the matrix rate; {packed}"
+    scorer, alone = SurprisalScorer(model), whole_rows()(model)
+    scorer.score(TextEncoder(tokenizer).encode(*zip(*pairs[:1], strict=True)))
+    of = f"2 x parameters x tokens, to the matrix rate; {scorer.way}"
     rows.add(span, sum(lengths) / speed, "tokens/s", share, target, of=of)
     slower = ratio(seconds["nested"], seconds["geometric"])
     rows.add(f"{span}, nested", statistics.median(seconds["nested"]), "s", slower, of="its time to geometric's")
 
-    scorer, alone = SurprisalScorer(model), whole_rows()(model)
     if scorer.window <= sizes.prompt + sizes.completion:
         return
     prompt, *texts = random_texts(tokenizer, [sizes.prompt] + [sizes.completion] * sizes.group)

@@ -36,11 +36,13 @@ PEER_BATCHES = (1, 8)  # lm-evaluation-harness: the faster of its default and th
 EQUAL = 256  # tokens of a row where the shape is free; 4 of them run fastest together
 GROUP, PROMPT, COMPLETION = 8, 512, 128
 NESTED_GROUP, NESTED_TEXTS = 2.0, 3.2  # at most so many times geometric's time
+OUTER_GROUP, EXAMPLES_SHOWN, OTHER_ROWS = 4.5, 3, 2  # the same of levels prompt and examples; rows that are read
 # name -> what measures it, of (model, tokenizer, texts, args): a title's row, and the rows
 PARTS = {
     "mixed": lambda model, tokenizer, texts, args: mixed_texts(model, tokenizer, texts, args.rounds),
     "shared": lambda model, tokenizer, _, args: shared_prompt(model, tokenizer, args.rounds, args.seed),
     "nested": lambda model, tokenizer, texts, args: nested_levels(model, tokenizer, texts, args.rounds, args.seed),
+    "outer": lambda model, tokenizer, texts, args: outer_levels(tokenizer, args.rounds, args.seed),
     "memory": lambda *_, args: memory(args.seed),
     "text": lambda _, tokenizer, texts, args: text_work(tokenizer, texts, 5 * args.rounds),
     "reward": lambda *_, args: reward_share(),
@@ -89,12 +91,12 @@ def main(argv=None) -> int:
 # --- model and texts -------------------------------------------------------------------------------------------------
 
 
-def random_gpt2(seed: int):
+def random_gpt2(seed: int, window: int = 1024):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config()).eval()
+    return GPT2LMHeadModel(GPT2Config(n_positions=window)).eval()
 
 
 def mixed_lengths(total: int, seed: int) -> list[int]:
@@ -325,6 +327,51 @@ def nested_levels(model, tokenizer, texts, rounds, seed):
         encoded, _ = TextEncoder(tokenizer).encode_pairs(pairs)
         plain = [surprisal.mean() for surprisal in SurprisalScorer(model).score(encoded)]
         check_equal("the product of nested levels", product, plain, tolerance=1e-4)
+    return table
+
+
+def outer_levels(tokenizer, rounds, seed):
+    """A group behind a prompt: levels prompt and examples, with other rows and examples as long as the group's own."""
+    import numpy as np
+
+    from ppl.scoring.calculator import MultiLevelPPLCalculator
+    from ppl.scoring.contexts import BETWEEN
+
+    model = random_gpt2(seed, window=4096)
+    rows = EXAMPLES_SHOWN + OTHER_ROWS + 1
+    prompt, *texts = stories(tokenizer, [PROMPT] * (1 + rows) + [COMPLETION] * (rows + GROUP), seed + 2)
+    shown = list(zip(texts[:rows], texts[rows : 2 * rows], strict=True))
+    completions = [" " + text for text in texts[2 * rows :]]
+    calculators = {
+        "geometric": MultiLevelPPLCalculator(tokenizer),
+        "levels prompt and examples": MultiLevelPPLCalculator(
+            tokenizer, aggregation="nested", levels=("prompt", "examples"), examples=shown[:EXAMPLES_SHOWN],
+            others=shown[EXAMPLES_SHOWN:], contrast=OTHER_ROWS,
+        ),
+    }  # fmt: skip
+    seconds = alternate(
+        {
+            name: lambda one=one: one.compute_all_levels(model, completions, [prompt] * GROUP)
+            for name, one in calculators.items()
+        },
+        rounds,
+    )
+    of = f"{EXAMPLES_SHOWN} examples, {OTHER_ROWS} other rows, all of {PROMPT} + {COMPLETION} tokens"
+    table = [[f"[bold]{GROUP} completions of {COMPLETION} tokens behind a prompt of {PROMPT}; {of}"]]
+    table += [[name, f"{statistics.median(one):.2f} s", "", "", ""] for name, one in seconds.items()]
+    geometric, outer = seconds.values()
+    table.append(
+        ["levels prompt and examples", "", *judged(ratio(outer, geometric), OUTER_GROUP, least=False), "geometric's"]
+    )
+    # Together they are what the examples and the prompt change of the ordinary perplexity.
+    calculator = calculators["levels prompt and examples"]
+    levels = calculator.compute_all_levels(model, completions[:1], [prompt])
+    before = "".join(f"{one} {text}{BETWEEN}" for one, text in shown[:EXAMPLES_SHOWN])
+    others = [other for other, _ in calculator.contexts.others_of(prompt)]
+    contexts = [before + prompt, *others]
+    e, *c = calculators["geometric"].mean_surprisals(model, [(context, completions[0]) for context in contexts])
+    found = sum(np.log(levels[name].item()) for name in levels)
+    check_equal("the sum of the two levels", [found], [e - np.mean(c)], tolerance=1e-4)
     return table
 
 

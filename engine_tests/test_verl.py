@@ -67,7 +67,7 @@ def configured(words_of_the_script, files):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A policy's tokenizer with a chat template, and the guide's rows, made by its own snippet."""
+    """A policy's tokenizer with a chat template, and the rows of engines/README.md, made by its own snippet."""
     folder = tmp_path_factory.mktemp("verl")
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny_stories")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -76,8 +76,8 @@ def files(tmp_path_factory):
     (folder / "your" / "dataset").mkdir(parents=True)
     rows = [{name: story[name] for name in ("prompt", "completion")} for story in stories]
     (folder / "your" / "dataset" / "train.json").write_text("\n".join(map(json.dumps, rows)))
-    guide = (ROOT / "MULTILEVEL_PPL_GUIDE.md").read_text(encoding="utf-8")
-    [snippet] = [text for text in re.findall(r"^```python\n(.*?)^```$", guide, re.M | re.S) if "extra_info" in text]
+    text = (EXAMPLES / "engines" / "README.md").read_text(encoding="utf-8")
+    [snippet] = [text for text in re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S) if "extra_info" in text]
     subprocess.run([sys.executable, "-c", snippet], cwd=folder, check=True)
     return folder
 
@@ -189,7 +189,7 @@ def test_gdpo_takes_each_levels_score_and_gives_a_blank_text_no_advantage(config
     results = manager.loop.run_until_complete(run())
     keys = config.algorithm.gdpo_reward_keys
     extra = {key: np.array([result["reward_extra_info"][key] for result in results]) for key in keys}
-    assert min(extra["score_word"]) == -0.5
+    assert min(extra["score_word"]) == -1.0  # the least that a level earns
     mask = batch.batch["attention_mask"][:, 3:]
     advantages, _ = compute_gdpo_outcome_advantage(
         torch.zeros_like(mask, dtype=torch.float32), mask, np.array(["one group"] * len(batch)),

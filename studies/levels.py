@@ -16,7 +16,7 @@ from common import new_figure, print_table, quiet_axes, write_figure, write_json
 from damage import DAMAGES, Damages
 
 from ppl import cli
-from ppl.config import DEFAULT_WEIGHTS, LEVELS, NATS_CLIP
+from ppl.config import AGGREGATIONS, DEFAULT_WEIGHTS, LEVELS, NATS_KNEE
 from ppl.data import PromptForm, find_columns, load_split, make_row, message_text
 from ppl.errors import InputError
 from ppl.prompts import render_prompt
@@ -114,24 +114,15 @@ def sampled(args: argparse.Namespace, model, tokenizer, rows: list) -> list[tupl
 
 
 def log_perplexities(args: argparse.Namespace, model, tokenizer, pairs: list[tuple[str, str]]) -> dict:
-    """Per aggregation float64 [N, 3], ln PPL of (context, text) at each level, all from one call of the scorer."""
+    """Per aggregation float64 [N, 3], ln PPL of (context, text) at each level."""
     import numpy as np
 
-    from ppl.scoring.levels import level_perplexities, nested_perplexities, score_scopes
-    from ppl.scoring.surprisal import SurprisalScorer
-    from ppl.scoring.tokens import TextEncoder
-    from ppl.scoring.units import segment
+    from ppl.scoring.calculator import MultiLevelPPLCalculator
 
-    contexts, texts = map(list, zip(*pairs, strict=True))
-    encoder = TextEncoder(tokenizer, eos_for_bos=True)
-    encoded = encoder.encode(contexts, texts)
-    units = segment(texts, args.language)
-    scopes = score_scopes(SurprisalScorer(model), encoded, units, encoder.start)
-    levels = {
-        "geometric": level_perplexities(units, [one.chars for one in encoded], scopes.c),
-        "nested": nested_perplexities(scopes),
+    calculators = {
+        name: MultiLevelPPLCalculator(tokenizer, language=args.language, aggregation=name) for name in AGGREGATIONS
     }
-    return {name: np.log(values) for name, values in levels.items()}
+    return {name: np.log(one.score_pairs(model, pairs)) for name, one in calculators.items()}
 
 
 def penalties(tokenizer, prompts: list, texts: list[str]):
@@ -159,7 +150,7 @@ def of_aggregation(args: argparse.Namespace, values, penalty, damaged, samples) 
     rise = values[size : size + len(damaged)] - values[indices]  # of ln PPL, [pairs, 3]
     # What a damaged text loses of the reward in nats.
     by_weights = {
-        name: np.clip(rise @ np.array(weights) / sum(weights), -2 * NATS_CLIP, 2 * NATS_CLIP)
+        name: np.clip(rise @ np.array(weights) / sum(weights), -4 * NATS_KNEE, 4 * NATS_KNEE)
         for name, weights in WEIGHTS.items()
     }
     guard = penalty[size : size + len(damaged)] - penalty[indices]

@@ -1,7 +1,8 @@
 """Measures of completions that no reward contains: what is copied, how common the words are, a second model's view."""
 
+import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import common  # noqa: F401 (with it, ppl is found)
 import numpy as np
@@ -23,23 +24,85 @@ def words_of(text: Text) -> list[str]:
     return [word for word in stripped if word]
 
 
-def copied(prompts: Sequence[Text], texts: Sequence[str]) -> float:
-    """Share of the texts' runs of `RUN` words that stand in their prompts, over all texts together; 0 without a run.
+def copied(
+    prompts: Sequence[Text], texts: Sequence[str], n: int = RUN, split: Callable[[Text], Sequence] = words_of
+) -> float:
+    """Share of the texts' runs of `n` words that stand in their prompts, over all texts together; 0 without a run.
+
+    split: what divides a text; with `tokens_of(tokenizer)` the runs are of tokens.
 
     >>> copied(["The fox ran to the sea."], ["Then the fox ran to the hill."])
     0.5
+    >>> copied(["The fox ran to the sea."], ["Then the fox ran to the hill."], n=2)
+    0.6666666666666666
     """
     total = inside = 0
     for prompt, text in zip(prompts, texts, strict=True):
-        there = set(_runs(words_of(prompt)))
-        runs = _runs(words_of(text))
+        there = set(_runs(split(prompt), n))
+        runs = _runs(split(text), n)
         total += len(runs)
         inside += sum(run in there for run in runs)
     return inside / total if total else 0.0
 
 
-def _runs(words: list[str]) -> list[tuple[str, ...]]:
-    return [tuple(words[start : start + RUN]) for start in range(len(words) - RUN + 1)]
+def _runs(units: Sequence, n: int) -> list[tuple]:
+    return [tuple(units[start : start + n]) for start in range(len(units) - n + 1)]
+
+
+def tokens_of(tokenizer) -> Callable[[Text], list[int]]:
+    """A function that divides a text into token ids, the first one as behind a space, as it is inside another text."""
+    return lambda text: tokenizer(f" {message_text(text).strip()}", add_special_tokens=False)["input_ids"]
+
+
+TALK = re.compile(r"\b(story|stories|narrative|tale|version|I'd|I'm|I love|your)\b", re.IGNORECASE)
+
+
+def talks(prompts: Sequence[Text], texts: Sequence[str]) -> list[bool]:
+    """Of each text whether it talks about the story instead of telling it: whether it has a word of `TALK`'s that its
+    prompt has not. A curly apostrophe counts as a straight one.
+
+    >>> talks(["A fox ran.", "She told a story."], ["I\u2019d love to go on.", "The story was long."])
+    [True, False]
+    """
+    return [bool(_talk(text) - _talk(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def _talk(text: Text) -> set[str]:
+    return {word.lower() for word in TALK.findall(message_text(text).replace("\u2019", "'"))}
+
+
+def two_sample_accuracy(human: np.ndarray, generated: np.ndarray) -> float:
+    """How well texts of two kinds are told apart by their nearest neighbour among all others: 0.5 where the kinds are
+    alike, 1 where each text's nearest is of its own kind. (Lopez-Paz & Oquab 2017, https://arxiv.org/abs/1610.06545.)
+
+    human, generated: embeddings, float [texts, size]; near is a high cosine. The mean of both kinds' shares, so that
+    kinds of other sizes are alike at 0.5, too. Take one text of each kind for a prompt: texts of one prompt are near
+    because of what they are about, which makes two of one kind look told apart, and one of each look less so.
+
+    >>> two_sample_accuracy(np.array([[1.0, 0.0], [0.9, 0.1]]), np.array([[0.0, 1.0], [0.1, 0.9]]))
+    1.0
+    """
+    cosines = _cosines(np.concatenate([human, generated]))
+    np.fill_diagonal(cosines, -np.inf)
+    kinds = np.arange(len(cosines)) < len(human)
+    right = kinds[cosines.argmax(1)] == kinds
+    return float((right[kinds].mean() + right[~kinds].mean()) / 2)
+
+
+def semantic_variety(embeddings: np.ndarray) -> float:
+    """The mean distance of two texts, 1 minus the cosine of their embeddings, float [texts, size]: 0 if all say one
+    thing.
+
+    >>> semantic_variety(np.array([[1.0, 0.0], [0.0, 2.0]]))
+    1.0
+    """
+    cosines = _cosines(embeddings)
+    return float(1 - cosines[np.triu_indices(len(cosines), 1)].mean())
+
+
+def _cosines(embeddings: np.ndarray) -> np.ndarray:
+    directions = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return directions @ directions.T
 
 
 def commonest_words(texts: Sequence[Text]) -> set[str]:

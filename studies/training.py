@@ -208,7 +208,7 @@ def train(folder: Path, flags: list[str]) -> None:
         (folder / name).unlink(missing_ok=True)
     write_json(asked, flags)
     start = time.monotonic()
-    further = ["--resume_from_checkpoint"] if going_on else []
+    further = ["--resume_from_checkpoint" if going_on else "--overwrite"]
     call("train_grpo_multilevel_unsloth.py", [*flags, "--output_dir", str(folder), *further], folder / "log.txt")
     write_json(folder / "seconds.json", {"seconds of the last start": round(time.monotonic() - start)})
     write_json(folder / "flags.json", flags)

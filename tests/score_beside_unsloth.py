@@ -30,7 +30,7 @@ def main(where: str, *folders: str) -> None:
         contexts = [" ".join(toys.SENTENCES)] * 4 + [""] * 4
         encoded = TextEncoder(tokenizer).encode(contexts, [f" {text}" for text in toys.SENTENCES] * 2)
         surprisals = [one.tolist() for one in scorer.score(encoded)]
-        found[folder] = {"surprisals": surprisals, "packs": scorer._packs_agree, "identity": scorer.identity}
+        found[folder] = {"surprisals": surprisals, "way": scorer.way, "identity": scorer.identity}
     print(json.dumps(found))
 
 

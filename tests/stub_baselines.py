@@ -15,7 +15,7 @@ from ppl.baselines.job import Scorer, compute
 from ppl.scoring.levels import Scores
 
 
-def load(args, columns, device, pause=0.0):
+def load(args, job, device, pause=0.0):
     def score(rows):
         time.sleep(pause)
         texts = [f"{row.prompt}|{row.reference}".encode() for row in rows]
@@ -26,6 +26,7 @@ def load(args, columns, device, pause=0.0):
     identity = {
         "target": args.target,
         "definitions": cli.reward_config(args).definitions,
+        "prompt": job.form.identity,
         "tokenizer": "stub",
         "model": {"dtype": "float32", "quantization": "none", "weights": "stub", "name": args.model_name},
         "window": 512,

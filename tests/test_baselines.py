@@ -10,6 +10,7 @@ import shlex
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -456,7 +457,7 @@ def test_what_differs_is_refused_with_both_values_and_a_command(path, value, fla
     for part in ("b.pkl", "'gpt2'", "'llama'", str(mine), str(value), "--allow_baseline_mismatch"):
         assert part in message
     command = shlex.split(message.partition("`")[2].partition("`")[0])
-    assert command[:2] == ["python", "compute_baselines_trl.py"]
+    assert command[0] == sys.executable and Path(command[1]).resolve() == Path(compute_baselines_trl.__file__)
     args = compute_baselines_trl.parse_args(command[2:])
     wanted = {
         "model_name": "llama",

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppl.scoring.batching import Group, Row, batches, packs, padded, share_prefixes, windows
+from ppl.scoring.batching import Group, Row, batches, packs, share_prefixes, windows
 from ppl.scoring.tokens import Encoded
 
 
@@ -162,7 +162,7 @@ def test_sharing_is_a_partition_with_true_prefixes_that_saves_the_most(rows, ove
 
 
 def lengths(group, *args):
-    return [[len(one.inputs) for one in batch] for batch in batches(group, *args)]
+    return [[len(one.inputs) for one in batch.rows] for batch in batches(group, *args)]
 
 
 def of_lengths(*sizes):
@@ -207,9 +207,10 @@ def test_every_row_is_in_one_batch_within_all_limits(sizes, max_tokens, overhead
 
 
 def test_a_padded_batch_and_the_places_that_are_read():
-    ids, rows, indices = padded([row(1, 2, 3, 4, read=[2, 3]), row(1, 2, 9)], skip=1)
-    assert ids.tolist() == [[2, 3, 4], [2, 9, 0]]
-    assert (rows.tolist(), indices.tolist()) == ([0, 0, 1], [1, 2, 1])
+    [batch] = batches(Group(1, [row(1, 2, 3, 4, read=[2, 3]), row(1, 2, 9)]), 100, 100)
+    assert batch.ids.tolist() == [[2, 3, 4], [2, 9, 0]]
+    assert batch.ids.ravel()[batch.read].tolist() == [3, 4, 9]
+    assert [one.tolist() for one in np.unravel_index(batch.read, batch.ids.shape)] == [[0, 0, 1], [1, 2, 1]]
 
 
 # --- packs -----------------------------------------------------------------------------------------------------------

@@ -4,13 +4,16 @@ import json
 import re
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import torch
 import warm
 from huggingface_hub import ModelCard, ModelCardData
-from training_runs import EXAMPLES, SHORT, refusal, train
+from training_runs import EXAMPLES, SHORT, refusal, run_code, train
 
+from ppl.baselines.file import Baselines
+from ppl.config import LEVELS
+from ppl.models import load_model
 from ppl.training import card
 
 QUICK = [*SHORT, "--no_unsloth", "--no-load_in_4bit", "--max_steps", "2", "--save_steps", "1"]
@@ -87,11 +90,48 @@ def test_its_metadata_are_the_hubs_and_its_licence_the_bases(output):
 
 def test_it_loads_as_the_card_says(output):
     text = (output / "README.md").read_text(encoding="utf-8")
-    [code] = re.findall(r"## How to load it\n\n```python\n(.*?)```", text, flags=re.DOTALL)
-    (output.parent / "tiny_stories").symlink_to(EXAMPLES / "tiny_stories")
-    code += "print(type(model).__name__, tokenizer.bos_token)"
-    done = subprocess.run([warm.python(), "-c", code], cwd=output.parent, capture_output=True, text=True)
-    assert done.stdout.strip() == "PeftModelForCausalLM <|bos|>", done.stderr[-2000:]
+    prompt = json.loads((output / "heldout.json").read_text())["before"]["prompts"][0]
+    written = run_code(text, output.parent)
+    assert written.startswith(prompt)
+    merged, trained = (load_model(str(folder))[0] for folder in (output / "merged", output))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        difference = merged(ids).logits.log_softmax(-1) - trained(ids).logits.log_softmax(-1)
+    assert difference.abs().mean() < 0.1
+    assert (
+        f"convert_hf_to_gguf.py '{output.name}/merged'" in text and f"hf upload {output.name} {output.name} ." in text
+    )
+    assert "fine-tuned version of" not in text and 'model="None"' not in text and "## Training procedure" in text
+
+
+@pytest.mark.parametrize("way", ["in 4 bits", "all weights", "a chat", "merged"])
+def test_the_last_lines_of_a_run_load_what_was_trained_and_write_with_it(way, tmp_path):
+    flags = {
+        "in 4 bits": ["--load_in_4bit", "--top_k", "5", "--generation_kwargs", '{"no_repeat_ngram_size": 3}'],
+        "all weights": ["--full_finetuning"],
+        "a chat": ["--chat", "--user_prompt", "A 'story'?", "--chat_template_path", tmp_path / "template"],
+        "merged": ["--save_merged"],
+    }[way]
+    (tmp_path / "template").write_text(
+        "{% for one in messages %}{{ one.content }}{{ '' if loop.last else '\\n' }}{% endfor %}"
+    )
+    (tmp_path / "here").mkdir()
+    out = tmp_path / "here" / "out"
+    printed = train(*SHORT, "--no_unsloth", "--max_steps", "1", *flags, "--output_dir", out).stdout
+    prompt = json.loads((out / "heldout.json").read_text())["before"]["prompts"][0]
+    text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+    last = printed[printed.index("To use it") :]
+    for program in ("python", "hf"):
+        assert f"\n{Path(warm.python()).with_name(program)} " in last  # as pasted, without .venv in PATH
+    written = run_code(last, tmp_path)
+    assert written.startswith(text)  # and behind it what is sampled, which can be its end
+    assert ("Merged model, in 16 bits: " + str(out / "merged") in printed) == (way == "merged")
+    assert (out / "merged" / "config.json").exists() == (way != "all weights")
+    assert f" '{out if way == 'all weights' else out / 'merged'}' --outfile" in last
+    if way == "a chat":
+        assert "continue_final_message=True" in last
+    if way == "in 4 bits":
+        assert "top_k=5" in last and "no_repeat_ngram_size=3" in last
 
 
 @pytest.mark.slow
@@ -106,7 +146,10 @@ def test_what_is_pushed_last_has_the_card_and_the_finished_report(tmp_path):
     [(_, names, files)] = pushed
     assert {"adapter_model.safetensors", "README.md", "report.html", "reward.png"} <= set(names)
     assert "Finished after 2 steps" in files["report.html"]
-    assert 'PeftModel.from_pretrained(base, "me/stories")' in files["README.md"] and card.MARK in files["README.md"]
+    assert (
+        "AutoPeftModelForCausalLM.from_pretrained('me/stories')" in files["README.md"]
+        and card.MARK in files["README.md"]
+    )
     assert "| before | after | change |" in files["README.md"]
 
 
@@ -170,8 +213,7 @@ def test_a_licence_that_cannot_be_found_is_not_guessed(tmp_path, monkeypatch):
 
 
 def test_baselines_are_named_by_how_they_were_made():
-    job = SimpleNamespace(args=SimpleNamespace(target="completion"), column_meta=SimpleNamespace(meta={}))
-    made = SimpleNamespace(meta={"generated": {"generate": 4}}, source="/home/me/b.pkl")
-    assert card._baselines(SimpleNamespace(**vars(job), baselines=None)) == "each prompt's first completions"
-    own = card._baselines(SimpleNamespace(**vars(job), baselines=made))
+    assert card.baselines_of(Baselines({}, {}, "data"), "completion") == "each prompt's first completions"
+    made = Baselines({"a": dict.fromkeys(LEVELS, 1.0)}, {"generated": {"generate": 4}}, "/home/me/b.pkl")
+    own = card.baselines_of(made, "completion")
     assert own == "`b.pkl`: the mean of 4 completions a prompt before training"

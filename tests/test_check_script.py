@@ -253,7 +253,7 @@ def test_a_reward_that_trl_could_not_take_is_seen(check, monkeypatch, fault, sai
 
 
 def test_a_metric_under_another_name_is_seen(check, monkeypatch):
-    monkeypatch.setattr(function, "log", lambda call, extracts, log_metric, log_extra: log_metric("ppl", 3.5))
+    monkeypatch.setattr(function, "log", lambda measured, one, levels, log_metric, log_extra: log_metric("ppl", 3.5))
     code, marks, said = check(toys.llama(), toys.byte_level())
     assert (code, failed(marks)) == (1, ["TRL's calling convention"])
     assert "it logged {'ppl': 3.5, 'reward_time': " in said["TRL's calling convention"]

@@ -282,7 +282,7 @@ def test_output_dataset_is_one_that_the_reward_uses_as_it_is(streaming, capsys):
     assert test.column_names == ["prompt", "completion", "kept", *(f"baseline_{level}" for level in LEVELS)]
     assert list(test["prompt"]) == [row["prompt"] for row in ROWS if (row["completion"] or "").strip()]
     baselines = Baselines.load("test.pkl")
-    for row, levels in zip(test, row_baselines(test.to_dict()), strict=True):
+    for row, levels in zip(test, row_baselines(test.to_dict(), LEVELS), strict=True):
         assert list(levels.values()) == baselines[stable_id(row["prompt"], row["completion"])].tolist()
     assert list(train["kept"]) == list(range(1500)) and len(Baselines.load("train.pkl")) == 1500
     meta = read_meta("with_baselines/.baselines")
@@ -533,7 +533,7 @@ def test_killed_interrupted_and_gone_on_with():
     for sent in [signal.SIGKILL, signal.SIGKILL, signal.SIGINT]:
         before = windows_of("b.json")
         process = popen(*flags)
-        wait_for(lambda before=before: windows_of("b.json") > before)
+        wait_for(lambda before=before: windows_of("b.json") > before, process)
         process.send_signal(sent)
         _, error = process.communicate()
         assert process.returncode == (130 if sent == signal.SIGINT else -9), error
@@ -547,7 +547,7 @@ def test_two_runs_at_once_and_a_full_disk():
     write_rows("rows.jsonl", many_rows(3000))
     flags = ["--dataset_name", "rows.jsonl"]
     first = popen(*flags, pause=0.4)
-    wait_for(lambda: windows_of("baselines.pkl"))
+    wait_for(lambda: windows_of("baselines.pkl"), first)
     assert stub(*flags) == 2  # in this process, while the other is at work
     first.send_signal(signal.SIGKILL)
     first.communicate()

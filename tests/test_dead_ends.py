@@ -59,6 +59,23 @@ def test_a_processor_stands_for_its_tokenizer(model, tokenizer):
     )
 
 
+@pytest.mark.parametrize(("call", "words"), [
+    (lambda m, t: MultiLevelPPLRewardFunction("gpt2", "gpt2"), "the model is 'gpt2', expected a loaded one"),
+    (lambda m, t: MultiLevelPPLRewardFunction(t, m), "the model comes before its tokenizer"),
+    (lambda m, t: MultiLevelPPLRewardFunction(m, "gpt2"), "the tokenizer is 'gpt2', expected a loaded"),
+    (lambda m, t: MultiLevelPPLRewardFunction(m, m), "the tokenizer is 'LlamaForCausalLM"),
+    (lambda m, t: MultiLevelPPLRewardFunction(m, t, policy=(t, m)), "the tokenizer is"),
+    (lambda m, t: MultiLevelPPLCalculator(m), "the tokenizer is 'LlamaForCausalLM"),
+    (lambda m, t: MultiLevelPPLCalculator(t).compute_all_levels("gpt2", "A fox."), "is 'gpt2'"),
+    (lambda m, t: MultiLevelPPLCalculator(t).explain(t, "A fox."), "expected a loaded one"),
+    (lambda m, t: MultiLevelPPLRewardFunction(m, t, baseline={"a": {}}), "mean baselines?"),
+])  # fmt: skip
+def test_what_is_no_model_no_tokenizer_or_no_setting_is_told_in_one_line(model, tokenizer, call, words):
+    with pytest.raises(InputError) as error:
+        call(model, tokenizer)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,8 @@ from ppl.data import TINY_STORIES
 from ppl.errors import BaselineError, InputError
 from ppl.models import load_model
 from ppl.reward.function import MultiLevelPPLRewardFunction
-from ppl.scoring.identity import FLOAT32_NATS, PROBE_NATS, describe_model, differences
+from ppl.scoring.differences import FLOAT32_NATS, PROBE_NATS, differences
+from ppl.scoring.identity import describe_model
 from ppl.scoring.surprisal import SurprisalScorer, as_scorer
 
 

@@ -29,7 +29,7 @@ def writing(rng, words=12):
 def run(reward_fn, steps=WINDOW, prompts=None, write=writing, group=4, kl=None):
     """The verdicts after so many steps of real reward calls, and the metrics of the last one."""
     rng = random.Random(0)
-    watch = reward_fn.observer = Diagnostics(kl)
+    watch = Diagnostics(reward_fn, kl)
     for step in range(steps):
         watch.on_step_begin(None, STATE, None)
         prompt = prompts(step) if prompts else f"Prompt {step % 3}"
@@ -67,9 +67,9 @@ def test_all_zero_because_the_baselines_are_out_of_reach(function, capsys):
 
 
 def test_all_zero_because_every_visit_is_the_first(function, capsys):
-    watch, logged = run(function(None), prompts=lambda step: f"Prompt {step}")
+    watch, logged = run(function(None), prompts=lambda step: f"Prompt {step}", group=1)
     assert watch.named == ["all zero"] and logged["diagnostics/first_visit"] == 1
-    assert "100%: first visit" in (printed := capsys.readouterr().out) and "--num_train_epochs" in printed
+    assert "100%: first visit" in (printed := capsys.readouterr().out) and "--num_generations" in printed
 
 
 def test_all_zero_because_there_are_no_baselines(function, capsys):
@@ -117,7 +117,7 @@ def test_a_run_that_learns_is_told_nothing(function, capsys):
 
 def level_run(reward_fn, levels, steps=WINDOW + START):
     """A run in which the improvements are written down: of each step word, phrase and sentence."""
-    watch = reward_fn.observer = Diagnostics()
+    watch = Diagnostics(reward_fn)
     for step in range(steps):
         watch.on_step_begin(None, STATE, None)
         current = 100 - np.array(levels(step))
@@ -187,8 +187,9 @@ def test_not_before_its_twenty_steps_and_not_from_evaluations(function):
     saturated = function(dict.fromkeys(EVERY, level(1e9)))
     watch, _ = run(saturated, steps=WINDOW - 1)
     assert watch.verdicts() == {}
+    watch, _ = run(saturated, steps=START - 1)
     saturated([EVERY[0]] * 2, [" fox", " mill"], id=[EVERY[0]] * 2)  # no step is going on
-    assert len(watch._calls) == WINDOW - 1
+    assert len(watch.start) == START - 1
 
 
 def test_names_are_the_same_at_every_call(function):
@@ -204,10 +205,9 @@ def test_names_are_the_same_at_every_call(function):
 def test_it_goes_on_where_it_stopped(function):
     reward_fn = function(dict.fromkeys(EVERY, level(1e9)))
     watch, _ = run(reward_fn)
-    state = reward_fn.state_dict()
-    reward_fn.observer = Diagnostics()
-    reward_fn.load_state_dict(state)
-    assert (reward_fn.observer.start, reward_fn.observer.named) == (watch.start, ["saturated"])
+    resumed = Diagnostics(reward_fn)
+    resumed.load_state_dict(watch.state_dict())
+    assert (resumed.start, resumed.named) == (watch.start, ["saturated"])
 
 
 def test_the_progress_line():
@@ -226,7 +226,7 @@ def _half_a_group(rank, folder):
     tokenizer, model = toys.byte_level(), toys.llama()
     # Rewards 1 in one process, 0 in the other: only together has the group a spread.
     reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, {"p": level(1e9 if rank else 1.01)})
-    watch = reward_fn.observer = Diagnostics()
+    watch = Diagnostics(reward_fn)
     watch.on_step_begin(None, STATE, None)
     logged = {}
     reward_fn(["p"] * 2, [" fox", " mill"], id=["p"] * 2, log_metric=logged.__setitem__)

@@ -28,6 +28,7 @@ from multi_level_ppl_trl import MultiLevelPPLCalculator, MultiLevelPPLRewardFunc
 from ppl.config import LEVELS
 from ppl.errors import InputError
 from ppl.models import load_model
+from ppl.reward.terms import bent
 
 EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
 ENGINE_REWARD = EXAMPLES / "engines" / "reward.py"
@@ -171,11 +172,11 @@ def test_a_level_alone_earns_by_the_rewards_own_form_and_a_blank_text_the_least(
         for result in scored:
             improvement = result[f"reward_{level}"]
             if form == "nats":  # baseline - current = improvement of it
-                expected = np.clip(-np.log(1 - improvement / 100), -0.5, 0.5)
+                expected = bent(-np.log(1 - improvement / 100))
             else:
                 expected = 1.0 if improvement >= 60 else -1.0 if improvement >= -200 else 0.0
             assert result[f"score_{level}"] == pytest.approx(expected, abs=1e-6)
-        assert blank[f"score_{level}"] == {"nats": -0.5, "thresholds": -1.0}[form]
+        assert blank[f"score_{level}"] == {"nats": -1.0, "thresholds": -1.0}[form]
         assert blank[f"score_{level}"] <= min(result[f"score_{level}"] for result in scored)
 
 
@@ -198,7 +199,7 @@ def test_calls_that_come_meanwhile_take_one_pass_of_the_scorer_and_get_the_same_
         calls = [pool.submit(module.compute_score, **rows[0])]
         assert begun.wait(PATIENCE)
         calls += [pool.submit(module.compute_score, **row) for row in rows[1:]]
-        while module._score.waiting < len(rows) - 1:
+        while module.scored_together.waiting < len(rows) - 1:
             time.sleep(0.001)
         go_on.set()
         together = [call.result() for call in calls]
@@ -214,7 +215,7 @@ def test_verl_finds_baselines_by_the_rows_id(configure, tmp_path):
     module = by_path("custom_module", True)
     rows = verl_rows(PROMPTS, id=[f"row{n}" for n in range(len(ROWS))])
     scores = [result["score"] for result in naive(module.compute_score, rows)]
-    assert scores == [0.5 if text else -0.5 for text in COMPLETIONS]
+    assert all(score == -1 if not text else 0.9 < score < 1 for score, text in zip(scores, COMPLETIONS, strict=True))
 
 
 def test_verl_does_not_go_on_with_a_begun_answer(configure):
@@ -352,5 +353,5 @@ def test_a_policy_that_is_another_model_is_named_in_the_file(configure, tmp_path
     assert [of_verl[f"reward_{level}"] for level in LEVELS] == pytest.approx(expected, rel=1e-4)
     assert [of_openrlhf[f"reward_{level}"].item() for level in LEVELS] == pytest.approx(expected, rel=1e-4)
     (tmp_path / "other.yaml").write_text("model_name: tiny-stories\npolicy: ./nowhere\n")
-    with pytest.raises(InputError, match=r"cannot load the tokenizer of '.*nowhere'.*model that is trained"):
+    with pytest.raises(InputError, match=r"other.yaml: cannot load model '.*nowhere': no such folder here"):
         ppl.reward.configured.reward_from_config(tmp_path / "other.yaml")

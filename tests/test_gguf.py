@@ -19,7 +19,8 @@ from training_runs import EXAMPLES, SHORT, train
 from ppl import gguf
 from ppl.errors import InputError
 from ppl.models import load_model, model_path
-from ppl.scoring.identity import describe_model, differences, tokenizer_fingerprint
+from ppl.scoring.differences import differences
+from ppl.scoring.identity import describe_model, tokenizer_fingerprint
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.smollm2
@@ -27,7 +28,6 @@ pytestmark = pytest.mark.smollm2
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf, "_told", set())
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -97,8 +97,9 @@ def test_a_file_is_dequantised_once_and_whole(tmp_path, cache, monkeypatch):
     assert not list((cache / "gguf").iterdir())
     folder = gguf.plain_folder(tmp_path / "toy.gguf")
     assert [str(cache / "gguf" / name) for name in os.listdir(cache / "gguf")] == [folder]
-    monkeypatch.setattr(gguf, "_convert", lambda *_: pytest.fail("it was dequantised again"))
+    (Path(folder) / "config.json").unlink()
     assert gguf.plain_folder(tmp_path / "toy.gguf") == folder
+    assert not (Path(folder) / "config.json").exists()  # it was not dequantised again
 
 
 def refused(name: str) -> str:

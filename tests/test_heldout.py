@@ -14,6 +14,7 @@ from datasets import Dataset
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
 from ppl.errors import InputError
 from ppl.training.diagnostics import distinct
+from ppl.training.found import found, found_among
 from ppl.training.heldout import (
     SWAPPED,
     HeldOut,
@@ -36,6 +37,9 @@ COMPLETIONS = [" there was a small fox.", "I am hungry; I want to eat.", "they w
 def adapted():
     options = {"r": 4, "lora_dropout": 0.5, "init_lora_weights": False, "target_modules": "all-linear"}
     return peft.get_peft_model(toys.llama(), peft.LoraConfig(**options, task_type="CAUSAL_LM"))
+
+
+TEMPLATE = "{prompt} [{completion}]{reference}"
 
 
 def kl(model, tokenizer, prompts, completions):
@@ -133,11 +137,37 @@ def test_what_completions_of_the_next_row_do_for_a_rows_reference(story):
 
 def test_a_gain_that_any_row_gives_is_named():
     levels = [f"{level} improvement %" for level in LEVELS]
-    before = dict.fromkeys([*levels, SWAPPED], -3.0)
-    for own, swapped, named in ((16, 14, True), (16, 7, True), (16, 6, False), (-2, -2, False), (2, -3, False)):
-        after = dict.fromkeys(levels, float(own)) | {SWAPPED: float(swapped)}
-        warning = gained_by_any(before, after)
-        assert (warning is not None) == named, (own, swapped)
+    before = dict.fromkeys(levels, -3.0) | {"found among 8": 0.25}
+    for own, share, named in ((16, 0.25, True), (16, 0.2, True), (16, 0.3, False), (-2, 0.2, False)):
+        warning = gained_by_any(before, dict.fromkeys(levels, float(own)) | {"found among 8": share})
+        assert (warning is not None) == named, (own, share)
         if warning:
-            assert f"gained {own + 3:.1f} points" in warning and f"and {swapped + 3:.1f} with those" in warning
-    assert gained_by_any({}, dict.fromkeys([*levels, SWAPPED], 9.0)) is None  # of a run begun before there was a score
+            assert f"earn {own + 3:.1f} points more" in warning and f"(25% -> {share:.0%})" in warning
+    assert gained_by_any(dict.fromkeys(levels, 0.0), dict.fromkeys(levels, 9.0)) is None  # a run of one row
+
+
+@pytest.mark.parametrize("target", ["completion", "reference"])
+def test_what_is_found_among_rows_is_by_the_scorers_own_log_probabilities(target, story):
+    """Each text, or reference, behind each row's prompt, a forward pass for each; rows and columns centred."""
+    model, tokenizer = story
+    prompts = story_model.prompts()[:9]
+    references = [f" They saw {number} foxes and went home." for number in range(len(prompts))]
+    groups = [[f" {prompt.split()[-1]} was here.", " And then?"] for prompt in prompts]
+    options = {"aggregation": "nested", "levels": ("examples",)} if target == "completion" else {"template": TEMPLATE}
+    reward_fn = MultiLevelPPLRewardFunction(
+        model, tokenizer, target=target, examples=[("A crow sat.", " It sang.")], **options
+    )
+    k, seen = found_among(reward_fn, prompts, groups, references)
+    assert k == min(8, len(prompts))
+    scores = np.full((k * 2, k), np.nan)
+    for row in range(k):
+        for index, text in enumerate(groups[row]):
+            for other in range(k):
+                before = "A crow sat. It sang.\n\n" + prompts[other]
+                pair = (before, text) if target == "completion" else (f"{before} [{text}]", references[other])
+                tokens = [value for _, value in brute_force.token_surprisals(model, tokenizer, pair[1], pair[0])]
+                scores[row * 2 + index, other] = -np.mean(tokens)
+    assert seen == found(scores, k)
+    assert found_among(reward_fn, prompts[:1], groups[:1], references[:1]) is None
+    if target == "completion":  # what says nothing goes with no row
+        assert found_among(reward_fn, prompts[:4], [[""]] * 4)[1][:2] == (0, 1 / 4)

@@ -1,6 +1,8 @@
 """The rules of the house: which wing imports which, that a wing's map names what is there, that --help is instant."""
 
 import ast
+import json
+import os
 import re
 import subprocess
 import sys
@@ -70,6 +72,20 @@ def test_the_imports_are_seen():
 def test_a_wing_imports_only_the_wings_below_it(path):
     forbidden = rooms_imported(path) - ALLOWED[room(path)]
     assert not forbidden, f"{path.relative_to(PPL)} imports {', '.join(sorted(forbidden))}"
+
+
+def test_the_flags_of_a_run_end_in_its_job():
+    """What reads a job has its settings by name, and no argparse.Namespace."""
+    for path in FILES:
+        if room(path) in ("training", "pages") and path.name not in ("settings.py", "job.py"):
+            nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+            of_jobs = {
+                node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "job"
+            }
+            assert "args" not in of_jobs, path
+            assert not [node for node in nodes if isinstance(node, ast.Import) and node.names[0].name == "argparse"], (
+                path
+            )
 
 
 def test_no_module_imports_a_script():
@@ -144,6 +160,33 @@ def test_unsloth_can_come_first(module):
     assert done.stdout.strip() == "set()", done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("flags", [[], ["--levels", "word", "prompt", "--aggregation", "nested"], ["--examples", "1"]])
+def test_a_job_is_read_before_unsloth_is_imported_and_imports_nothing_that_it_patches(flags, tmp_path):
+    baselines = {"train-001": dict.fromkeys(("word", "phrase", "sentence", "prompt"), 9.0)}
+    (tmp_path / "b.json").write_text(json.dumps(baselines))
+    (tmp_path / "b.json.meta.json").write_text(json.dumps({"definitions": {"aggregation": "nested"}}))
+    words = ["--max_samples", "20", "--output_dir", "out", "--baselines_path", "b.json", "--missing", "skip", *flags]
+    words += ["--allow_baseline_mismatch"] if "--levels" not in flags else []
+    code = f"""
+import sys
+import train_grpo_multilevel_unsloth as script
+from ppl.training import job
+def import_unsloth():
+    print({{"trl", "transformers", "peft"}} & set(sys.modules))
+    sys.exit()
+job.import_unsloth = import_unsloth
+args, rest = script.parse_args({words})
+try:
+    job.Job(args, rest, [], script.prepare_dataset)
+except ValueError as error:
+    assert "levels" in str(error)
+    print({{"trl", "transformers", "peft"}} & set(sys.modules))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(PPL.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
 SCRIPTS = ["test_multilevel_ppl_trl", "multi_level_ppl_trl", "compute_baselines_trl", "train_grpo_multilevel_unsloth"]
 
 
@@ -157,3 +200,43 @@ def test_help_is_instant(script):
     assert {"ppl", "argparse"} <= names
     slow = {"numpy", "torch", "transformers", "datasets", "trl", "peft", "unsloth", "pandas", "matplotlib", "sentencex"}
     assert not names & slow
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_python_without_the_packages_is_told_in_one_line(script):
+    """-S leaves out the folder of installed packages, as the system's Python has none of them."""
+    done = subprocess.run([sys.executable, "-S", "-E", PPL.parent / f"{script}.py"], capture_output=True, text=True)
+    [line] = done.stderr.splitlines()
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"error: .* has no package \w+: .*/\.venv/bin/activate` .*", line)
+
+
+def test_a_package_that_is_missed_later_is_told_in_one_line_too(tmp_path):
+    (tmp_path / "rich.py").write_text("raise ModuleNotFoundError(\"No module named 'rich'\", name='rich')")
+    command = [sys.executable, PPL.parent / "multi_level_ppl_trl.py", "--text", "A fox."]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    [line] = done.stderr.splitlines()
+    assert done.returncode == 2 and " has no package rich: " in line
+    done = subprocess.run([*command, "--debug"], capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)})
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["--no_unsloth"]])
+def test_nothing_but_our_line_is_printed_until_a_model_is_there(flags):
+    """In a fresh process, with what libraries print when they are imported."""
+    code = (
+        "import sys, logging, warnings\n"
+        "from ppl.models import import_unsloth, load_model, where\n"
+        "unsloth = not sys.argv[1:]\n"
+        "assert not unsloth or import_unsloth() is None\n"
+        "model, *_ = load_model('tiny-stories', load_in_4bit=True, unsloth=unsloth)\n"
+        "logging.getLogger('bitsandbytes.backends.cpu.ops').warning('Failed to load CPU gemm_4bit_forward')\n"
+        "warnings.warn('IProgress not found. Please update jupyter')\n"
+        "print(where('tiny-stories', model))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags], capture_output=True, text=True, cwd=PPL.parent,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.stdout == "tiny-stories on cpu: dtype = float32, 4-bit = True\n", done.stdout
+    assert done.stderr == ""

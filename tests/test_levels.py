@@ -106,7 +106,7 @@ def test_units_cover_every_scored_token_once_and_in_order(any_tokenizer, text, c
 @given(text=toys.texts, context=st.sampled_from(["", "The fox said: "]))
 def test_token_counts_and_total_surprisal_are_the_same_at_all_levels(model, calculator, text, context):
     explained = calculator.explain(model, text, context)
-    [one] = calculator._encoder.encode([context], [text])
+    [one] = calculator.encoder.encode([context], [text])
     total = sum(surprisal for _, surprisal in brute_force.token_surprisals(model, calculator.tokenizer, text, context))
     for level in LEVELS:
         assert sum(unit["n_tokens"] for unit in explained[level]) == len(one.positions)
@@ -115,7 +115,7 @@ def test_token_counts_and_total_surprisal_are_the_same_at_all_levels(model, calc
 
 def test_units_of_equal_length_give_the_ordinary_token_perplexity(model, calculator):
     text = "The fox walked home. The fox walked home."  # two sentences, two phrases, of equally many tokens
-    [one] = calculator._encoder.encode([""], [text])
+    [one] = calculator.encoder.encode([""], [text])
     surprisals = [surprisal for _, surprisal in brute_force.token_surprisals(model, calculator.tokenizer, text)]
     explained = calculator.explain(model, text)
     for level in ("phrase", "sentence"):
@@ -136,7 +136,7 @@ def test_one_token_a_word_gives_the_ordinary_token_perplexity_of_words(surprisal
 @given(text=toys.texts, context=toys.texts)
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(any_tokenizer, text, context):
     calculator = MultiLevelPPLCalculator(any_tokenizer)
-    [one] = calculator._encoder.encode([context], [text])
+    [one] = calculator.encoder.encode([context], [text])
     expected = toys.VOCABULARY if len(one.positions) else math.nan
     found = calculator.compute_all_levels(UNIFORM, text, context)
     assert found == pytest.approx(dict.fromkeys(LEVELS, expected), rel=1e-6, nan_ok=True)

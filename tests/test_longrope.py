@@ -1,5 +1,7 @@
 """Phi-3-mini-128k and its like: transformers chooses a pass's factors by its longest row, so rows must not mix."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,6 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppl.scoring import surprisal
 from ppl.scoring.surprisal import SurprisalScorer
 from ppl.scoring.tokens import Encoded
 
@@ -44,10 +45,11 @@ def alone(model, one):
 
 @pytest.fixture(scope="module", params=["packed", "padded"])
 def scorer(request, phi3):
-    made = SurprisalScorer(phi3)
+    model = copy.deepcopy(phi3)
+    model.set_attn_implementation("sdpa" if request.param == "packed" else "eager")
+    made = SurprisalScorer(model)
     made.score([text([1, 2, 3])])
-    assert made._packs_agree
-    made._packs_agree = request.param == "packed"
+    assert made.way == request.param
     return made
 
 
@@ -66,21 +68,21 @@ def test_a_texts_numbers_are_those_of_the_text_alone_on_both_sides(phi3, scorer,
         np.testing.assert_allclose(found, alone(phi3, one), atol=1e-4)
 
 
-def test_a_prefix_is_shared_only_where_it_is_on_its_rows_side(phi3, monkeypatch):
-    monkeypatch.setitem(surprisal._SIZES, "cpu", surprisal._SIZES["cpu"]._replace(overhead=1))
-    scorer = SurprisalScorer(phi3)
-    scorer.score([text([1, 2, 3])])
-    scorer._packs_agree = False
-    prefixes = []
-    run_prefix = SurprisalScorer._run_prefix
-    monkeypatch.setattr(
-        SurprisalScorer, "_run_prefix", lambda self, group: prefixes.append(len(group.rows)) or run_prefix(self, group)
-    )
+def test_a_prefix_is_shared_only_where_it_is_on_its_rows_side(phi3):
+    model, shapes = copy.deepcopy(phi3), []
+    model.set_attn_implementation("eager")
+
+    def see(module, args, kwargs):
+        if kwargs["use_cache"]:
+            shapes.append(tuple(kwargs["input_ids"].shape))
+
+    model.model.register_forward_pre_hook(see, with_kwargs=True)
     prefix = list(range(5, 17))
-    texts = [text([*prefix, *range(30, 30 + more)], context=12) for more in (2, 3, 4, 5, 6, 7)]
-    for found, one in zip(scorer.score(texts), texts, strict=True):
+    texts = [text([*prefix, *range(30, 30 + more)], context=12) for more in 3 * (2, 3, 4, 5, 6, 7)]
+    for found, one in zip(SurprisalScorer(model).score(texts), texts, strict=True):
         np.testing.assert_allclose(found, alone(phi3, one), atol=1e-4)
-    assert prefixes == [3]  # of 14, 15 and 16 tokens
+    # Behind the probe: the prefix, and behind it the nine of 14, 15 and 16 tokens.
+    assert shapes[2:] == [(1, 11), (9, 5)]
 
 
 def test_the_factors_matter_in_these_tests(phi3):

@@ -210,7 +210,7 @@ def test_nor_would_it_for_a_model_that_grants_every_loop_everything_if_it_fills_
 
 
 def test_honest_prose_loses_next_to_nothing(embedded):
-    """The numbers of the guide."""
+    """The numbers of studies/README.md."""
     tokenizer, model, stories = embedded
     penalty, weight = loop_guard()
     human = [ids_of(tokenizer, story["completion"]) for story in stories]
@@ -241,7 +241,7 @@ def test_no_copy_of_the_prompt_out_earns_the_story_and_honest_prose_quotes_for_n
     of_human = weight * np.array(penalty(completion_ids=human, prompts=prompts))
     of_copies = weight * np.array(penalty(completion_ids=copies, prompts=prompts))
     assert (1 + of_copies < 0 + of_human).all() and of_copies.max() < -5
-    # The guide's numbers: what human prose pays with its prompt in view, and how many stories pay more for it.
+    # studies/README.md: what human prose pays with its prompt in view, and how many stories pay more for it.
     without = weight * np.array(loop_guard()[0](completion_ids=human, prompts=prompts))
     assert -of_human.mean() == pytest.approx(0.019, abs=0.003) and np.sum(of_human < without) == 4
     veto = loop_veto(tokenizer=tokenizer)

@@ -14,6 +14,7 @@ from ppl.config import LEVELS
 from ppl.errors import InputError
 from ppl.reward.function import MultiLevelPPLRewardFunction
 from ppl.scoring.calculator import MultiLevelPPLCalculator
+from ppl.scoring.surprisal import SurprisalScorer
 
 TEXTS = [
     *toys.SENTENCES,
@@ -90,10 +91,13 @@ def test_company_and_order_change_nothing(tokenizer, limits, attention):
 
 def test_what_is_equal_runs_once_and_what_begins_another_sequence_not_at_all(model, tokenizer):
     asked = []
-    calculator = MultiLevelPPLCalculator(tokenizer, aggregation="nested")
-    calculator.score_pairs(model, [("", "The fox.")])
-    score = calculator._scorer.score
-    calculator._scorer.score = lambda encoded: asked.extend(encoded) or score(encoded)
+
+    class Listening(SurprisalScorer):
+        def score(self, encoded):
+            asked.extend(encoded)
+            return super().score(encoded)
+
+    calculator, model = MultiLevelPPLCalculator(tokenizer, aggregation="nested"), Listening(model)
     first, second = "Once upon a time there was a small fox.", " Once upon a time it lived near the old mill."
     calculator.score_pairs(model, [("", first + second), ("", first), ("The crow:", first + second)])
     sequences = sorted(tokenizer.decode(one.ids[1:]) for one in asked)

@@ -45,26 +45,26 @@ def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, w
 def one_kernel(monkeypatch):
     """The way that takes all spans of a layer at once, as on a GPU; returns the lengths of the keys it was given."""
     calls = []
-    monkeypatch.setattr(packing, "_one_kernel", lambda device, dtype: True)
+    monkeypatch.setattr(packing, "one_kernel", lambda device, dtype: True)
 
     def spy(*args, **options):
         calls.append(len(args[1]))
         return varlen_attn(*args, **options)
 
-    monkeypatch.setattr(packing, "_varlen", lambda: spy)
+    monkeypatch.setattr(packing, "varlen_attn", spy)
     return calls
 
 
 def test_one_kernel_for_all_spans_of_a_layer_gives_the_same(tokenizer, one_kernel, monkeypatch):
     model = toys.llama()
     found, scorer = score(model, tokenizer)
-    assert scorer._packs_agree
+    assert scorer.way == "packed"
     prompt, *texts = (len(tokenizer(text)["input_ids"]) for text in [PROMPT, *toys.SENTENCES])
     # Both layers, one call each: the prompt once as it is read, and once more before each of what follows on it; BOS
     # is shared like a prompt, and no row has its last token.
     layers = one_kernel[-2:]
     assert layers[0] == layers[1] >= prompt + sum(texts) + len(texts) * prompt
-    monkeypatch.setattr(packing, "_one_kernel", lambda device, dtype: False)
+    monkeypatch.setattr(packing, "one_kernel", lambda device, dtype: False)
     expected, _ = score(model, tokenizer)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
@@ -82,9 +82,9 @@ def test_a_kernel_that_groups_heads_is_given_each_key_once(tokenizer, one_kernel
             query, *(x.repeat_interleave(heads // key_heads, dim=1) for x in (key, value)), *args, **options
         )
 
-    monkeypatch.setattr(packing, "_varlen", lambda: grouping)
+    monkeypatch.setattr(packing, "varlen_attn", grouping)
     found, scorer = score(model, tokenizer)
-    assert scorer._packs_agree and set(given) == {(heads, key_heads, key_heads)} and heads > key_heads
+    assert scorer.way == "packed" and set(given) == {(heads, key_heads, key_heads)} and heads > key_heads
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
@@ -131,7 +131,7 @@ def test_unsloths_decoder_is_packed_with_one_kernel(tokenizer, one_kernel, monke
     own = names["run_attention"]
     found, scorer = score(model, tokenizer)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert scorer._packs_agree
+    assert scorer.way == "packed"
     # Said to be packed: longer than the window, it would be cut.
     assert int(seen[-1].sum()) > model.max_seq_length
     assert seen[-1].dtype == torch.int32
@@ -145,7 +145,7 @@ def test_unsloths_attention_that_is_asked_for_more_is_not_packed(tokenizer, one_
     unsloths(monkeypatch, model, {"dropout_p": 0.0, "causal": True, **more})
     found, scorer = score(model, tokenizer)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert scorer._packs_agree is False
+    assert scorer.way == "padded"
 
 
 def test_unsloths_decoder_without_that_kernel_is_not_packed(tokenizer, monkeypatch):
@@ -154,7 +154,7 @@ def test_unsloths_decoder_without_that_kernel_is_not_packed(tokenizer, monkeypat
     unsloths(monkeypatch, model)
     found, scorer = score(model, tokenizer)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert scorer._packs_agree is False
+    assert scorer.way == "padded"
 
 
 @pytest.mark.parametrize(("asked", "window"), [(None, 512), (2048, 512), (256, 256)])

@@ -12,9 +12,10 @@ from training_runs import SHORT, log_history, refusal, train
 from written_down import MODEL, TOKENIZER, levels, reward
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLRewardFunction
-from ppl.config import DEFAULT_THRESHOLDS, NATS_CLIP
+from ppl.config import DEFAULT_THRESHOLDS, NATS_KNEE
 from ppl.errors import InputError
 from ppl.reward.loop_guard import loop_veto
+from ppl.training.diagnostics import Diagnostics
 from ppl.training.rewards import perplexity_rewards
 from ppl.training.trainer import RewardState
 
@@ -32,7 +33,7 @@ def test_each_level_earns_what_it_earns_with_all_the_weight(form):
     perplexities |= {"": np.nan}
     options = {"baselines": {"x": levels(100)}, "form": form}
     together = [one(["p"] * 4, TEXTS, **ROWS) for one in reward(perplexities, **options).per_level()]
-    lowest = -NATS_CLIP if form == "nats" else 0.0
+    lowest = -2 * NATS_KNEE if form == "nats" else 0.0
     for index, earned in enumerate(together):
         single = reward(perplexities, weights=alone(index), **options)(["p"] * 4, TEXTS, **ROWS)
         assert earned == pytest.approx(single) and earned[-1] == lowest
@@ -53,7 +54,7 @@ def test_the_scorer_is_asked_once_and_a_first_visit_is_one_for_all_three():
     views, logged = function.per_level(), []
     columns = {"log_metric": lambda name, value: logged.append(name)}
     first = [one(["p"] * 2, [" fox", " mill"], **columns) for one in views]
-    assert first == [[0.0, 0.0]] * 3
+    assert first == [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]  # 10 against 20, 20 against 10, ...
     second = [one(["p"] * 2, [" fox", " mill"], **columns) for one in views]
     assert second == [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
     assert [pair for asked in function.asked for pair in asked] == [("p", " fox"), ("p", " mill")]
@@ -70,7 +71,7 @@ def test_a_resumed_run_takes_up_the_first_visits_of_all_three(tmp_path):
         one(["p"] * 2, [" fox", " mill"])
     (tmp_path / "reward_state.json").write_text(json.dumps(views[0].state_dict()))
     resumed = reward(perplexities).per_level()
-    RewardState(resumed, str(tmp_path))
+    RewardState(resumed, Diagnostics(resumed[0]), str(tmp_path))
     assert [one(["p"], [" fox"]) for one in resumed] == [one(["p"], [" fox"]) for one in views] == [[1.0], [0.0], [1.0]]
 
 
@@ -117,7 +118,7 @@ def advantages(rewards: np.ndarray, weights: np.ndarray, group: int) -> np.ndarr
 @given(data=st.data(), group=st.integers(2, 8), groups=st.integers(1, 3), form=st.sampled_from(["nats", "thresholds"]))
 def test_what_is_vetoed_is_the_last_of_its_group_whatever_the_perplexities_say(data, group, groups, form):
     function = FUNCTIONS[form]
-    values = st.floats(-NATS_CLIP, NATS_CLIP)
+    values = st.floats(-2 * NATS_KNEE, 2 * NATS_KNEE)
     if form == "thresholds":
         values = st.sampled_from([0.0, *(value for _, value in DEFAULT_THRESHOLDS)])
     size = group * groups

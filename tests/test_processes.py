@@ -63,7 +63,7 @@ def test_two_processes_reward_as_one_does(halves, name):
         assert first["state"]["first_visits"][key] == pytest.approx(levels, rel=1e-4)
     if name == "zero-shot":
         assert len(one["state"]["first_visits"]) == 3
-        assert set(one["rewards"][0]) == {0.0} and len(set(one["rewards"][1])) > 5
+        assert len(set(one["rewards"][0])) > 5 and len(set(one["rewards"][1])) > 5
 
 
 def test_a_run_in_two_processes_leaves_what_a_run_in_one_leaves(tmp_path):
@@ -123,8 +123,9 @@ def test_a_signal_stops_both_processes_at_the_same_step(tmp_path):
     assert process.returncode != 0, error[-2000:]
     [step] = re.findall(r"Stopped at step (\d+)", output)
     command = output[output.index("Go on with") :].splitlines()[1]
-    launcher = f"accelerate launch --config_file {CONFIGS / 'cpu.yaml'}"
-    assert command.startswith(f"  {launcher} train_grpo_multilevel_unsloth.py --max_samples")
+    # With its whole path where .venv is not activated, so that the line runs as pasted.
+    launcher = rf"  (\S+/)?accelerate launch --config_file {re.escape(str(CONFIGS / 'cpu.yaml'))}"
+    assert re.match(f"{launcher} train_grpo_multilevel_unsloth.py --max_samples", command)
     assert command.endswith(f" --resume_from_checkpoint {out / f'checkpoint-{step}'}")
     state = json.loads((out / f"checkpoint-{step}" / "trainer_state.json").read_text())
     assert state["global_step"] == int(step)

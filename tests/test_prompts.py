@@ -9,6 +9,7 @@ import pytest
 import torch
 import toys
 from datasets import Dataset
+from heard import Heard
 
 from ppl import cli
 from ppl.baselines.file import Baselines
@@ -446,9 +447,9 @@ def test_several_turns_are_one_text_whose_units_end_with_each(model, chat, aggre
 def test_the_reward_scores_the_turns_and_says_the_text(model, chat):
     calculator = MultiLevelPPLCalculator(chat)
     expected = calculator.compute_all_levels(model, [SAID], [[USER]])
-    reward_fn = MultiLevelPPLRewardFunction(model, chat)
+    reward_fn = Heard(model, chat)
     reward_fn([[USER]], [SAID])
-    assert {level: float(values[0]) for level, values in reward_fn._last.details["ppls"].items()} == pytest.approx(
+    assert {level: float(values[0]) for level, values in reward_fn.found["ppls"].items()} == pytest.approx(
         {level: float(values[0]) for level, values in expected.items()}, rel=1e-5
     )
 
@@ -481,7 +482,7 @@ def test_the_policy_reads_what_the_scorer_reads(model, chat, tmp_path):
     from ppl.training.trainer import ResumableGRPOTrainer
 
     options = {"chat_template_kwargs": {"enable_thinking": False}, "tools": [CALL]}
-    reward_fn = MultiLevelPPLRewardFunction(model, chat, **options)
+    reward_fn = Heard(model, chat, **options)
     trainer = grpo(ResumableGRPOTrainer, tmp_path, [[USER], [USER, ASKED, TOLD], BEGUN], reward_fn, chat=options)
     rows = trainer.train_dataset
     ids, _, _ = trainer._tokenize_prompts(list(rows["prompt"]))
@@ -493,7 +494,7 @@ def test_the_policy_reads_what_the_scorer_reads(model, chat, tmp_path):
 def test_a_begun_answer_is_refused_where_the_policy_does_not_go_on_with_it(model, chat, tmp_path):
     from trl import GRPOTrainer
 
-    trainer = grpo(GRPOTrainer, tmp_path, [BEGUN], MultiLevelPPLRewardFunction(model, chat))
+    trainer = grpo(GRPOTrainer, tmp_path, [BEGUN], Heard(model, chat))
     [[ids], _, _] = trainer._tokenize_prompts([BEGUN])
     assert chat.decode(ids).endswith("It is\n<|assistant|>")  # once it no longer does, nothing is to be refused
     with pytest.raises(InputError, match=r"prompt 0 ends with an assistant's message, 'It is'.*ResumableGRPOTr"):
@@ -506,7 +507,7 @@ def test_a_column_that_is_called_prompt_ids_is_not_what_the_policy_was_given(mod
     from ppl.training.trainer import ResumableGRPOTrainer
 
     def trained(kind):
-        trainer = grpo(kind, tmp_path, [[USER]], MultiLevelPPLRewardFunction(model, chat))
+        trainer = grpo(kind, tmp_path, [[USER]], Heard(model, chat))
         trainer.train_dataset = trainer.train_dataset.map(lambda row: {"prompt_ids": [3, 4, 5]})
         trainer.train()
 
@@ -527,11 +528,11 @@ def rolled_out(prompts, trainer):
 def test_what_is_scored_stands_behind_the_ids_that_the_policy_was_given(chat, tmp_path, rollout):
     from ppl.training.trainer import ResumableGRPOTrainer
 
-    class Kept(MultiLevelPPLRewardFunction):
+    class Kept(Heard):
         def __call__(self, prompts, completions, **columns):
             rewards = super().__call__(prompts, completions, **columns)
             # The product of nested levels is the perplexity of the whole text.
-            whole = math.prod(self._last.details["ppls"][level] for level in LEVELS)
+            whole = math.prod(self.found["ppls"][level] for level in LEVELS)
             scored.append((columns, whole.tolist()))
             return rewards
 
@@ -623,7 +624,7 @@ def test_completions_and_baselines_are_scored_behind_the_same_context(appending,
     logs = model(torch.tensor([before + ids])).logits[0].double().log_softmax(-1)
     by_hand = -sum(logs[len(before) - 1 + at, one].item() for at, one in enumerate(ids)) / len(ids)
     for kind in (tokenizer, plain):
-        reward_fn = MultiLevelPPLRewardFunction(model, kind, aggregation="nested")
+        reward_fn = Heard(model, kind, aggregation="nested")
         of_ids = reward_fn.compute_rewards([text], [prompt], completion_ids=[[*ids, 1]], return_details=True)[1]
         assert sum(math.log(of_ids["ppls"][level]) for level in LEVELS) == pytest.approx(by_hand, rel=1e-4)
         of_text = MultiLevelPPLCalculator(kind, aggregation="nested").score_pairs(model, [(prompt, text)])
@@ -650,7 +651,7 @@ def test_the_trainer_asks_its_policy_with_those_ids(tmp_path):
     given = prompt_ids(STRINGS[:1], adding("<s>"))
     assert asked == [given * 2] and seen == [(STRINGS[0], given[0])] * 2
 
-    plain = grpo(GRPOTrainer, tmp_path, STRINGS[:1], MultiLevelPPLRewardFunction(toys.llama(), tokenizer), tokenizer)
+    plain = grpo(GRPOTrainer, tmp_path, STRINGS[:1], Heard(toys.llama(), tokenizer), tokenizer)
     assert plain._tokenize_prompts(STRINGS[:1])[0][0][-1] == tokenizer.eos_token_id  # once no longer, refuse nothing
     with pytest.raises(InputError, match=r"puts </s> behind a text.*ResumableGRPOTrainer, or set .*add_eos_token"):
         plain.train()
@@ -696,7 +697,7 @@ def test_held_out_rewards_per_level_know_what_the_policy_was_given(prompt):
     tokenizer = adding(**APPENDING["EOS"])
     tokenizer.chat_template = TEMPLATE
     model = toys.llama()
-    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)
+    reward_fn = Heard(model, tokenizer)
     rewards = [(function, 1.0) for function in reward_fn.per_level()]
     rows = Dataset.from_list([{"prompt": prompt, "id": "a"}])
     held_out = evaluate(

@@ -8,6 +8,7 @@ import brute_force
 import pytest
 import torch
 import toys
+from heard import Heard
 from written_down import COLUMNS, MODEL, TOKENIZER, baseline_of, levels, reward
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLRewardFunction
@@ -30,7 +31,7 @@ def test_each_column_is_its_levels_baseline():
     function = reward({"text": 10})
     function(["p"], ["text"], **columns)
     # (10 - 10) / 10, (20 - 10) / 20, (40 - 10) / 40
-    assert {level: value.item() for level, value in function._last.details["improvements"].items()} == pytest.approx(
+    assert {level: value.item() for level, value in function.found["improvements"].items()} == pytest.approx(
         {"word": 0, "phrase": 50, "sentence": 75, "avg": 0.3 * 50 + 0.5 * 75}
     )
 
@@ -39,7 +40,7 @@ def test_a_row_without_columns_falls_through_to_the_next_source():
     function = reward({"text": 5}, baselines={"p": levels(30)})
     columns = {name: [None, 10.0] for name in COLUMNS}
     function(["p", "p"], ["text"] * 2, **columns)
-    assert function._last.details["baselines"]["word"].tolist() == [30, 10]
+    assert function.found["baselines"]["word"].tolist() == [30, 10]
 
 
 def test_a_row_without_an_id_column_is_found_by_the_hash_of_prompt_and_reference():
@@ -127,24 +128,36 @@ def test_a_baseline_that_is_no_positive_number_is_refused(record):
 # --- zero-shot -------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_visit_to_a_prompt_gives_0_and_later_ones_are_measured_against_its_mean():
+def test_the_first_visit_is_measured_against_the_others_of_its_group_and_later_ones_against_their_mean():
     function = reward({"a": 90, "b": 110, "c": 99.5, "d": 98, "e": 101})
-    assert function(["p", "p"], ["a", "b"]) == [0, 0]  # the mean is 100
+    assert function(["p", "p"], ["a", "b"]) == [1, 0]  # 90 against 110 and 110 against 90; the mean is 100
     assert function(["p", "p", "p"], ["c", "d", "e"]) == pytest.approx([0.5, 0.9, 0])
     assert function(["p"], ["a"]) == [1]  # what was read in the first visit is measured too
 
 
 def test_each_prompt_has_a_first_visit_of_its_own():
     function = reward({"a": 100, "b": 50})
-    assert function(["p", "q"], ["a", "b"]) == [0, 0]
+    assert function(["p", "q"], ["a", "b"]) == [0, 0]  # alone in their groups
     assert function(["p", "q", "r"], ["b", "a", "b"]) == [1, 0, 0]
+
+
+def test_the_others_of_a_first_visit_are_left_out_one_by_one():
+    function = reward({"a": (100, 30, 50), "b": (98, 10, 60), "c": (102, 20, 40), "": math.nan}, weights=(1, 0, 0))
+    assert function(["p"] * 4, ["a", "b", "c", ""]) == pytest.approx([0, 0.9, 0, 0])  # 98 against 101
+    found = {level: values.tolist() for level, values in function.found["baselines"].items()}
+    assert found["word"] == [100, 101, 99, 100] and found["phrase"] == [15, 25, 20, 20]  # a blank one is no part of it
+    assert found["sentence"] == [50, 45, 55, 50]
 
 
 def test_the_mean_of_the_first_visit_is_taken_per_level():
     function = reward({"a": (10, 20, 30), "b": (30, 40, 50)})
     function(["p", "p"], ["a", "b"])
-    assert {level: values.tolist() for level, values in function._last.details["baselines"].items()} == {
-        "word": [20, 20], "phrase": [30, 30], "sentence": [40, 40],
+    assert {level: values.tolist() for level, values in function.found["baselines"].items()} == {
+        "word": [30, 10], "phrase": [40, 20], "sentence": [50, 30],
+    }  # fmt: skip
+    function(["p"], ["a"])
+    assert {level: values.item() for level, values in function.found["baselines"].items()} == {
+        "word": 20, "phrase": 30, "sentence": 40,
     }  # fmt: skip
 
 
@@ -152,12 +165,13 @@ def test_a_first_visit_gives_0_even_if_an_improvement_of_0_has_a_reward():
     assert reward({"a": 100}, reward_thresholds=[(0, 0.1)])(["p"], ["a"]) == [0]
 
 
-def test_a_first_visit_and_a_blank_completion_have_an_improvement_of_0():
+def test_a_blank_completion_of_a_first_visit_has_an_improvement_of_0():
     function = reward({"a": 90, "b": 110, "": math.nan})
     logged = {}
     function(["p"] * 3, ["a", "b", ""], log_metric=logged.__setitem__)
-    assert function._last.details["improvements"]["avg"].tolist() == [0, 0, 0]
-    assert (logged["reward_word"], logged["ppl/word"]) == (0, 100)
+    # 100 (110 - 90) / 110, 100 (90 - 110) / 90
+    assert function.found["improvements"]["avg"].tolist() == pytest.approx([200 / 11, -200 / 9, 0])
+    assert (logged["reward_word"], logged["ppl/word"]) == (pytest.approx((200 / 11 - 200 / 9) / 2), 100)
 
 
 def test_blank_completions_do_not_count_as_a_visit():
@@ -228,9 +242,9 @@ def test_a_blank_reference_is_an_error_or_skipped(blank):
 
 def test_both_targets_on_a_real_model_equal_the_slow_twin():
     prompts, plans, references = ["The fox", "Once"], [" said", " upon a time"], [" I am hungry.", " there was."]
-    function = MultiLevelPPLRewardFunction(MODEL, TOKENIZER, target="reference")
+    function = Heard(MODEL, TOKENIZER, target="reference")
     _, details = function.compute_rewards(plans, prompts=prompts, references=references, return_details=True)
-    completion = MultiLevelPPLRewardFunction(MODEL, TOKENIZER)
+    completion = Heard(MODEL, TOKENIZER)
     _, own = completion.compute_rewards(plans, prompts=prompts, return_details=True)
     for index, (prompt, plan, reference) in enumerate(zip(prompts, plans, references, strict=True)):
         for found, text, context in [
@@ -248,7 +262,7 @@ def test_both_targets_on_a_real_model_equal_the_slow_twin():
 @pytest.mark.parametrize("blank", ["", " \n", "</s>"])
 @pytest.mark.parametrize("baselines", [None, {"p": levels(100)}])
 def test_a_blank_completion_gives_0_even_when_every_threshold_is_below_0(blank, baselines):
-    function = MultiLevelPPLRewardFunction(MODEL, TOKENIZER, baselines, reward_thresholds=[(-100, 0.5), (-50, 1)])
+    function = Heard(MODEL, TOKENIZER, baselines, reward_thresholds=[(-100, 0.5), (-50, 1)])
     assert function(["p"], [blank]) == [0]
     assert function(["p"], [blank]) == [0]
 
@@ -265,7 +279,7 @@ def test_a_perplexity_of_infinity_gives_the_lowest_reward_and_finite_numbers():
 
 def test_a_completion_that_is_no_text_is_named():
     with pytest.raises(InputError, match="completion 1 is 5, expected a string or chat messages"):
-        MultiLevelPPLRewardFunction(MODEL, TOKENIZER).compute_rewards(["fox", 5])
+        Heard(MODEL, TOKENIZER).compute_rewards(["fox", 5])
 
 
 def test_a_nan_from_the_model_is_an_error():
@@ -273,7 +287,7 @@ def test_a_nan_from_the_model_is_an_error():
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError):
-        MultiLevelPPLRewardFunction(model, TOKENIZER)(["p"], ["The fox"])
+        Heard(model, TOKENIZER)(["p"], ["The fox"])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -287,8 +301,8 @@ def test_a_subclass_cannot_return_what_is_not_finite(bad):
 
 
 def test_no_completions_give_no_rewards():
-    assert MultiLevelPPLRewardFunction(MODEL, TOKENIZER)([], []) == []
-    assert MultiLevelPPLRewardFunction(MODEL, TOKENIZER, normalize=True).compute_rewards([]).shape == (0,)
+    assert Heard(MODEL, TOKENIZER)([], []) == []
+    assert Heard(MODEL, TOKENIZER, normalize=True).compute_rewards([]).shape == (0,)
 
 
 # --- compute_rewards and __call__ ------------------------------------------------------------------------------------
@@ -296,7 +310,7 @@ def test_no_completions_give_no_rewards():
 
 @pytest.mark.parametrize("target", ["completion", "reference"])
 def test_details_have_one_number_a_text(target):
-    function = MultiLevelPPLRewardFunction(MODEL, TOKENIZER, target=target)
+    function = Heard(MODEL, TOKENIZER, target=target)
     texts = [" said", " ran home", " sat"]
     found, details = function.compute_rewards(
         texts, prompts=["The fox"] * 3, references=[" The end."] * 3, return_details=True
@@ -312,10 +326,8 @@ def test_details_have_one_number_a_text(target):
 
 def test_texts_alone_are_enough():
     """`compute_rewards(texts=..., return_details=True)`, as the guide has it."""
-    rewards, details = MultiLevelPPLRewardFunction(MODEL, TOKENIZER).compute_rewards(
-        texts=["The fox.", "The end."], return_details=True
-    )
-    assert rewards.tolist() == [0, 0]
+    rewards, details = Heard(MODEL, TOKENIZER).compute_rewards(texts=["The fox.", "The end."], return_details=True)
+    assert sorted(rewards.tolist()) == [0, 1]  # each against the other
     twin = brute_force.all_levels(MODEL, TOKENIZER, "The fox.")
     assert details["ppls"]["word"][0].item() == pytest.approx(twin["word"], rel=1e-4)
 

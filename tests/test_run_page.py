@@ -81,6 +81,23 @@ def test_two_reward_functions_are_told_apart():
     assert [(line.label, line.last) for line in lines] == [("multi_level_ppl", "1.00"), ("other", "−0.50")]
 
 
+@pytest.mark.parametrize("count", [2, 3, 4, 7, 20])
+def test_no_two_reward_functions_share_colour_and_dashes(count):
+    means = {f"rewards/{index}/mean": index / 10 for index in range(count)}
+    lines = by_title([{"step": step, **means} for step in (1, 2)])["Reward functions"].lines
+    assert [line.label for line in lines] == [str(index) for index in range(count)]
+    assert len({(line.colour, line.dashes) for line in lines}) == count
+
+
+def test_every_level_that_is_logged_has_a_line_of_its_own():
+    levels = ("word", "phrase", "sentence", "prompt", "examples")
+    lines = by_title([{"step": step, **{f"reward_{level}": 1.0 for level in levels}} for step in (1, 2)])
+    lines = lines["Improvement over the baseline"].lines
+    assert [(line.label, line.colour) for line in lines] == [(level, level) for level in levels]
+    assert len({line.dashes for line in lines}) == 5
+    assert all(line.colour in colours for line in lines for colours in run.LINE_COLORS)
+
+
 def test_places_are_percent_of_the_plot():
     entries = [{"step": 5, "reward": 0.5, "reward_std": 0.25}, {"step": 10, "reward": 1.0, "reward_std": 0.0}]
     chart = by_title(entries)["Reward"]
@@ -206,9 +223,7 @@ def state(step: int, first: bool = True) -> SimpleNamespace:
     return SimpleNamespace(global_step=step, max_steps=10, log_history=entries, is_world_process_zero=first)
 
 
-def test_it_is_kept_up_to_date_at_most_once_a_minute_by_one_process(tmp_path, hard, shown, monkeypatch):
-    now = 1000.0
-    monkeypatch.setattr(run.time, "monotonic", lambda: now)
+def test_it_is_brought_up_to_date_at_every_log_line_by_one_process(tmp_path, hard, shown):
     (tmp_path / "config.yaml").write_text("# Run\nlr: 1\n")
     page = RunPage(tmp_path / "r.html", "Run", {}, "python x", tmp_path / "config.yaml", hard, shown)
 
@@ -219,10 +234,8 @@ def test_it_is_kept_up_to_date_at_most_once_a_minute_by_one_process(tmp_path, ha
     assert not page.path.exists()
     page.on_train_begin(None, state(0), None)
     assert step_told() == "0" and "Nothing has been logged yet" in page.path.read_text()
-    now += 59
     page.on_log(None, state(1), None, {})
-    assert step_told() == "0"
-    now += 2
+    assert step_told() == "1"
     page.on_log(None, state(2), None, {})
     assert step_told() == "2"
     arguments = SimpleNamespace(report_to=["none"])
@@ -243,12 +256,11 @@ CONFIG = (
 
 def render(path: Path, hard, shown, entries, finished: bool = True) -> Path:
     facts = {"Data": "d" * 120, "<i>": "<script>window.hacked = 4</script>"}
-    after = (hard, shown) if finished else ()
-    html = run.run_page(
-        "A <title> " + "t" * 80, facts, "python x '</script><script>window.hacked = 5</script>' " + "w" * 300, CONFIG,
-        entries, (len(entries), 1000), hard, shown, *after,
-    )  # fmt: skip
-    path.write_bytes(html.encode("utf-8", "replace"))
+    (config := path.with_suffix(".yaml")).write_text(CONFIG)
+    state = SimpleNamespace(global_step=len(entries), max_steps=1000, log_history=entries, is_world_process_zero=True)
+    command = "python x '</script><script>window.hacked = 5</script>' " + "w" * 300
+    page = RunPage(path, "A <title> " + "t" * 80, facts, command, config, hard, shown)
+    page.write(state, *((hard, shown) if finished else ()))
     return path
 
 
@@ -257,7 +269,15 @@ def pages(tmp_path_factory, hard, shown) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     entries = [*log(12), {"step": 6, "eval_reward": 0.4, "</script><b>x": 2.0, "loss": 1e30}]
     entries[3] |= {"reward": NAN, "reward_std": NAN, "entropy": math.inf}
+    wide = [
+        {
+            "step": step, f"rewards/{'n' * 90}/mean": 0.1, "rewards/other/mean": 0.2, "loss": -99999.25 + step / 100,
+            "grad_norm": 1e-9 * step, "kl": 1e-6 * step, "m" * 90: 12345678.0,
+        }
+        for step in (999_990, 1_000_000)
+    ]  # fmt: skip
     return {
+        "wide": render(folder / "wide.html", hard, shown, wide),
         "hard": render(folder / "hard.html", hard, shown, entries),
         "empty": render(folder / "empty.html", hard, shown, [], finished=False),
         "long": render(folder / "long.html", hard, shown, [{**one, "kl": 1e6} for one in log(3000)], finished=False),
@@ -368,6 +388,34 @@ def test_letters_are_large_enough_and_those_of_an_axis_do_not_touch(browser, pag
                 < e.closest('.chart').getBoundingClientRect().left).map(e => e.textContent)"""
         )
         assert out == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [320, 390, 700, 1280])
+def test_labels_stay_inside_their_card(browser, pages, width):
+    for name in ("hard", "long", "one", "wide"):
+        browser.open(pages[name], width)
+        browser.value(OPEN_EVERYTHING)
+        outside = browser.value(
+            """[...document.querySelectorAll('.charts figure, .tiles div')].flatMap(card => {
+                const edge = card.getBoundingClientRect();
+                return [...card.querySelectorAll('*')]
+                    .filter(e => e.textContent.trim() && e.offsetParent && !e.closest('svg, .scroll'))
+                    .filter(e => (r => r.left < edge.left || r.right > edge.right + 0.5)(e.getBoundingClientRect()))
+                    .map(e => e.textContent.trim()) })"""
+        )
+        assert outside == [], name
+
+
+@pytest.mark.browser
+def test_a_single_dot_is_a_number_and_no_chart(browser, pages):
+    browser.open(pages["one"])
+    assert browser.value("document.querySelectorAll('.plot').length") == 0
+    assert "Entropy nats a token" in (text := browser.value("document.querySelector('#curves').innerText"))
+    assert "policy 2.50" in " ".join(text.split())
+    browser.open(pages["hard"])  # its charts have twelve steps, and what was logged once has no plot
+    assert browser.value("document.querySelectorAll('.charts figure').length") == 7
+    assert browser.value("document.querySelectorAll('.plot').length") == 6
 
 
 @pytest.mark.browser

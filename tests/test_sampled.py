@@ -11,11 +11,12 @@ import story_model
 import torch
 import toys
 from datasets import Dataset
+from heard import Heard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import compute_baselines_trl
-from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
+from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator
 from ppl.baselines.file import Baselines
 from ppl.scoring.sampling import end_tokens, prompt_ids, sample
 from ppl.scoring.tokens import Decoding, Sampled, TextEncoder
@@ -72,14 +73,14 @@ def total(reward_fn, pair):
 def test_the_total_surprisal_is_minus_the_log_probability_of_the_sampling(kind, model):
     """For every kind of tokenizer, the end token apart; and the levels are those of these tokens."""
     tokenizer, prompts = kind
-    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)
+    reward_fn = Heard(model, tokenizer)
     compared = 0
     for seed in range(2):
         written = generate(model, tokenizer, prompts, seed)
         call = as_trl(tokenizer, prompts, written)
         pairs, _ = reward_fn.written(prompts, call["completions"], call["completion_ids"])
         reward_fn(**call)
-        ppls = reward_fn._last.details["ppls"]
+        ppls = reward_fn.found["ppls"]
         for row, ((_, _, logps), pair) in enumerate(zip(written, pairs, strict=True)):
             assert isinstance(pair, Sampled)
             [(encoded, text)] = TextEncoder(tokenizer).encode_sampled([pair])
@@ -102,8 +103,7 @@ def test_the_total_surprisal_is_minus_the_log_probability_of_the_sampling(kind, 
 def test_where_text_and_ids_agree_the_numbers_are_those_of_the_text(kind, data):
     """Ids that the tokenizer makes of a text, cut anywhere: the same ids, scored tokens and characters."""
     tokenizer, _ = kind
-    encoder = TextEncoder(tokenizer)
-    backend = encoder._backend
+    encoder, backend = TextEncoder(tokenizer), tokenizer.backend_tokenizer
     text = data.draw(st.sampled_from([*toys.SENTENCES, " ".join(toys.SENTENCES)]) | toys.texts)
     ids = backend.encode(text, add_special_tokens=False).ids
     if backend.decode(ids, skip_special_tokens=True) != text or len(ids) < 2:
@@ -127,9 +127,9 @@ def test_where_text_and_ids_agree_the_numbers_are_those_of_the_text(kind, data):
 def test_a_token_begins_where_the_text_before_it_ceases_to_be_that_of_the_whole(kind, data):
     """Any ids at all: cut characters, special tokens inside, ids beyond the vocabulary. The rule, in slow."""
     tokenizer, _ = kind
-    encoder = TextEncoder(tokenizer)
-    decode = lambda ids: encoder._backend.decode(ids, skip_special_tokens=True)  # noqa: E731
-    prompt = encoder._backend.encode(data.draw(st.sampled_from(["", *PROMPTS])), add_special_tokens=False).ids
+    encoder, backend = TextEncoder(tokenizer), tokenizer.backend_tokenizer
+    decode = lambda ids: backend.decode(ids, skip_special_tokens=True)  # noqa: E731
+    prompt = backend.encode(data.draw(st.sampled_from(["", *PROMPTS])), add_special_tokens=False).ids
     ids = data.draw(st.lists(st.integers(0, toys.VOCABULARY - 1), max_size=12))
     whole = decode(prompt + ids)
     border = common(decode(prompt), whole)
@@ -140,16 +140,14 @@ def test_a_token_begins_where_the_text_before_it_ceases_to_be_that_of_the_whole(
 
 
 @pytest.mark.parametrize("name", ["gpt2_like", "metaspace", "word_pieces", "whole_words"])
-def test_what_decodes_word_by_word_is_not_decoded_again_before_every_token(name, monkeypatch):
+def test_what_decodes_word_by_word_is_not_decoded_again_before_every_token(name):
     """Of a vocabulary of whole words every beginning was decoded anew: 2 of the 3 seconds that a reward took."""
-    tokenizer = toys.WRITERS[name]()
-    decoding = TextEncoder(tokenizer).decoding
-    ids = tokenizer.backend_tokenizer.encode(" ".join(toys.SENTENCES[:3]), add_special_tokens=False).ids
-    single = []
-    text = decoding._text
-    monkeypatch.setattr(decoding, "_text", lambda ids: single.append(ids) or text(ids))
+    counted = Counted(toys.WRITERS[name]().backend_tokenizer)
+    decoding = Decoding(counted)
+    ids = counted.encode(" ".join(toys.SENTENCES[:3]), add_special_tokens=False).ids
+    counted.single = 0
     decoding.behind([ids[:5]], [ids[5:]])
-    assert len(single) < len(ids) / 4
+    assert counted.single < len(ids) / 4
 
 
 def common(a: str, b: str) -> int:
@@ -167,13 +165,13 @@ def surprisals(model, prompt, completion):
 
 def scored(model, tokenizer, prompt, completion, **columns):
     """(total in nats, units) of a completion, called as TRL does, with nothing but the text of its own ids."""
-    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)
+    reward_fn = Heard(model, tokenizer)
     text = tokenizer.decode(completion, skip_special_tokens=True)
     pairs, _ = reward_fn.written([prompt], [text], [completion], **columns)
     [values] = reward_fn.calculator.score_pairs(model, pairs)
     reward_fn([prompt], [text], completion_ids=[completion])
     if not columns:
-        assert [reward_fn._last.details["ppls"][level][0].item() for level in LEVELS] == values.tolist()
+        assert [reward_fn.found["ppls"][level][0].item() for level in LEVELS] == values.tolist()
     explained = reward_fn.calculator.explain_pair(model, pairs[0])
     return sum(unit["surprisal"] for unit in explained["word"]), [unit["text"] for unit in explained["word"]]
 
@@ -228,9 +226,7 @@ def test_a_special_token_that_is_no_end_cuts_nothing_off(special, ended):
     baselines = {"The fox": dict.fromkeys(LEVELS, 1e9)}
     for blank, reward in (([x, x], 0), ([], 0), ([x, *ran, x], 1)):
         text = tokenizer.decode(blank, skip_special_tokens=True)
-        found = MultiLevelPPLRewardFunction(model, tokenizer, baselines)(
-            ["The fox"], [text], completion_ids=[[*blank, *end]]
-        )
+        found = Heard(model, tokenizer, baselines)(["The fox"], [text], completion_ids=[[*blank, *end]])
         assert found == [pytest.approx(reward)]
 
 
@@ -248,7 +244,7 @@ def test_any_ids_are_paid_for_up_to_what_trails(model, tokenizer):
             ids.pop()
         kept.append(ids)
         expected.append(np.mean(surprisals(model, given, ids)) if ids else math.nan)
-    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, aggregation="nested")
+    reward_fn = Heard(model, tokenizer, aggregation="nested")
     texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
     upto = [tokenizer.decode(ids, skip_special_tokens=True) for ids in kept]
     pairs, _ = reward_fn.written(["The fox"] * 60, upto, kept)
@@ -256,7 +252,7 @@ def test_any_ids_are_paid_for_up_to_what_trails(model, tokenizer):
     blank = np.array([not text.strip() for text in upto])
     assert found[~blank] == pytest.approx(np.array(expected)[~blank], rel=1e-5) and np.isnan(found[blank]).all()
     reward_fn(["The fox"] * 60, texts, completion_ids=drawn)
-    again = np.log(np.prod([reward_fn._last.details["ppls"][level].numpy() for level in LEVELS], axis=0))
+    again = np.log(np.prod([reward_fn.found["ppls"][level].numpy() for level in LEVELS], axis=0))
     assert again == pytest.approx(found, rel=1e-5, nan_ok=True)
 
 
@@ -273,7 +269,7 @@ def test_two_completions_of_one_text_do_not_share_a_number(model, tokenizer):
     """The cache knows ids; and the same ids behind another prompt are another completion."""
     short, long = tokenizer(" said")["input_ids"], tokenizer.convert_tokens_to_ids(["Ġ", "s", "a", "i", "d"])
     assert tokenizer.decode(short) == tokenizer.decode(long)
-    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)
+    reward_fn = Heard(model, tokenizer)
     call = {
         "prompts": ["The fox"] * 2 + ["A fox"],
         "completions": [" said"] * 3,
@@ -285,17 +281,17 @@ def test_two_completions_of_one_text_do_not_share_a_number(model, tokenizer):
     ]
     for _ in range(2):
         reward_fn(**call)
-        assert reward_fn._last.details["ppls"]["word"].tolist() == pytest.approx(expected, rel=1e-5)
-    assert len(set(np.round(expected, 3))) == len(reward_fn._cache) == 3
+        assert reward_fn.found["ppls"]["word"].tolist() == pytest.approx(expected, rel=1e-5)
+    assert len(set(np.round(expected, 3))) == len(reward_fn.cache) == 3
 
 
 def test_prompts_that_were_cut_on_the_left_are_given_as_ids(model, tokenizer):
     given, ids = tokenizer("Once upon a time")["input_ids"][-2:], tokenizer(" there")["input_ids"]
     total, _ = scored(model, tokenizer, "Once upon a time", ids, given_ids=[given])
     assert total == pytest.approx(sum(surprisals(model, given, ids)), rel=1e-5)
-    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)
+    reward_fn = Heard(model, tokenizer)
     reward_fn(["Once upon a time"], [" there"], completion_ids=[ids], prompt_ids=[given])
-    assert reward_fn._last.details["ppls"]["word"].item() == pytest.approx(math.exp(total / len(ids)), rel=1e-5)
+    assert reward_fn.found["ppls"]["word"].item() == pytest.approx(math.exp(total / len(ids)), rel=1e-5)
 
 
 def test_a_template_that_writes_bos_gives_the_ids_that_the_policy_got(model):
@@ -310,37 +306,37 @@ def test_a_template_that_writes_bos_gives_the_ids_that_the_policy_got(model):
 @pytest.mark.parametrize("ids", [[], [1], [1, 5, 6]])
 def test_nothing_written_earns_nothing(model, tokenizer, ids):
     assert tokenizer.eos_token_id == 1
-    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, {"x": dict.fromkeys(LEVELS, 1e9)})
+    reward_fn = Heard(model, tokenizer, {"x": dict.fromkeys(LEVELS, 1e9)})
     text = tokenizer.decode(ids[:1], skip_special_tokens=True)
     assert reward_fn(["The fox"], [text], completion_ids=[ids[:1]], id=["x"]) == [0]
     reward_fn(["The fox"], [tokenizer.decode(ids, skip_special_tokens=True)], completion_ids=[ids], id=["x"])
-    assert math.isnan(reward_fn._last.details["ppls"]["word"][0])  # what follows an end token was not sampled
+    assert math.isnan(reward_fn.found["ppls"]["word"][0])  # what follows an end token was not sampled
 
 
 def test_no_completion_has_no_reward(model, tokenizer):
-    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)
+    reward_fn = Heard(model, tokenizer)
     assert reward_fn([], []) == reward_fn([], [], completion_ids=[]) == []
 
 
 def test_an_empty_completion_is_none_of_its_neighbours(model, tokenizer):
-    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)
+    reward_fn = Heard(model, tokenizer)
     ids = [tokenizer(text)["input_ids"] for text in (" said", "", " ran home", "")]
     reward_fn(["The fox"] * 4, [" said", "", " ran home", ""], completion_ids=ids)
     given = tokenizer("The fox")["input_ids"]
     expected = [math.exp(np.mean(surprisals(model, given, one))) if one else math.nan for one in ids]
     one_unit = MultiLevelPPLCalculator(tokenizer).explain_pair(model, Sampled(tuple(given), tuple(ids[2])))
     assert len(one_unit["sentence"]) == 1
-    assert reward_fn._last.details["ppls"]["sentence"].tolist() == pytest.approx(expected, rel=1e-5, nan_ok=True)
+    assert reward_fn.found["ppls"]["sentence"].tolist() == pytest.approx(expected, rel=1e-5, nan_ok=True)
 
 
 def test_ids_of_another_tokenizer_are_not_scored(model, tokenizer, caplog):
     """A scorer that is another model: the text is all that both read, and the log says so once."""
-    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)
+    reward_fn = Heard(model, tokenizer)
     for _ in range(2):
         reward_fn(["The fox"], [" said"], completion_ids=[[7, 8, 9]])
-    alone = MultiLevelPPLRewardFunction(model, tokenizer)
+    alone = Heard(model, tokenizer)
     alone(["The fox"], [" said"])
-    assert reward_fn._last.details["ppls"]["word"].tolist() == alone._last.details["ppls"]["word"].tolist()
+    assert reward_fn.found["ppls"]["word"].tolist() == alone.found["ppls"]["word"].tolist()
     assert len([one for one in caplog.records if "their text is scored" in one.getMessage()]) == 1
 
 
@@ -348,10 +344,10 @@ def test_a_reference_follows_on_the_text_behind_its_prompt(model):
     """Not "atime": the completion that leads up to it keeps its space."""
     tokenizer = toys.llama2_like()
     ids = tokenizer("time", add_special_tokens=False)["input_ids"]
-    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, target="reference")
+    reward_fn = Heard(model, tokenizer, target="reference")
     reward_fn(["Once upon a"], ["time"], completion_ids=[[*ids, tokenizer.eos_token_id]], reference=[" there was"])
     expected = reward_fn.calculator.compute_all_levels(model, " there was", "Once upon a time")
-    assert reward_fn._last.details["ppls"]["word"].item() == pytest.approx(expected["word"])
+    assert reward_fn.found["ppls"]["word"].item() == pytest.approx(expected["word"])
 
 
 # --- what is sampled here --------------------------------------------------------------------------------------------
@@ -360,7 +356,7 @@ def test_a_reference_follows_on_the_text_behind_its_prompt(model):
 def test_our_own_samples_are_ids_and_their_text_keeps_its_space(kind, model):
     tokenizer, prompts = kind
     ends = end_tokens(model, tokenizer)
-    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)
+    reward_fn = Heard(model, tokenizer)
     groups = sample(model, tokenizer, prompts, num_generations=2, max_new_tokens=12)
     for prompt, before, group in zip(prompts, prompt_ids(prompts, tokenizer), groups, strict=True):
         for one in group:
@@ -395,7 +391,7 @@ def test_a_trained_models_completions_are_not_glued_to_their_prompts(story):
     written = generate(model, tokenizer, STORY_PROMPTS, seed=1)
     call = as_trl(tokenizer, STORY_PROMPTS, written)
     expected = [-logps.sum().item() for _, _, logps in written]
-    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)
+    reward_fn = Heard(model, tokenizer)
     pairs, texts = reward_fn.written(STORY_PROMPTS, call["completions"], call["completion_ids"])
     assert [total(reward_fn, pair) for pair in pairs] == pytest.approx(expected, rel=1e-4)
 
@@ -417,7 +413,7 @@ def test_held_out_numbers_and_own_baselines_are_those_of_the_sampling(story, tmp
     levels = MultiLevelPPLCalculator(tokenizer).score_pairs(
         model, [Sampled(tuple(one.prompt_ids), tuple(one.written)) for group in groups for one in group]
     )
-    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)
+    reward_fn = Heard(model, tokenizer)
     run = {"scorers": kl_scorers(model, copy.deepcopy(model)), "state": None, **options}
     held_out = evaluate(model, tokenizer, [(reward_fn, 1.0)], rows, **run)
     assert held_out.completion_ids == [[one.ids for one in group] for group in groups]
@@ -470,7 +466,7 @@ def test_the_end_token_of_a_policy_that_is_another_model_is_no_text():
     text = " a time the fox ran."
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     baseline = dict.fromkeys(("word", "phrase", "sentence"), 600.0)
-    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, {"Once upon": baseline}, form="nats")
+    reward_fn = Heard(model, tokenizer, {"Once upon": baseline}, form="nats")
     given = tokenizer("Once upon")["input_ids"]
     with torch.no_grad():
         logits = model(torch.tensor([given + ids])).logits[0].log_softmax(-1)
@@ -481,16 +477,17 @@ def test_the_end_token_of_a_policy_that_is_another_model_is_no_text():
 
 
 class Counted:
-    """A tokenizer of the `tokenizers` library that counts the tokens it decodes."""
+    """A tokenizer of the `tokenizers` library that counts the tokens it decodes, and the calls for one text."""
 
     def __init__(self, backend):
-        self.backend, self.tokens = backend, 0
+        self.backend, self.tokens, self.single = backend, 0, 0
 
     def __getattr__(self, name):
         return getattr(self.backend, name)
 
     def decode(self, ids, **options):
         self.tokens += len(ids)
+        self.single += 1
         return self.backend.decode(ids, **options)
 
     def decode_batch(self, sequences, **options):
@@ -506,9 +503,9 @@ def test_a_character_in_pieces_is_decoded_once(name, cut):
     prompt, text = "สวัสดี 中文", "ไทยไทยนั้นสวย中文字符都在这里😀👍🏽" * 8
     given, ids = (backend.encode(one, add_special_tokens=False).ids for one in (prompt, text))
     ids = ids[: len(ids) - cut]
-    decoding = Decoding(backend)
-    decoding._learn([given, ids])
-    decoding._backend = counted = Counted(backend)
+    decoding = Decoding(counted := Counted(backend))
+    decoding.behind([given], [ids])  # it has met each token
+    counted.tokens = 0
     [(found, starts)] = decoding.behind([given], [ids])
     assert counted.tokens <= 2 * len(given) + len(ids)
     if not cut:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import brute_force
+import peft
 import pytest
 import torch
 import toys
@@ -123,6 +124,74 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(tmp_path, capsys):
     toys.byte_level().save_pretrained(tmp_path)
     assert main(["--model_name", str(tmp_path), "--text", TEXT]) == 0
     assert capsys.readouterr().out.count(f"{toys.VOCABULARY}.0000") == 3
+
+
+# --- many texts, and adapters ----------------------------------------------------------------------------------------
+
+
+def test_a_file_of_many_texts_has_a_line_for_each_with_the_numbers_of_the_text_alone(folder, scored, tmp_path, capsys):
+    rows = [{"text": TEXT}, {"prompt": "The fox", "completion": " ran [home]."}, {"text": ""}, {"reference": "A\nB."}]
+    (tmp_path / "x.jsonl").write_text("\ufeff" + "\r\n\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    many = ["--model_name", str(folder), "--file", str(tmp_path / "x.jsonl"), "--context", "Once "]
+    expected = [
+        scored("--text", TEXT, "--context", "Once "), scored("--text", " ran [home].", "--context", "The fox"),
+        None, scored("--text", "A\nB.", "--context", "Once "),
+    ]  # fmt: skip
+    assert main(many) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[2] == "word –, phrase –, sentence –: "
+    for line, one, shown in zip(lines, expected, [TEXT.replace("\n", " "), "ran [home].", "", "A B."], strict=True):
+        assert shown in line
+        if one:
+            told = dict(part.split() for part in line.partition(": ")[0].split(", "))
+            assert {level: float(value.replace(",", "")) for level, value in told.items()} == pytest.approx(
+                {level: one[level]["perplexity"] for level in told}, rel=1e-4
+            )
+    assert main([*many, "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["text"] for one in found] == [TEXT, " ran [home].", "", "A\nB."]
+    assert found[2]["word"] == {"perplexity": None, "units": []}
+    assert [one for one in found if one["text"]] == [one for one in expected if one]
+
+
+def test_what_is_wrong_with_a_file_of_many_texts_is_told_with_its_line(capsys, tmp_path):
+    path = tmp_path / "x.jsonl"
+    for content, words in (
+        ('{"text": "A fox."}\n{', "line 2: "), ('{"text": 3}', "line 1: "), ('["A fox."]', "expected an object"),
+        ('{"story": "A fox."}', "a string text (or completion, or reference)"), ("\n", "holds no line"),
+        ('{"text": "\\ud83d"}', "not UTF-8"),
+    ):  # fmt: skip
+        path.write_text(content)
+        assert words in refused(capsys, "--file", str(path))
+    path.write_text('{"text": "A fox."}')
+    assert "--html shows one text" in refused(capsys, "--file", str(path), "--html", str(tmp_path / "page.html"))
+
+
+def test_an_adapter_scores_when_it_is_on_and_its_base_when_it_is_off(folder, tmp_path, scored, capsys):
+    model, tokenizer, _ = load_model(str(folder))
+    options = {"task_type": "CAUSAL_LM", "r": 4, "init_lora_weights": False, "target_modules": ["q_proj", "v_proj"]}
+    trained = peft.get_peft_model(model, peft.LoraConfig(**options))
+    trained.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    merged = trained.merge_and_unload()
+    flags = ["--model_name", str(tmp_path), "--text", TEXT, "--json"]
+    levels = ("word", "phrase", "sentence")
+    base = scored("--text", TEXT)
+    for adapter, expected in (
+        ("on", brute_force.all_levels(merged, tokenizer, TEXT)),
+        ("off", {level: base[level]["perplexity"] for level in levels}),
+        (None, {level: base[level]["perplexity"] for level in levels}),
+    ):
+        assert main([*flags, *(["--adapter", adapter] if adapter else [])]) == 0
+        captured = capsys.readouterr()
+        found = json.loads(captured.out)
+        assert {level: found[level]["perplexity"] for level in levels} == pytest.approx(expected, rel=1e-4)
+        assert ("it is off" in captured.err and "--adapter on" in captured.err) == (adapter is None)
+        assert found.get("adapter") == adapter
+    assert brute_force.all_levels(merged, tokenizer, TEXT)["word"] != pytest.approx(
+        base["word"]["perplexity"], rel=1e-2
+    )
+    assert "is no adapter" in refused(capsys, "--text", TEXT, "--model_name", str(folder), "--adapter", "on")
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_a_second_reward_has_its_weight_and_its_row(tmp_path):
         total = sum(weight * entry[f"rewards/{name}/mean"] for name, weight in parts.items())
         assert entry["rewards/brevity/mean"] < 0 and entry["reward"] == pytest.approx(total, abs=1e-5)
 
-    last = run(script, *flags[:-1], code=2).stderr.strip().splitlines()[-1]
+    last = run(script, *flags[:-1], "--overwrite", code=2).stderr.strip().splitlines()[-1]
     assert "--reward_weights holds 2 number(s), expected 3: of multi_level_ppl, loop_penalty, brevity" in last
 
 

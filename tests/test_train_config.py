@@ -2,14 +2,18 @@
 
 import dataclasses
 import itertools
+import os
 import re
+import subprocess
+import sys
 
 import pytest
+from training_runs import EXAMPLES, train
 
 from ppl.cli import grpo_fields, reward_config
 from ppl.config import LOOP_PENALTY
 from ppl.errors import InputError
-from ppl.training.settings import grpo_config, plan_batches, write_config
+from ppl.training.settings import config_text, grpo_config, plan_batches
 from train_grpo_multilevel_unsloth import parse_args
 
 
@@ -81,7 +85,7 @@ def test_variables_of_the_chat_template_are_the_trainers_too(tmp_path):
     args, rest = parse_args(words)
     config, asked, defaults = grpo_config(args, rest, plan_batches(4, None, None))
     assert args.chat_template_kwargs == config.chat_template_kwargs == {"enable_thinking": False}
-    write_config(tmp_path / "run.yaml", vars(args), asked, defaults)
+    (tmp_path / "run.yaml").write_text(config_text(vars(args), asked, defaults))
     again, _ = parse_args(["--config", str(tmp_path / "run.yaml")])
     assert again.chat_template_kwargs == {"enable_thinking": False}
 
@@ -275,3 +279,18 @@ def test_one_file_is_read_by_both_scripts_and_the_names_are_those_of_a_rewards_f
     path.write_text("model_name: tiny-stories\naggregaton: nested\n")
     with pytest.raises(InputError, match="unknown setting 'aggregaton', did you mean aggregation"):
         read_settings(path)
+
+
+def test_weights_and_biases_without_a_key_are_refused_before_anything_is_loaded(tmp_path):
+    quiet = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none")}
+    flags = ["--wandb_project", "ppl", "--no_unsloth", "--output_dir", str(tmp_path / "out")]
+    [line] = train(*flags, code=2, python=sys.executable, **quiet).stderr.splitlines()
+    assert line.startswith("error: Weights & Biases has no key for ") and "WANDB_MODE=offline" in line
+    assert not (tmp_path / "out").exists()
+
+    (tmp_path / "netrc").write_text("machine wandb.example login user password secret")
+    known = {"WANDB_BASE_URL": "https://wandb.example", "NETRC": str(tmp_path / "netrc")}
+    code = "from ppl.training.settings import check_reporters; check_reporters(['wandb'])"
+    for more in ({"WANDB_API_KEY": "0" * 40}, known, {"WANDB_MODE": "offline"}, {"WANDB_MODE": "disabled"}):
+        command = [sys.executable, "-c", code]
+        subprocess.run(command, cwd=EXAMPLES, env={**os.environ, **quiet, **more}, check=True)

@@ -67,6 +67,7 @@ def test_a_merged_model_needs_no_peft_and_is_the_one_that_was_trained(merged):
 def test_a_held_out_split_is_evaluated_with_the_reward(merged):
     evaluations = [entry for entry in log_history(merged, 1) if "eval_reward" in entry]
     assert [entry["step"] for entry in evaluations] == [0, 1]
+    assert not (merged / "reward.png").exists()  # of one step there is no curve
     assert {"eval_reward_word", "eval_reward_phrase", "eval_reward_sentence", "eval_ppl/word"} <= set(evaluations[0])
 
 

@@ -9,14 +9,14 @@ import story_model
 import torch
 import toys
 from datasets import Dataset
+from heard import Heard
 from test_sampled import CHATS, PROMPTS, generate
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
 from ppl.baselines.file import Baselines
-from ppl.config import Sampling
-from ppl.data import message_text
+from ppl.config import RewardConfig, Sampling
 from ppl.models import load_model
 from ppl.scoring.sampling import GivenIds, end_tokens, prompt_ids
 from ppl.scoring.tokens import Sampled
@@ -32,7 +32,7 @@ SCORERS = {"byte_level": toys.byte_level, "llama2_like": toys.llama2_like}
 
 def ppls(reward_fn):
     """[B, 3] of the last call."""
-    return np.stack([reward_fn._last.details["ppls"][level].numpy() for level in LEVELS], axis=1)
+    return np.stack([reward_fn.found["ppls"][level].numpy() for level in LEVELS], axis=1)
 
 
 def levels(model, tokenizer, prompts, texts):
@@ -73,16 +73,17 @@ def test_the_space_that_the_policys_decoder_strips_is_scored(story, tiny):
     alone = [text_of(story[1], one) for one in ids]
     assert alone == [text.strip() for text in texts]
     expected = levels(*tiny, prompts, texts)
-    args = SimpleNamespace(loop_penalty=0, per_level=False)
-    job = SimpleNamespace(baselines=None, settings={}, args=args, guarded_prompts=lambda tokenizer: {})
+    asked = {"reward": RewardConfig(), "chat": {}, "loop_penalty": 0, "per_level": False}
+    job = SimpleNamespace(baselines=None, contexts={}, **asked, guarded_prompts=lambda tokenizer: {})
     [(reward_fn, _)] = make_rewards(job, Loaded(*story), Loaded(*tiny))
-    reward_fn(prompts, alone, completion_ids=ids)
-    assert ppls(reward_fn) == pytest.approx(expected, rel=1e-5)
+    _, details = reward_fn.compute_rewards(alone, prompts, completion_ids=ids, return_details=True)
+    assert np.stack(list(details["ppls"].values()), axis=1) == pytest.approx(expected, rel=1e-5)
     glued = levels(*tiny, prompts, alone)[:, 0]
     assert np.median(glued / expected[:, 0]) > 2
     # Of the text alone the policy's tokenizer says that a space may be lost, and the scorer guesses.
-    reward_fn(prompts, alone)
-    assert (np.abs(ppls(reward_fn) / expected - 1) < 1e-5).all(axis=1).sum() >= 22
+    _, details = reward_fn.compute_rewards(alone, prompts, return_details=True)
+    guessed = np.stack(list(details["ppls"].values()), axis=1)
+    assert (np.abs(guessed / expected - 1) < 1e-5).all(axis=1).sum() >= 22
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
@@ -90,7 +91,7 @@ def test_the_space_that_the_policys_decoder_strips_is_scored(story, tiny):
 def test_training_and_held_out_table_say_the_same_of_a_completion(policy, scorer, model):
     """Whatever the two tokenizers; ids of the one are often ids of the other, too, and mean something else there."""
     writes, reads = toys.WRITERS[policy](), SCORERS[scorer]()
-    reward_fn = MultiLevelPPLRewardFunction(model, reads, policy=(model, writes))
+    reward_fn = Heard(model, reads, policy=(model, writes))
     made = generate(model, writes, PROMPTS, seed=3)
     ids = [one for _, one, _ in made]
     reward_fn(PROMPTS, [text_of(writes, one) for one in ids], completion_ids=ids)
@@ -113,7 +114,7 @@ def test_white_space_that_a_policy_cannot_see_is_not_doubled(model):
     """Bert's kind loses the space that a prompt ends in, and its decoder writes one between words."""
     policy, scorer = toys.word_pieces(), toys.byte_level()
     ids = policy("i am", add_special_tokens=False)["input_ids"]
-    reward_fn = MultiLevelPPLRewardFunction(model, scorer, policy=(model, policy))
+    reward_fn = Heard(model, scorer, policy=(model, policy))
     for prompt, text in (("The fox said: ", "i am"), ("The fox said:", " i am")):
         reward_fn([prompt], ["i am"], completion_ids=[ids])
         assert ppls(reward_fn) == pytest.approx(levels(model, scorer, [prompt], [text]), rel=1e-5)
@@ -123,7 +124,7 @@ def test_an_edited_text_is_scored_as_it_came(story, tiny, caplog):
     """Its ids are another text's."""
     prompts, texts = ["Once upon a time there was"] * 2, [" a small fox.", " a big dog."]
     ids = [story[1](text, add_special_tokens=False)["input_ids"] for text in texts]
-    reward_fn = MultiLevelPPLRewardFunction(*tiny, policy=story)
+    reward_fn = Heard(*tiny, policy=story)
     reward_fn(prompts, texts, completion_ids=ids[::-1])
     assert ppls(reward_fn) == pytest.approx(levels(*tiny, prompts, texts), rel=1e-5)
     reward_fn(prompts, texts, completion_ids=ids)
@@ -142,7 +143,7 @@ def test_several_turns_get_their_spaces_back(story, tiny):
     completion = [*({"role": role, "content": text} for role, text in turns.items())]
     completion.append({"role": "assistant", "content": "to play"})
     spaced = [{**one, "content": " " + one["content"].strip()} for one in completion]
-    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, policy=story)
+    reward_fn = Heard(model, tokenizer, policy=story)
     reward_fn([prompt], [completion])
     assert ppls(reward_fn) == pytest.approx(levels(model, tokenizer, [prompt], [spaced]), rel=1e-5)
 
@@ -155,7 +156,7 @@ def test_a_message_begins_where_the_scorers_template_lets_it(model):
         "{% for m in messages %}{{ m['role'] }}\n{{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant\n{% endif %}"
     )
-    reward_fn = MultiLevelPPLRewardFunction(model, scorer, policy=(None, policy))
+    reward_fn = Heard(model, scorer, policy=(None, policy))
     ids = policy("the fox ran", add_special_tokens=False)["input_ids"]
     reward_fn(CHATS[:1], [[{"role": "assistant", "content": "the fox ran"}]], completion_ids=[ids])
     assert ppls(reward_fn) == pytest.approx(levels(model, scorer, CHATS[:1], ["the fox ran"]), rel=1e-5)
@@ -168,7 +169,7 @@ def test_an_edited_message_is_scored_as_it_came(model, schema, more):
     tokenizer = toys.byte_level(chat=True)
     tokenizer.response_schema = schema
     ids = tokenizer(" a small fox ran. It fell.")["input_ids"]
-    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer)
+    reward_fn = Heard(model, tokenizer)
     said = [[{"role": "assistant", "content": " a small fox ran.", **more}]]
     reward_fn(CHATS[:1], said, completion_ids=[ids])
     if schema or more:
@@ -186,7 +187,7 @@ def test_ids_of_another_loaded_copy_of_the_tokenizer_are_scored_as_they_are(mode
     """A policy whose tokenizer was loaded apart, as with --full_finetuning."""
     one, other = toys.byte_level(), toys.byte_level()
     letters = one.convert_tokens_to_ids(["Ġ", "s", "a", "i", "d"])
-    reward_fn = MultiLevelPPLRewardFunction(model, one, policy=(model, other))
+    reward_fn = Heard(model, one, policy=(model, other))
     given = one("The fox")["input_ids"]
     for kind in (list, np.array, torch.tensor):
         for before in (None, kind([given])):
@@ -210,7 +211,7 @@ def test_a_scorer_without_the_policys_chat_tokens_reads_the_text(rows, told):
     ids = policy(text, add_special_tokens=False)["input_ids"]
     [given] = prompt_ids(CHATS[:1], policy)
     assert max(given) >= len(scorer)
-    reward_fn = MultiLevelPPLRewardFunction(model, scorer, policy=(toys.llama(), policy) if told else None)
+    reward_fn = Heard(model, scorer, policy=(toys.llama(), policy) if told else None)
     said = [[{"role": "assistant", "content": text}]]
     reward_fn(CHATS[:1], said, completion_ids=[[*ids, policy.eos_token_id]], prompt_ids=[given])
     assert ppls(reward_fn) == pytest.approx(levels(model, scorer, CHATS[:1], [text]), rel=1e-5)
@@ -225,7 +226,7 @@ def test_ids_that_are_other_chat_tokens_of_the_scorer_are_not_read(model, told):
     given = GivenIds(given, policy) if told == "trainer" else given
     ids = policy(text, add_special_tokens=False)["input_ids"]
     assert scorer.decode(ids) == text
-    reward_fn = MultiLevelPPLRewardFunction(model, scorer, policy=(None, policy) if told == "policy" else None)
+    reward_fn = Heard(model, scorer, policy=(None, policy) if told == "policy" else None)
     said = [[{"role": "assistant", "content": text}]]
     reward_fn(CHATS[:1], said, completion_ids=[ids], prompt_ids=[given])
     assert ppls(reward_fn) == pytest.approx(levels(model, scorer, CHATS[:1], [text]), rel=1e-5)
@@ -248,7 +249,7 @@ def test_ids_of_a_tokenizer_that_divides_words_otherwise_are_not_the_scorers(mod
     assert scorer.get_vocab() == policy.get_vocab()
     assert prompt_ids([prompt], scorer) == prompt_ids([prompt], policy)
     assert scorer(text, add_special_tokens=False)["input_ids"] != ids
-    reward_fn = MultiLevelPPLRewardFunction(model, scorer, policy=(None, policy))
+    reward_fn = Heard(model, scorer, policy=(None, policy))
     reward_fn([prompt], [text], completion_ids=[ids])
     assert ppls(reward_fn) == pytest.approx(levels(model, scorer, [prompt], [text]), rel=1e-5)
 
@@ -258,7 +259,7 @@ def test_an_id_that_the_scorer_has_no_row_for_is_not_looked_up():
     policy, scorer = with_chat_tokens(), toys.byte_level()
     model, text = toys.llama(vocab_size=len(scorer)), " a small fox ran."
     ids = [*policy(text, add_special_tokens=False)["input_ids"], policy.convert_tokens_to_ids("<|end|>")]
-    reward_fn = MultiLevelPPLRewardFunction(model, scorer)
+    reward_fn = Heard(model, scorer)
     reward_fn(["The fox"], [text], completion_ids=[ids])
     assert ppls(reward_fn) == pytest.approx(levels(model, scorer, ["The fox"], [text]), rel=1e-5)
 
@@ -268,7 +269,7 @@ def test_behind_another_chat_template_the_text_is_scored(model):
     policy, scorer = toys.byte_level(chat=True), toys.byte_level(chat=True)
     scorer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
     ids = policy(" ran home.", add_special_tokens=False)["input_ids"]
-    reward_fn = MultiLevelPPLRewardFunction(model, scorer, policy=(model, policy))
+    reward_fn = Heard(model, scorer, policy=(model, policy))
     for given in (None, prompt_ids(CHATS[:1], policy)):
         reward_fn.compute_rewards([" ran home."], CHATS[:1], completion_ids=[ids], prompt_ids=given)
         assert ppls(reward_fn) == pytest.approx(levels(model, scorer, CHATS[:1], [" ran home."]), rel=1e-5)
@@ -280,11 +281,11 @@ def test_baselines_of_texts_are_said_to_begin_elsewhere_only_where_ids_are_score
     policy = toys.byte_level()
     made = Baselines({"a": dict.fromkeys(LEVELS, 1.0)}, {"target": "completion", "generated": None}, "b.json")
     config = SimpleNamespace(multi_objective_aggregation="sum_then_normalize", reward_weights=None)
-    rows, args = {"prompt": ["The fox"]}, SimpleNamespace(allow_baseline_mismatch=True)
+    rows, reward = {"prompt": ["The fox"]}, RewardConfig(allow_baseline_mismatch=True)
     job = SimpleNamespace(
-        baselines=made, config=config, args=args, train_rows=rows, column_meta=None, sampling=Sampling()
+        baselines=made, config=config, reward=reward, train_rows=rows, column_meta=None, sampling=Sampling()
     )
-    weighted(job, [(MultiLevelPPLRewardFunction(model, scorer(), policy=(model, policy)), 1.0)])
+    weighted(job, [(Heard(model, scorer(), policy=(model, policy)), 1.0)])
     assert ("behind <s>" in capsys.readouterr().err) == (scorer is toys.byte_level)
 
 
@@ -312,7 +313,7 @@ def test_what_ends_a_text_of_the_scorer_does_not_end_the_policys(tokenizer, told
     text = " ran, and slept"
     given, ids = tokenizer("The fox")["input_ids"], tokenizer(text)["input_ids"]
     assert comma in ids
-    reward_fn = MultiLevelPPLRewardFunction(scorer, tokenizer, policy=(policy, tokenizer) if told else None)
+    reward_fn = Heard(scorer, tokenizer, policy=(policy, tokenizer) if told else None)
     assert total(reward_fn, "The fox", ids, text) == pytest.approx(by_hand(scorer, given, ids), rel=1e-5)
 
 
@@ -322,12 +323,12 @@ def test_the_policys_generation_settings_end_a_completion(tokenizer):
     dot = tokenizer.convert_tokens_to_ids(".")
     policy.generation_config.eos_token_id = [tokenizer.eos_token_id, dot]
     given, ids = tokenizer("The fox")["input_ids"], tokenizer(" ran")["input_ids"]
-    reward_fn = MultiLevelPPLRewardFunction(scorer, tokenizer, policy=(policy, tokenizer))
+    reward_fn = Heard(scorer, tokenizer, policy=(policy, tokenizer))
     assert total(reward_fn, "The fox", [*ids, dot], " ran.") == pytest.approx(by_hand(scorer, given, ids), rel=1e-5)
     # Also under DDP and its kind; and where the policy is the scorer, its own settings say so.
-    wrapped = MultiLevelPPLRewardFunction(scorer, tokenizer, policy=(torch.nn.DataParallel(policy), tokenizer))
+    wrapped = Heard(scorer, tokenizer, policy=(torch.nn.DataParallel(policy), tokenizer))
     assert total(wrapped, "The fox", [*ids, dot], " ran.") == pytest.approx(by_hand(scorer, given, ids), rel=1e-5)
-    reward_fn = MultiLevelPPLRewardFunction(policy, tokenizer)
+    reward_fn = Heard(policy, tokenizer)
     assert total(reward_fn, "The fox", [*ids, dot], " ran.") == pytest.approx(by_hand(policy, given, ids), rel=1e-5)
 
 
@@ -345,29 +346,27 @@ def test_a_real_step_of_training_scores_what_the_policy_wrote(story, tiny, tmp_p
 
     calls = []
 
-    class Kept(MultiLevelPPLRewardFunction):
-        def _report(self, prompts, completions, rewards, seconds, columns):
-            calls.append((prompts, completions, columns["completion_ids"], ppls(self)))
-
     policy = copy.deepcopy(story[0]), story[1]
     prompts = story_model.prompts()[:4]
     config = GRPOConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=8, num_generations=2,
         report_to="none", max_steps=2, max_completion_length=12, save_strategy="no",
     )  # fmt: skip
-    reward_fn = Kept(*tiny, policy=policy)
+    reward_fn = MultiLevelPPLRewardFunction(*tiny, policy=policy)
+    reward_fn.listen(calls.append)
     trainer = ResumableGRPOTrainer(
         model=policy[0], args=config, reward_funcs=reward_fn.per_level() if per_level else [reward_fn],
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]), processing_class=policy[1],
     )  # fmt: skip
     trainer.train()
-    assert len(calls) == (2 * len(LEVELS) if per_level else 2)
+    assert len(calls) == 2  # of several levels one tells for all
     assert sum("their text is scored" in one.getMessage() for one in caplog.records) == 1
     glued = 0
-    for prompts, completions, ids, found in calls:
+    for call in calls:
+        prompts, ids, found = call.prompts, call.columns["completion_ids"], call.measured.perplexities
         given = prompt_ids(prompts, policy[1])
         ends = [policy[1].eos_token_id]
         texts = [written(policy[1], before, row, ends) for before, row in zip(given, ids, strict=True)]
         assert found == pytest.approx(levels(*tiny, prompts, texts), rel=1e-5, nan_ok=True)
-        glued += sum(text != message_text(one) for text, one in zip(texts, completions, strict=True))
+        glued += sum(text != one for text, one in zip(texts, call.texts, strict=True))
     assert glued >= 8

@@ -30,32 +30,28 @@ TEXTS = [text(RANDOM.integers(3, toys.VOCABULARY, size), 1) for size in (2, 5, 1
 TEXTS += [text([*PREFIX, *RANDOM.integers(3, toys.VOCABULARY, size)], len(PREFIX)) for size in (3, 8, 8, 12)]
 
 
-def way(scorer) -> str:
-    if scorer._by_length:
-        return "row by row"
-    if not scorer._head_agrees:
-        return "by its own logits"
-    return "packed" if scorer._packs_agree else "padded, prefix shared" if scorer._cache_agrees else "padded"
-
-
 def result(name) -> str:
     """What becomes of an architecture. Fails for numbers that are not the model's own."""
     try:
         model = zoo.toy(name)
     except Exception as error:  # configurations that need more than sizes, or packages
         return f"not built: {type(error).__name__}"
-    scorer = SurprisalScorer(model)
+    scorer, cached = SurprisalScorer(model), []
+    getattr(model, model.base_model_prefix, model).register_forward_pre_hook(
+        lambda module, args, kwargs: cached.append(bool(kwargs.get("use_cache"))), with_kwargs=True
+    )
     try:
         together = scorer.score(TEXTS)
     except InputError as error:
         assert "is not causal" in str(error)
         return "refused"
+    shared = sum(cached) > 2  # a probe takes two passes with a cache
     for found, one in zip(together, TEXTS, strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor(one.ids[None]), use_cache=False).logits[0].float().log_softmax(-1)
         expected = -logits[one.positions - 1, one.ids[one.positions]].double().numpy()
         np.testing.assert_allclose(found, expected, atol=1e-3, err_msg=name)
-    return way(scorer)
+    return f"{scorer.way}, prefix shared" if shared else scorer.way
 
 
 @pytest.fixture(scope="module")

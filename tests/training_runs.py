@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -41,3 +42,12 @@ def refusal(*flags: str, python: str | None = None) -> str:
 
 def log_history(output: Path, step: int) -> list[dict]:
     return json.loads((output / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
+
+
+def run_code(text: str, folder: Path) -> str:
+    """What the Python of a card, or of the training script's last lines, prints in a fresh process."""
+    blocks = re.findall(r"```python\n(.*?)```|<<'END'\n(.*?)\nEND\n", text, flags=re.DOTALL)
+    code = "".join(of_card or of_script for of_card, of_script in blocks)
+    done = subprocess.run([warm.python(), "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()

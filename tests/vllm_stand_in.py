@@ -7,6 +7,7 @@ itself. Run as a script it serves the embedded model. A file of such a name in i
     top_only    the log-probability of the likeliest token alone, as a top-k without the actual one
     none        no prompt_logprobs at all
     other       as if it served another model
+    renamed     as if it served a model of another name
     slow        each request takes so many seconds
     cached      tokens of a beginning that it has seen before are off by so many nats, in blocks of 16 tokens
     ruled_out   this token is never written
@@ -128,7 +129,7 @@ def serve(folder, port):
         def completions(self, content):
             if asked("busy"):
                 return 503, {"error": {"message": "loading"}}
-            if content["model"] != NAME:
+            if content["model"] != NAME or asked("renamed"):
                 return 404, {"error": {"message": f"The model `{content['model']}` does not exist."}}
             assert (content["temperature"], content["max_tokens"]) == (1.0, 1)
             for ids in content["prompt"]:

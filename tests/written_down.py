@@ -2,8 +2,9 @@
 
 import numpy as np
 import toys
+from heard import Heard
 
-from multi_level_ppl_trl import LEVELS, MultiLevelPPLRewardFunction
+from multi_level_ppl_trl import LEVELS
 
 MODEL, TOKENIZER = toys.llama(), toys.byte_level(chat=True)
 COLUMNS = {f"baseline_{level}": [10.0] for level in LEVELS}
@@ -16,7 +17,7 @@ def levels(value):
 
 def reward(perplexities, **options):
     """A reward whose scorer gives the perplexities written down, by (context, text) or by text: a number or three."""
-    function = MultiLevelPPLRewardFunction(MODEL, TOKENIZER, **options)
+    function = Heard(MODEL, TOKENIZER, **options)
     function.asked = []
 
     def score_pairs(model, pairs):
@@ -37,4 +38,4 @@ def of_improvement(percent, **options):
 def baseline_of(function, prompts=("p",), completions=("text",), **columns):
     """The baseline that the row was measured against."""
     function(list(prompts), list(completions), **columns)
-    return function._last.details["baselines"]["word"][0].item()
+    return function.found["baselines"]["word"][0].item()

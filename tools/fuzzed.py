@@ -155,7 +155,7 @@ class Fuzz:
 
     def _baselines(self, suffix: str, content: bytes, meta: bytes | None = None) -> None:
         from ppl.baselines.file import Baselines, check_meta
-        from ppl.training.settings import loading
+        from ppl.training.settings import models
 
         path = self.file(f"b{suffix}", content)
         Path(f"{path}.meta.json").unlink(missing_ok=True)
@@ -166,7 +166,7 @@ class Fuzz:
         baselines.check_coverage(rows, ["The fox"] * 3, None, needed=self.rng.random() < 0.5)
         for row in rows:
             baselines.find(row, "The fox", None, 0)
-        loading(training_args([]), baselines.meta)
+        models(training_args([]), baselines.meta)
         check_meta(baselines, {name: META[name] for name in ("model", "tokenizer", "window", "target", "definitions")})
 
     def pickle(self) -> None:
@@ -275,18 +275,17 @@ def training_checks(argv: list[str]) -> None:
     """What the training script checks before it reads data and models."""
     import train_grpo_multilevel_unsloth
     from ppl import cli
-    from ppl.models import model_path
-    from ppl.training.settings import check_reporters, find_checkpoint, loading, plan_batches, reward_settings
+    from ppl.reward.loop_guard import check_weight
+    from ppl.training.settings import check_reporters, find_checkpoint, models, plan_batches
 
     args, _ = train_grpo_multilevel_unsloth.parse_args(argv)
-    for name in filter(None, (args.model_name, args.scorer_model)):
-        model_path(name)
-    cli.prompt_form(args)
+    for part in (cli.reward_config, cli.sampling, cli.prompt_form, cli.chat_options):
+        part(args)
     find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    reward_settings(args)
-    check_reporters(args)
+    check_weight(args.loop_penalty)
+    check_reporters(args.report_to or [])
     plan_batches(args.per_device_train_batch_size, args.gradient_accumulation_steps, args.num_generations, 1)
-    loading(args, {})
+    models(args, {})
 
 
 def baselines_checks(argv: list[str]) -> None:

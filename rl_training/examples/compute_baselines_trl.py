@@ -12,14 +12,14 @@ import sys
 
 from ppl import cli
 from ppl.cli import script
-from ppl.training.settings import parse_baselines
+from ppl.training.settings import parse
 
 
-def parse_args(argv=None) -> argparse.Namespace:
+def parse_args(argv) -> argparse.Namespace:
     summary, _, rest = __doc__.partition("\n")
     parser = cli.parser(summary, epilog=rest.rpartition("\n\n")[2])
     cli.add_baseline_flags(parser)
-    return parse_baselines(parser, argv)
+    return parse(parser, argv, trains=False)[0]
 
 
 @script

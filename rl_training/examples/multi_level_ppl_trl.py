@@ -2,20 +2,25 @@
 
     python multi_level_ppl_trl.py --text "The quick brown fox jumps over the lazy dog."
 
-prints the perplexity of its words, phrases and sentences and the most surprising of each. In Python:
+prints the perplexity of its words, phrases and sentences and the most surprising of each; --file texts.jsonl prints a
+line for each of many texts. In Python:
 
     from multi_level_ppl_trl import MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
 """
 
 import argparse
 import json
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ppl import cli
 from ppl.cli import script
+from ppl.data import read_shown
 from ppl.errors import InputError
-from ppl.files import writable_file, write_text
+from ppl.files import without_nan, writable_file, write_text
+from ppl.models import check_reachable, model_path, where
 
 _EXPORTS = {
     "MultiLevelPPLCalculator": "scoring.calculator",
@@ -51,12 +56,18 @@ def __getattr__(name: str):
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.parser("Scores a text: its perplexity at the level of words, phrases and sentences.")
     parser.add_argument("--text", help="the text")
-    parser.add_argument("--file", help="a UTF-8 file that holds the text")
+    parser.add_argument("--file", help="a UTF-8 file that holds the text; or one ending in .jsonl, with an object a "
+        "line: text (or completion, or reference) and perhaps context (or prompt)")  # fmt: skip
     parser.add_argument("--context", default="", help="what stands before the text, such as a prompt; it is not scored")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, with every unit, instead of tables")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object a text, with every unit, instead of tables"
+    )
     parser.add_argument("--html", metavar="OUT", help="write a page of the text coloured by perplexity to this file")
+    parser.add_argument("--adapter", choices=("on", "off"), help="with the folder of an adapter: on, the trained model "
+        "scores; off (the default), its base model, as in a reward")  # fmt: skip
     cli.add_model_flags(parser)
-    cli.add_definition_flags(parser)
+    cli.add_definition_flags(parser, "FILE")
+    parser.add_argument("--others", metavar="FILE", help="rows that --contrast draws from, as --examples has them")
     return cli.parsed(parser, parser.parse_args(argv))
 
 
@@ -67,26 +78,49 @@ def main(argv) -> int:
 
 def score(args: argparse.Namespace) -> int:
     # What can be refused is refused before a model is loaded.
-    text = read_text(args)
+    many = args.text is None and str(args.file).endswith(".jsonl")
+    texts = read_texts(args.file, args.context) if many else [(read_text(args), args.context)]
+    if many and args.html is not None:
+        raise InputError("--html shows one text, and --file names many: choose one with --text")
     check_unicode("--context", args.context)
+    shown = {name: read_shown(path) for name in ("examples", "others") if (path := getattr(args, name)) is not None}
     page = writable_file(args.html, "--html") if args.html is not None else None
+
+    check_reachable(model_path(args.model_name))
 
     from rich.console import Console
 
     with Console(stderr=True, force_jupyter=False).status(f"Loading {args.model_name} ..."):
         from ppl.models import load_model
         from ppl.scoring.calculator import MultiLevelPPLCalculator
+        from ppl.scoring.surprisal import SurprisalScorer
 
         model, tokenizer, _ = load_model(
             args.model_name, load_in_4bit=bool(args.load_in_4bit), dtype=args.dtype, device=args.device
         )
-    if hasattr(model, "peft_config"):
-        print(f"{args.model_name} is an adapter: it is off, and its base model scores the text", file=sys.stderr)
-    calculator = MultiLevelPPLCalculator(tokenizer, **cli.reward_config(args).definitions)
+    is_adapter = hasattr(model, "peft_config")
+    if args.adapter and not is_adapter:
+        raise InputError(f"--adapter {args.adapter}: {args.model_name} is no adapter: leave it out")
+    if is_adapter and args.adapter is None:
+        print(
+            f"{args.model_name} is an adapter: it is off, and its base model scores the text (with --adapter on: the "
+            "trained one)",
+            file=sys.stderr,
+        )
+    scorer = SurprisalScorer(model, adapters=args.adapter == "on", tokenizer=tokenizer)
+    calculator = MultiLevelPPLCalculator(tokenizer, **cli.reward_config(args).definitions, **shown)
     try:
-        explained = calculator.explain(model=model, text=text, context=args.context)
+        if many and not args.json:
+            print_lines(calculator, scorer, texts)
+            return 0
+        for text, context in texts:
+            explained = calculator.explain(model=scorer, text=text, context=context)
+            if many:
+                print_json(args, model, text, context, explained)
     except FloatingPointError as error:
         raise InputError(f"{error}: try --dtype float32 or bfloat16") from error
+    if many:
+        return 0
     if not explained["word"]:
         raise InputError(
             f"no token of {text!r:.40} can be scored: special tokens never are, nor is the first of all where the "
@@ -97,8 +131,9 @@ def score(args: argparse.Namespace) -> int:
     if page is not None:
         write_page(page, args, model, text, explained, perplexities)
     if args.json:
-        print(json.dumps(as_json(args, model, text, explained, perplexities), ensure_ascii=False))
+        print_json(args, model, text, context, explained)
     else:
+        print(where(args.model_name, model))
         print_tables(explained, perplexities)
         if page is not None:
             print(f"Wrote {args.html}")
@@ -135,18 +170,67 @@ def check_unicode(source: str, text: str) -> None:
         raise InputError(f"{source} is not UTF-8 at character {error.start}") from error
 
 
-def as_json(args, model, text: str, explained, perplexities) -> dict:
-    """Surprisals in nats, `start` and `end` in characters of `text`."""
-    return {
+def read_texts(file: str, context: str) -> list[tuple[str, str]]:
+    """(text, context) of each line of a JSON lines file. context: of those that say none. Raises `InputError`."""
+    source, texts = f"--file {file}", []
+    try:
+        lines = Path(file).read_bytes().decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise InputError(f"{source}: {error.strerror}: expected JSON lines") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source} is not UTF-8 at byte {error.start}: convert it, e.g. with iconv") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{source}, line {number}: {error}: expected a JSON object") from error
+        row = row if isinstance(row, dict) else {}
+        text = next((row[name] for name in ("text", "completion", "reference") if name in row), None)
+        before = next((row[name] for name in ("context", "prompt") if name in row), context)
+        if not isinstance(text, str) or not isinstance(before, str):
+            raise InputError(
+                f"{source}, line {number}: {line!r:.60}, expected an object with a string text (or completion, or "
+                "reference), and perhaps context (or prompt)"
+            )
+        for value in (text, before):
+            check_unicode(f"{source}, line {number},", value)
+        texts.append((text, before))
+    if not texts:
+        raise InputError(f"{source} holds no line")
+    return texts
+
+
+def print_lines(calculator, scorer, texts: Sequence[tuple[str, str]], at_once: int = 256) -> None:
+    """One line a text: its levels' perplexities, and the text; a dash where no token of it can be scored."""
+    from ppl.scoring.heatmap import one_line
+
+    for start in range(0, len(texts), at_once):
+        part, contexts = zip(*texts[start : start + at_once], strict=True)
+        levels = calculator.compute_all_levels(scorer, list(part), list(contexts))
+        for index, text in enumerate(part):
+            values = ((level, float(of_level[index])) for level, of_level in levels.items())
+            told = ", ".join(f"{level} {'–' if math.isnan(value) else f'{value:,.4f}'}" for level, value in values)
+            print(f"{told}: {one_line(text)}", flush=True)
+
+
+def print_json(args, model, text: str, context: str, explained) -> None:
+    """One line: surprisals in nats, `start` and `end` in characters of `text`; null where no token can be scored."""
+    perplexities = explained.perplexities
+    content = {
         "model": args.model_name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "definitions": cli.reward_config(args).definitions,
-        "context": args.context,
+        "context": context,
         "text": text,
         "n_tokens": sum(unit["n_tokens"] for unit in explained["word"]),
         "surprisal": sum(unit["surprisal"] for unit in explained["word"]),
         **{level: {"perplexity": perplexities[level], "units": units} for level, units in explained.items()},
     }
+    if args.adapter:
+        content["adapter"] = args.adapter
+    print(json.dumps(without_nan(content), ensure_ascii=False), flush=True)
 
 
 def print_tables(explained, perplexities, top: int = 5) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from ppl import cli
 from ppl.cli import script
 from ppl.config import DEFAULT_THRESHOLDS, LEVELS
+from ppl.models import check_reachable, model_path
 
 TEXT = "The quick brown fox jumps over the lazy dog..."
 LINE = "=" * 60
@@ -30,6 +31,7 @@ def main(argv) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
+    check_reachable(model_path(args.model_name))  # before the seconds that it takes to import torch
     import torch
 
     device = args.device.partition(":")[0] if args.device else "cuda" if torch.cuda.is_available() else "cpu"

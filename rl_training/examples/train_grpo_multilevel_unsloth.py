@@ -12,14 +12,14 @@ import sys
 from ppl import cli
 from ppl.cli import script
 from ppl.data import prepare_rows
-from ppl.training import settings as train_flags
+from ppl.training.settings import parse
 
 
-def parse_args(argv=None) -> tuple[argparse.Namespace, list[str]]:
+def parse_args(argv) -> tuple[argparse.Namespace, list[str]]:
     """(our flags, the rest: flags of GRPOConfig)."""
     parser = cli.parser(__doc__.splitlines()[0], epilog=" ".join(__doc__.splitlines()[-2:]))
     cli.add_training_flags(parser)
-    return train_flags.parse(parser, argv)
+    return parse(parser, argv)
 
 
 def prepare_dataset(dataset, columns, form):
@@ -59,19 +59,22 @@ def make_rewards(job, policy, scorer):
     scorer: the frozen model and its tokenizer.
     """
     from ppl.reward.function import MultiLevelPPLRewardFunction
-    from ppl.reward.loop_guard import loop_guard, loop_veto
+    from ppl.reward.loop_guard import copy_guard, loop_guard, loop_veto
 
-    perplexity = MultiLevelPPLRewardFunction(*scorer, job.baselines, policy=policy, **job.settings)
-    guard, of_prompts = job.args.loop_penalty, job.guarded_prompts(policy.tokenizer)
-    if job.args.per_level:
+    asked, guard, of_prompts = job.reward, job.loop_penalty, job.guarded_prompts(policy.tokenizer)
+    perplexity = MultiLevelPPLRewardFunction(
+        *scorer, job.baselines, policy=policy, **vars(asked), **job.chat, **job.contexts
+    )
+    if job.per_level:
         veto = loop_veto(guard, **of_prompts) if guard else None
-        rewards = list(zip(perplexity.per_level(veto), job.settings["weights"], strict=True))
+        rewards = list(zip(perplexity.per_level(veto), asked.weights, strict=True))
     else:
         rewards = [(perplexity, 1.0)]
         if guard:
-            thresholds, form = job.settings["reward_thresholds"], job.settings["form"]
-            skips = perplexity.skips if job.args.missing == "skip" else None
-            rewards.append(loop_guard(guard, thresholds, form=form, **of_prompts, skips=skips))
+            skips = perplexity.skips if asked.missing == "skip" else None
+            rewards.append(loop_guard(guard, asked.reward_thresholds, form=asked.form, **of_prompts, skips=skips))
+            if not (asked.reference_context.reads_prompt or job.allow_copies):
+                rewards.append(copy_guard(asked.highest, policy.tokenizer, skips))
     return rewards
 
 
@@ -113,13 +116,14 @@ def main(argv) -> int:
 
 
 def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
-    from ppl.training.job import prepare
+    from ppl.training.job import Job
 
-    job = prepare(args, rest, command, prepare_dataset)  # imports Unsloth: what imports TRL has to come after it
+    job = Job(args, rest, command, prepare_dataset)  # imports Unsloth: what imports TRL has to come after it
 
     from ppl.pages.run import finish_report, start_report
+    from ppl.training.card import print_use
     from ppl.training.heldout import HeldOutPrompts
-    from ppl.training.policy import NOT_PUSHED, load_policy_and_scorer, merge, publish, save
+    from ppl.training.policy import NOT_PUSHED, load_policy_and_scorer, merge, publish
     from ppl.training.rewards import perplexity_rewards, weighted
     from ppl.training.trainer import stopped_by, watch
 
@@ -127,20 +131,20 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     rewards = weighted(job, make_rewards(job, policy, scorer))
     trainer = make_trainer(job, policy, rewards)
     perplexity = perplexity_rewards(rewards)[0]
-    watch(trainer, job, rewards)
     job.write_config()
     held_out = HeldOutPrompts(job, policy, scorer, rewards, trainer)
-    perplexity.observer.kl = held_out.kl
+    watch(trainer, job, rewards, held_out.kl)
     page = start_report(job, perplexity, held_out.before())
     trainer.add_callback(page)
     trainer.train(resume_from_checkpoint=job.checkpoint)
     stopped = stopped_by(trainer, job)
     code = 0 if stopped is None else 128 + stopped
     if stopped is None:
-        save(trainer, job)
+        trainer.save_model(str(job.output), _internal_call=True)  # not pushed yet: the report is not finished
         finish_report(job, page, perplexity, held_out.after(), trainer.state)
         code = 0 if publish(trainer, job) else NOT_PUSHED
         merge(job, policy)
+        print_use(job)
     trainer.accelerator.end_training()  # an interpreter that ends with gloo's threads at work may be aborted
     return code
 

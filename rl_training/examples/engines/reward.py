@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engines.coalescing import Coalescing
 from engines.query import completion_of
-from ppl.config import LEVELS
 from ppl.data import Text, message_text, stable_id
 from ppl.errors import InputError
 from ppl.prompts import refuse_begun
@@ -59,7 +58,7 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
     """
     try:
         given = zip(queries, prompts, labels, strict=True)
-        scored = _score([_Row(_completion(query, prompt), prompt, label) for query, prompt, label in given])
+        scored = scored_together([_Row(_completion(query, prompt), prompt, label) for query, prompt, label in given])
     except Exception as error:
         # OpenRLHF logs it at the level of details, goes on without a reward, and dies elsewhere of that.
         print(f"error: {'' if isinstance(error, InputError) else type(error).__name__ + ': '}{error}", file=sys.stderr)
@@ -85,7 +84,7 @@ def compute_score(data_source, solution_str: str, ground_truth, extra_info=None,
         )
     prompt = info["prompt"] if isinstance(info["prompt"], str) else list(info["prompt"])
     refuse_begun([prompt], "verl")
-    return _score([_Row(solution_str, prompt, ground_truth, info.get("id"))])[0]
+    return scored_together([_Row(solution_str, prompt, ground_truth, info.get("id"))])[0]
 
 
 class _Row(NamedTuple):
@@ -117,11 +116,12 @@ def _score_calls(calls: list[list[_Row]]) -> list[list[dict[str, float]]]:
         prompts.append(prompt)
         references.append(reference if isinstance(reference, str) else "")
         ids.append(stable_id(prompt, references[-1]) if row_id is None else row_id)
+    levels = reward.config.levels
     rewards, details = reward.compute_rewards(texts, prompts, references, ids, return_details=True)
-    columns = {"score": rewards, **{f"reward_{level}": details["improvements"][level] for level in LEVELS}}
-    columns |= {f"score_{level}": details["level_rewards"][level] for level in LEVELS}
+    columns = {"score": rewards, **{f"reward_{level}": details["improvements"][level] for level in levels}}
+    columns |= {f"score_{level}": details["level_rewards"][level] for level in levels}
     values = iter(zip(*(column.tolist() for column in columns.values()), strict=True))
     return [[dict(zip(columns, next(values), strict=True)) for _ in rows] for rows in calls]
 
 
-_score = Coalescing(_score_calls)
+scored_together = Coalescing(_score_calls)

@@ -20,3 +20,31 @@ models.py     model and tokenizer from Unsloth, transformers or the embedded fol
 gguf.py       a GGUF file -> a folder that they load
 processes.py  several processes of one run, weights spread over them
 """
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+# What libraries say when they are imported, and nobody can act on: of a kernel that bitsandbytes does without, and of
+# widgets that a notebook does not have.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", "IProgress not found")
+
+
+def _in_one_line(kind, error, traceback) -> None:
+    """What a script says that was started with a Python without its packages, in place of a traceback."""
+    if not isinstance(error, ModuleNotFoundError) or "--debug" in sys.argv:
+        return sys.__excepthook__(kind, error, traceback)
+    venv = Path(__file__).parents[3] / ".venv"
+    print(
+        f"error: {sys.executable} has no package {error.name}: start the script with the Python of .venv, after "
+        f"`source {venv}/bin/activate` (`make setup` makes it), or install the package there",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)
+
+
+# Here, since this runs before any of the packages is imported; not where somebody's own program imports this.
+if Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve().parent == Path(__file__).parent.parent:
+    sys.excepthook = _in_one_line

@@ -8,16 +8,38 @@ Imports nothing that takes time.
 import difflib
 import math
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import regex
 
 from .errors import InputError, one_of, without_retired
 
-LEVELS = ("word", "phrase", "sentence")
-BASELINE_COLUMNS = tuple(f"baseline_{level}" for level in LEVELS)  # of a data set that carries its baselines
+
+class Level(NamedTuple):
+    """color: in plots; they are told apart by people who see red and green alike, and in grey. behind: for a level of
+    what stands before a text, the prompts that its view has, of `ppl.scoring.contexts.Contexts` and the text's own.
+    enough: how far below 0 the level is paid for, in nats a token; None: all the way."""
+
+    color: str
+    behind: Callable[[Any, Any], list] | None = None
+    enough: float | None = None
+
+
+# Outward. A nested level is the difference of its view to the one before it (`ppl.scoring.levels`).
+TABLE = {
+    "word": Level("#0072b2"),
+    "phrase": Level("#e69f00"),
+    "sentence": Level("#444444"),
+    # Of true continuations the median is 0.56. What has more says the prompt again, or is written at a low temperature.
+    "prompt": Level("#009e73", lambda contexts, own: [own], enough=0.5),
+    "examples": Level("#cc79a7", lambda contexts, own: [contexts.behind_examples(own)]),
+}
+ALL_LEVELS = tuple(TABLE)
+OUTER = tuple(name for name, level in TABLE.items() if level.behind)
+COLORS = {name: level.color for name, level in TABLE.items()}
+LEVELS = tuple(name for name in TABLE if name not in OUTER)  # measured if nothing else is asked for
 
 AGGREGATIONS = ("geometric", "nested")
 TARGETS = ("completion", "reference")
@@ -37,20 +59,24 @@ DEFAULT_WEIGHTS = {"geometric": (0.2, 0.3, 0.5), "nested": (1.0, 1.0, 1.0)}
 # https://arxiv.org/abs/2503.22828) are (0.05, 0.5), (1, 0.9), (2, 1).
 DEFAULT_THRESHOLDS = ((0.05, 0.2), (0.5, 0.5), (1.0, 0.7), (2.0, 0.9), (3.0, 1.0))
 LOOP_PENALTY = 20.0  # the loop guard's weight, in what the perplexity reward can differ by
-NATS_CLIP = 0.5  # how far form="nats" goes from 0: a perplexity that is 39 % lower or 65 % higher
+# form="nats" is the log-likelihood ratio up to this, a perplexity that is 39 % lower or 65 % higher; beyond, it bends
+# and stays within twice that, so that a group of which all are there still has a spread.
+NATS_KNEE = 0.5
+DEFAULT_EXAMPLES, DEFAULT_CONTRAST = 3, 2  # rows, where a level needs them
+# How much is earned at most by harming other rows' references, in nats a token. At 0, as CPMI has it, a text in the
+# right manner that says nothing still beats one that says something and harms others a little (studies/README.md).
+MOST_HARM = 0.2
 
 # Of sampling, for baselines as in training
 DEFAULT_MAX_NEW_TOKENS = 128
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_SEED = 42
 
-# In plots. Distinguishable by people who see red and green alike, and in grey.
-COLORS = {"word": "#0072b2", "phrase": "#e69f00", "sentence": "#444444"}
 
-
-def _setting(default, help: str, also: str = "", **of_flag) -> Any:
-    """A field: its default, the flag's help, another name of flag and YAML, and what else `add_argument` takes."""
-    return field(default=default, metadata={"help": help, "also": also, "of_flag": of_flag})
+def _setting(where: str, default, help: str, also: str = "", **of_flag) -> Any:
+    """A field: which scripts have its flag (`ppl.cli`), its default, the flag's help, another name of flag and YAML,
+    and what else `add_argument` takes."""
+    return field(default=default, metadata={"where": where, "help": help, "also": also, "of_flag": of_flag})
 
 
 @dataclass(frozen=True)
@@ -63,35 +89,52 @@ class RewardConfig:
     ((1.0, 0.5), (3.0, 1.0))
     """
 
-    target: str = _setting("completion", "whose perplexity", choices=TARGETS)
+    target: str = _setting("both", "completion", "whose perplexity", choices=TARGETS)
     aggregation: str = _setting(
-        DEFAULT_AGGREGATION, "geometric: the mean over a level's units; nested: each level is given something else",
+        "definitions", DEFAULT_AGGREGATION,
+        "geometric: the mean over a level's units; nested: each level is given something else",
         choices=AGGREGATIONS,
     )  # fmt: skip
-    max_phrase_words: int = _setting(DEFAULT_PHRASE_WORDS, "most words of a phrase")
-    language: str = _setting(DEFAULT_LANGUAGE, "ISO 639 code for splitting sentences")
+    levels: Sequence[str] = _setting(
+        "definitions", LEVELS,
+        "levels that count (default: word phrase sentence); with --aggregation nested also prompt, what a "
+        "completion's own prompt adds to other rows', and examples, what --examples add", nargs="+", metavar="LEVEL",
+    )  # fmt: skip
+    max_phrase_words: int = _setting("definitions", DEFAULT_PHRASE_WORDS, "most words of a phrase")
+    language: str = _setting("definitions", DEFAULT_LANGUAGE, "ISO 639 code for splitting sentences")
     template: str = _setting(
-        DEFAULT_TEMPLATE, "with --target reference, how prompt and completion are put together before it; a baseline "
+        "both", DEFAULT_TEMPLATE,
+        "with --target reference, how prompt and completion are put together before it; a baseline "
         "has an empty completion", metavar="TEXT",
     )  # fmt: skip
     extract: str | None = _setting(
-        None, "with --target reference, the part of a completion that counts: the first group or the match, such as "
+        "training", None,
+        "with --target reference, the part of a completion that counts: the first group or the match, such as "
         "'.*In summary[:,]\\s*(.*?)\\s*$' (default, and without a match: all of it)", metavar="REGEX",
     )  # fmt: skip
     form: str = _setting(
-        "thresholds", "nats: the log-likelihood ratio to the baseline, dense, instead of thresholds", "reward_form",
+        "training", "thresholds",
+        "nats: the log-likelihood ratio to the baseline, dense, instead of thresholds", "reward_form",
         choices=FORMS,
     )  # fmt: skip
     weights: Sequence[float] | None = _setting(
-        None, "weights of word, phrase and sentence (default: 0.2 0.3 0.5; with --aggregation nested 1 1 1)",
-        "ppl_weights", type=float, nargs=len(LEVELS), metavar=("W", "P", "S"),
+        "training", None, "one for each of --levels (default: 0.2 0.3 0.5; with --aggregation nested all alike)",
+        "ppl_weights", type=float, nargs="+", metavar="W",
     )  # fmt: skip
     reward_thresholds: Sequence | None = _setting(
-        None, "from improvement to reward (default: 0.05:0.2 0.5:0.5 1:0.7 2:0.9 3:1)", nargs="+",
+        "training", None, "from improvement to reward (default: 0.05:0.2 0.5:0.5 1:0.7 2:0.9 3:1)", nargs="+",
         metavar="PERCENT:REWARD",
     )  # fmt: skip
-    missing: str = _setting("error", "rows without a baseline", choices=MISSING)
-    allow_baseline_mismatch: bool = _setting(False, "use baselines made otherwise", action="store_true")
+    contrast: int = _setting("definitions",
+        0, "other rows to compare with: with --target reference, what a completion does for their references is taken "
+        "off; level prompt compares with their prompts (default there: 2)", metavar="M",
+    )  # fmt: skip
+    score_without_chat: bool = _setting(
+        "prompts", False, "the scorer reads the prompt as text, though the policy is asked through its chat template",
+        action="store_true",
+    )  # fmt: skip
+    missing: str = _setting("training", "error", "rows without a baseline", choices=MISSING)
+    allow_baseline_mismatch: bool = _setting("training", False, "use baselines made otherwise", action="store_true")
     normalize: bool = field(default=False)  # without a flag: GRPO normalises within each group
 
     def __post_init__(self) -> None:
@@ -103,8 +146,15 @@ class RewardConfig:
                 raise InputError(f"{one.name} is {value!r}, expected true or false")
         _set(self, "max_phrase_words", checked_count("max_phrase_words", self.max_phrase_words))
         _set(self, "language", checked_language(self.language))
-        weights = DEFAULT_WEIGHTS[self.aggregation] if self.weights is None else self.weights
-        _set(self, "weights", checked_weights(weights))
+        _set(self, "levels", self._checked_levels())
+        usual = dict(zip(ALL_LEVELS, DEFAULT_WEIGHTS[self.aggregation], strict=False))
+        weights = [usual.get(level, 1.0) for level in self.levels] if self.weights is None else self.weights
+        _set(self, "weights", checked_weights(weights, self.levels))
+        least = 1 if "prompt" in self.levels else 0
+        contrast = DEFAULT_CONTRAST if self.contrast == 0 and least else self.contrast
+        _set(self, "contrast", checked_count("contrast", contrast, least))
+        if self.contrast and self.target == "completion" and "prompt" not in self.levels:
+            raise InputError("contrast compares completions by their level prompt: expected it among the levels, or 0")
         if self.form == "thresholds":
             thresholds = DEFAULT_THRESHOLDS if self.reward_thresholds is None else self.reward_thresholds
             _set(self, "reward_thresholds", checked_thresholds(thresholds))
@@ -113,23 +163,47 @@ class RewardConfig:
         self.reference_context  # noqa: B018  raises
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], where: str = "") -> "RewardConfig":
+    def of(cls, settings: Mapping[str, Any], where: str = "", others: Iterable[str] = ()) -> "RewardConfig":
         """Of names and values as flags and files have them, where None stands for the default; what is retired and asks
-        for nothing is left out. where: what a message begins with."""
+        for nothing is left out. where: what a message begins with. others: names that may have been meant."""
         try:
             known, settings = [one.name for one in fields(cls)], without_retired(settings)
             for name in settings:
                 if name not in known:
-                    raise InputError(f"unknown setting {name!r}{did_you_mean(name, known)}")
+                    raise InputError(f"unknown setting {name!r}{did_you_mean(name, [*known, *others])}")
             return cls(**{name: value for name, value in settings.items() if value is not None})
         except InputError as error:
             raise InputError(f"{where}{error}") from error
 
+    def _checked_levels(self) -> tuple[str, ...]:
+        if isinstance(self.levels, str) or not self.levels:
+            raise InputError(f"levels is {self.levels!r}, expected a list of {', '.join(ALL_LEVELS)}")
+        for level in self.levels:
+            one_of("levels", level, ALL_LEVELS)
+        if outer := [level for level in self.levels if level in OUTER]:
+            if self.aggregation != "nested":
+                raise InputError(f"level {outer[0]} is what stands before adds: it needs aggregation 'nested'")
+            if self.target == "reference":
+                raise InputError(
+                    f"level {outer[0]} is of completions: with target 'reference' use contrast or examples"
+                )
+        if len(set(self.levels)) < len(self.levels):
+            raise InputError(f"levels are {' '.join(self.levels)}, expected each once")
+        return tuple(level for level in ALL_LEVELS if level in self.levels)
+
     @property
     def definitions(self) -> dict:
-        """What two numbers must share to be compared, the target apart."""
+        """What two numbers must share to be compared, target and examples apart."""
         names = ["max_phrase_words", "language", "aggregation", *(["template"] if self.target == "reference" else [])]
+        # What files made before these settings do not say is that they are off.
+        names += ["levels"] * (self.levels != LEVELS) + ["contrast"] * ("prompt" in self.levels)
+        names += ["score_without_chat"] * self.score_without_chat
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def baseline_columns(self) -> list[str]:
+        """The columns of a data set that carries its baselines."""
+        return [f"baseline_{level}" for level in self.levels]
 
     @property
     def reference_context(self) -> "ReferenceContext":
@@ -138,12 +212,12 @@ class RewardConfig:
     @property
     def highest(self) -> float:
         """The most that a completion can earn, before `normalize`."""
-        return NATS_CLIP if self.form == "nats" else max(reward for _, reward in self.reward_thresholds)
+        return 2 * NATS_KNEE if self.form == "nats" else max(reward for _, reward in self.reward_thresholds)
 
     @property
     def lowest(self) -> float:
-        """The least that a level can earn: what a blank completion gets there."""
-        return -NATS_CLIP if self.form == "nats" else min(0.0, *(reward for _, reward in self.reward_thresholds))
+        """The least that a completion can earn: what a blank one gets."""
+        return -2 * NATS_KNEE if self.form == "nats" else min(0.0, *(reward for _, reward in self.reward_thresholds))
 
     @property
     def vetoed(self) -> float:
@@ -165,23 +239,23 @@ def did_you_mean(name: object, known: Sequence[str]) -> str:
     return f", did you mean {near[0]}?" if near else f", expected one of {', '.join(known)}"
 
 
-def checked_count(name: str, value) -> int:
-    """A whole number of at least 1, from a flag as a string. Raises `InputError`."""
+def checked_count(name: str, value, least: int = 1) -> int:
+    """A whole number of at least `least`, from a flag as a string. Raises `InputError`."""
     text = str(value).strip()
-    if isinstance(value, bool) or not text.isdecimal() or not 1 <= int(text) <= 10**9:
-        raise InputError(f"{name} is {value!r}, expected a whole number of at least 1, at most 1,000,000,000")
+    if isinstance(value, bool) or not text.isdecimal() or not least <= int(text) <= 10**9:
+        raise InputError(f"{name} is {value!r}, expected a whole number of at least {least}, at most 1,000,000,000")
     return int(text)
 
 
-def checked_weights(weights: Sequence[float]) -> tuple[float, ...]:
-    """Of word, phrase and sentence. Raises `InputError` unless finite, not negative and not all 0."""
+def checked_weights(weights: Sequence[float], levels: Sequence[str]) -> tuple[float, ...]:
+    """One for each level. Raises `InputError` unless finite, not negative and not all 0."""
     try:
         values = tuple(map(float, weights))
     except (TypeError, ValueError):
         values = ()
-    if len(values) != len(LEVELS) or not all(0 <= one < math.inf for one in values) or not sum(values):
+    if len(values) != len(levels) or not all(0 <= one < math.inf for one in values) or not sum(values):
         shown = weights if isinstance(weights, str) or not isinstance(weights, Sequence) else tuple(weights)
-        raise InputError(f"weights are {shown}, expected (word, phrase, sentence), none negative, not all 0")
+        raise InputError(f"weights are {shown}, expected ({', '.join(levels)}), none negative, not all 0")
     return values
 
 
@@ -243,7 +317,8 @@ class ReferenceContext:
         (https://arxiv.org/abs/2503.22828), where it is what follows the last "In summary:" or "In summary,", stripped:
         that is the expression of the example.
     template: a format string with {prompt}, {completion} and {reference} once each and in this order, {reference} last;
-        what stands between is context. For models that need turns marked.
+        what stands between is context. For models that need turns marked. Without {prompt} the scorer reads only what
+        was written: a summary before the document that it is of.
     target: what the reward measures; both belong to "reference" alone.
 
     Raises `InputError` for an expression or a template that is none, or with another target.
@@ -271,10 +346,11 @@ class ReferenceContext:
         except ValueError as error:
             raise InputError(f"template is {template!r}: {error}; a brace that is text is written twice") from error
         fields = [name + (conversion or "") + (form or "") for _, name, form, conversion in parts if name is not None]
-        if fields != ["prompt", "completion", "reference"] or parts[-1][1] != "reference":
+        self.reads_prompt = fields[:1] == ["prompt"]
+        if fields[self.reads_prompt :] != ["completion", "reference"] or parts[-1][1] != "reference":
             raise InputError(
-                f"template is {template!r}, expected {{prompt}}, {{completion}} and {{reference}} once each, in this "
-                "order, and nothing behind {reference}"
+                f"template is {template!r}, expected {{prompt}} (or without it), {{completion}} and {{reference}} once "
+                "each, in this order, and nothing behind {reference}"
             )
         self._context = template.removesuffix("{reference}")
 

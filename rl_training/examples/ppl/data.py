@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +12,7 @@ import regex
 
 from .config import DEFAULT_LANGUAGE, DEFAULT_PROMPT_TEMPLATE
 from .errors import InputError
-
-# --- data ------------------------------------------------------------------------------------------------------------
+from .files import write_text
 
 TINY_STORIES = Path(__file__).parent.parent / "tiny_stories"
 PROMPT_COLUMNS = ("prompt", "query", "text", "input")
@@ -38,9 +37,7 @@ def without_none(value):
 
 def message_text(text: Text) -> str:
     """The text of a string or of chat messages, roles and markup left out, a line break between messages."""
-    if isinstance(text, str):
-        return text
-    return "\n".join(filter(None, map(_content, text)))
+    return text if isinstance(text, str) else "\n".join(filter(None, map(_content, text)))
 
 
 def _content(message: dict) -> str:
@@ -298,17 +295,16 @@ def load_split(
         asked = [part.partition("[")[0].strip() for part in split.split("+")]
         if there and (absent := [one for one in asked if one not in there]):
             raise InputError(f"{name} has no split {absent[0]!r}, it has {', '.join(there)}")
-        if saved:
-            data = splits.sliced(saved, split)
-            data = data.to_iterable_dataset() if streaming else data
-        else:
-            builder = datasets.load_dataset_builder(source, config, data_files=files)
-            texts = {*PROMPT_COLUMNS, *REFERENCE_COLUMNS, "id", *filter(None, text_columns)}
-            options = {**splits.options(builder, texts), "split": split, "streaming": streaming}
-            with splits.more_cells_refused(name):
+        with splits.more_cells_refused(name):
+            if saved:
+                data = splits.sliced(saved, split)
+                data = data.to_iterable_dataset() if streaming else data
+            else:
+                builder = datasets.load_dataset_builder(source, config, data_files=files)
+                texts = {*PROMPT_COLUMNS, *REFERENCE_COLUMNS, "id", *filter(None, text_columns)}
+                options = {**splits.options(builder, texts), "split": split, "streaming": streaming}
                 data = datasets.load_dataset(source, config, data_files=files, **options)
-                splits.column_names(data)  # of a stream, reads its first rows
-        splits.refuse_media(data)
+            splits.refuse_media(data)  # of a stream, reads its first rows
         return data
     except InputError:
         raise
@@ -355,7 +351,62 @@ def split_heldout(dataset, samples: int | None, seed: int):
     return dataset.select([row for rows in parts["train"]["rows"] for row in rows]), dataset.select(kept_out)
 
 
-# --- sentences -------------------------------------------------------------------------------------------------------
+# --- rows that the scorer reads beside a text's own -------------------------------------------------------------------
+
+Shown = tuple[Text, Text]  # prompt and reference
+FIRST, POOL = 2000, 256  # rows of a data set that are drawn from; others, to contrast with
+
+
+def draw(rows: Iterable[Shown], examples: int, contrast: int) -> tuple[list[Shown], list[Shown]]:
+    """(examples, others) from the first `FIRST` rows of a data set, by a hash of each: the same for baselines and for
+    training, whatever part of the rows either reads. Rows have different prompts, and texts in both columns.
+
+    Raises `InputError` if there are too few.
+    """
+    by_prompt = {
+        prompt_key(prompt): (prompt, reference)
+        for prompt, reference in itertools.islice(rows, FIRST)
+        if message_text(prompt).strip() and message_text(reference or "").strip()
+    }
+    order = sorted(by_prompt.values(), key=lambda row: stable_id(*row))
+    if len(order) < examples + (contrast + 1 if contrast else 0):
+        raise InputError(
+            f"--examples {examples} and --contrast {contrast} need rows with different prompts and a reference each: "
+            f"the data set has {len(order)} of them (name its column with --reference_column)"
+        )
+    return order[:examples], order[examples : examples + POOL] if contrast else []
+
+
+def read_shown(path: str | Path) -> list[Shown]:
+    """The rows of a JSON lines file of `{"prompt", "reference"}`, as `write_shown` writes it. Raises `InputError`."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        return checked_shown(str(path), [json.loads(line) for line in lines if line.strip()])
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: {error}: expected JSON lines of prompt and reference") from error
+
+
+def write_shown(path: str | Path, rows: Sequence[Shown]) -> None:
+    lines = [json.dumps(dict(zip(("prompt", "reference"), row, strict=True)), ensure_ascii=False) for row in rows]
+    write_text(Path(path), "".join(f"{line}\n" for line in lines), "surrogatepass")
+
+
+def checked_shown(name: str, rows: Sequence) -> list[Shown]:
+    """(prompt, reference) pairs, or mappings with these keys, of a list. Raises `InputError`."""
+    if isinstance(rows, str | Mapping) or not isinstance(rows, Sequence):
+        raise InputError(f"{name} is {rows!r:.60}, expected a list of (prompt, reference)")
+    made = []
+    for index, row in enumerate(rows):
+        values = [row.get("prompt"), row.get("reference")] if isinstance(row, Mapping) else list(row)
+        if len(values) != 2:
+            raise InputError(f"{name} {index} is {row!r:.60}, expected (prompt, reference)")
+        for value in values:
+            check_text(value, f"{name} {index}")
+        made.append(tuple(values))
+    return made
+
 
 # Text -> where its sentences start, as sentencex divides it. Line breaks, which end one too, are `LINE_BREAKS`.
 

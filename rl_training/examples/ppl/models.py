@@ -1,8 +1,12 @@
 """Model and tokenizer from Unsloth, transformers, a GGUF file or the embedded folder; and what names them."""
 
+import contextlib
+import difflib
+import io
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from .data import TINY_STORIES
@@ -10,13 +14,15 @@ from .errors import InputError
 from .gguf import check_package, is_gguf, plain_folder, smollm2_file
 from .prompts import of_text, read_template
 
+EMBEDDED = ("tiny-stories", "smollm2")
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def model_path(name: str) -> str:
     """What to load for a name: the embedded folder for tiny-stories, a package's file for smollm2, else the name.
 
-    Raises `InputError` for a folder or a file that holds no model, and without the packages that a file needs.
+    Raises `InputError` for a folder or a file that holds no model, for a name like one of those two, and without the
+    packages that a file needs.
     """
     if name == "smollm2":
         return str(smollm2_file())
@@ -26,6 +32,8 @@ def model_path(name: str) -> str:
             raise InputError(f"the GGUF file {name!r} does not exist")
         if path.is_absolute() or name.startswith("."):
             raise InputError(f"model folder {name!r} does not exist")
+        if near := difflib.get_close_matches(name.lower(), EMBEDDED, n=1, cutoff=0.7):
+            raise InputError(f"no model folder is named {name!r}: did you mean {near[0]}?")
         return name
     if is_gguf(path):
         check_package()
@@ -39,6 +47,30 @@ def model_path(name: str) -> str:
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise InputError(f"model folder {name!r} holds no weights: expected a .safetensors or .bin file in it")
     return str(path)
+
+
+def check_reachable(name: str) -> None:
+    """Raises `InputError` for a name that is no path, and neither in the hub's cache nor on the hub.
+
+    transformers asks for each file anew, and for each of them several times: without a network that takes minutes.
+    """
+    if Path(name).exists():
+        return
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if any(isinstance(try_to_load_from_cache(name, one), str) for one in ("config.json", "adapter_config.json")):
+            return
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # of the network, the hub's answer, a name that it does not take
+        models = [path.parent.name for kind in ("config", "adapter_config") for path in Path().glob(f"*/{kind}.json")]
+        near = difflib.get_close_matches(name, {*EMBEDDED, *models}, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise InputError(
+            f"cannot load model {name!r}: no such folder here, nor in the cache, and the hub says: {_first_line(error)}"
+            f"{hint}; expected a folder with config.json, weights and tokenizer, a GGUF file, a name on the hub (with "
+            f"a network), or {' or '.join(EMBEDDED)}"
+        ) from error
 
 
 def tokenizer_path(name: str) -> str:
@@ -58,12 +90,13 @@ def load_tokenizer(name: str, whose: str):
     from transformers import AutoTokenizer, GenerationConfig
 
     path = tokenizer_path(name)
+    check_reachable(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"cannot load the tokenizer of {name!r}: {(str(error).splitlines() or [repr(error)])[0]}; expected the "
-            f"folder or the name on the hub {whose}"
+            f"cannot load the tokenizer of {name!r}: {_first_line(error)}; expected the folder or the name on the hub "
+            f"{whose}"
         ) from error
     check_words(tokenizer, name)
     try:
@@ -94,39 +127,46 @@ def load_model(
     path = model_path(name)
     if is_gguf(Path(path)):
         path = plain_folder(Path(path))
-    check_base(path)
-    reason = loaded = None
+    base = base_of_adapter(path)
+    if base is not None and Path(base).is_absolute() and not Path(base).exists():
+        made = " (it was made of a GGUF file: load that one once, and it is there again)"
+        remedy = made if Path(base).parent.name == "gguf" else ""
+        raise InputError(f"{path} is an adapter of {base}, which does not exist{remedy}")
+    check_reachable(base or path)
     template = None if chat_template_path is None else read_template(chat_template_path)
-    if unsloth:
+    reason, loaded = import_unsloth() if unsloth else None, None
+    target = _device(device)
+    if dtype == "auto" and target.type == "cpu":
+        dtype = "float32"
+    if unsloth and reason is None:
         try:
-            loaded = _from_unsloth(path, load_in_4bit, dtype, device, max_seq_length, full_finetuning)
+            with _quiet():
+                loaded = _from_unsloth(path, load_in_4bit, dtype, max_seq_length, full_finetuning)
         # Unsloth raises many things for an architecture or a machine it does not know; the other way is open for all.
         except Exception as error:
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    model, tokenizer = loaded or _from_transformers(path, name, load_in_4bit, dtype, device)
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+    with _quiet():
+        model, tokenizer = loaded or _from_transformers(path, name, load_in_4bit, dtype, target)
     if loaded is None and max_seq_length is not None:
         model.max_seq_length = max_seq_length  # the name Unsloth gives it: the same window on both ways
     if template is not None:
         tokenizer.chat_template = template
     check_words(tokenizer, name)
     check_vocabulary(model, tokenizer, name)
-    return model, tokenizer, reason
+    return model.eval(), tokenizer, reason
 
 
 def check_causal(path: str, name: str) -> None:
     """Raises `InputError` for a model of a kind that transformers has no causal language model for."""
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    )
+    from transformers.models.auto import modeling_auto
 
     try:
         config = AutoConfig.from_pretrained(base_of_adapter(path) or path)
     except (OSError, ValueError, KeyError):  # what is wrong with it is said when it is loaded
         return
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if config.model_type not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        sees = config.model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         kind = "a vision-language model" if sees else "no causal language model"
         raise InputError(
             f"{name!r} is {(config.architectures or [type(config).__name__])[0]}, {kind}: expected a model that "
@@ -144,8 +184,9 @@ def check_vocabulary(model, tokenizer, name: str) -> None:
     layers = filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))
     rows = min((weight_shape(layer.weight)[0] for layer in layers), default=None)
     tokenizer = of_text(tokenizer)
-    placeholders = [getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "audio", "video")]
-    ids = {token: index for token, index in tokenizer.get_vocab().items() if token not in placeholders}
+    ids = dict(tokenizer.get_vocab())
+    for kind in ("image", "audio", "video"):
+        ids.pop(getattr(tokenizer, f"{kind}_token", None), None)
     highest = max(ids, key=ids.__getitem__)
     if rows is not None and ids[highest] >= rows:
         raise InputError(
@@ -169,55 +210,58 @@ def check_words(tokenizer, name: str) -> None:
         )
 
 
-def check_base(path: str) -> None:
-    """Raises `InputError` for the folder of an adapter whose base model is a folder that is gone."""
-    base = base_of_adapter(path)
-    if base is not None and Path(base).is_absolute() and not Path(base).exists():
-        made = " (it was made of a GGUF file: load that one once, and it is there again)"
-        remedy = made if Path(base).parent.name == "gguf" else ""
-        raise InputError(f"{path} is an adapter of {base}, which does not exist{remedy}")
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it, no library prints a banner, or draws a bar of the weights that it loads."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def where(name: str, model) -> str:
+    """On what, and in which precision, a model runs."""
+    dtype, in_4bit = str(model.dtype).removeprefix("torch."), getattr(model, "is_loaded_in_4bit", False)
+    return f"{name} on {model.device}: dtype = {dtype}, 4-bit = {in_4bit}"
 
 
 def import_unsloth() -> str | None:
     """Import Unsloth, which must come before trl, transformers and peft. None, or the reason why it cannot be used."""
     try:
-        import unsloth  # noqa: F401
+        with contextlib.redirect_stdout(io.StringIO()):  # its banner
+            import unsloth  # noqa: F401
     # Without a supported accelerator, or beside versions it does not know, its import raises many things.
     except Exception as error:
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return f"{type(error).__name__}: {_first_line(error)}"
     return None
 
 
 def add_lora(model, r: int, alpha: int, seed: int, unsloth: bool):
     """The model with a new LoRA adapter on its seven projections, or on all linear layers where it has other names.
 
-    Of a model that sees or hears as well, they are those of its text model.
-
-    A model that was loaded with an adapter keeps that one.
+    Of a model that sees or hears as well, they are those of its text model. A model that was loaded with an adapter
+    keeps that one.
     """
     if hasattr(model, "peft_config"):
         return model
-    targets = _lora_targets(model)
+    settings = {"r": r, "target_modules": _lora_targets(model), "lora_alpha": alpha, "lora_dropout": 0}
     if unsloth:
         from unsloth import FastLanguageModel
 
         return FastLanguageModel.get_peft_model(
-            model,
-            r=r,
-            target_modules=targets,
-            lora_alpha=alpha,
-            lora_dropout=0,
-            bias="none",
-            use_gradient_checkpointing="unsloth",
-            random_state=seed,
+            model, **settings, bias="none", use_gradient_checkpointing="unsloth", random_state=seed
         )
     import torch
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    return get_peft_model(
-        model, LoraConfig(r=r, target_modules=targets, lora_alpha=alpha, lora_dropout=0, task_type="CAUSAL_LM")
-    )
+    return get_peft_model(model, LoraConfig(**settings, task_type="CAUSAL_LM"))
 
 
 def train_text_only(model) -> None:
@@ -246,27 +290,23 @@ def _lora_targets(model) -> list[str] | str:
     return rf"{re.escape(place)}\..*\b({'|'.join(targets)})"
 
 
-def _from_unsloth(
-    path: str, load_in_4bit: bool, dtype: str, device: str | None, max_seq_length: int | None, full_finetuning: bool
-):
-    from unsloth import FastLanguageModel  # first of all: it patches transformers, peft and trl on import
+def _from_unsloth(path: str, load_in_4bit: bool, dtype: str, max_seq_length: int | None, full_finetuning: bool):
+    from unsloth import FastLanguageModel
 
     import torch
+    from transformers import AutoConfig
 
-    target = _device(device)
-    if dtype == "auto" and target.type == "cpu":
-        dtype = "float32"
+    config = AutoConfig.from_pretrained(base_of_adapter(path) or path).get_text_config(decoder=True)
     # For a longer window than the model's own it would stretch the positions (RoPE scaling): another model, whose
     # perplexities are not those of the one that was asked for.
-    window = min(filter(None, (max_seq_length or 2048, _positions(path))))
-    model, tokenizer = FastLanguageModel.from_pretrained(
+    window = min(filter(None, (max_seq_length or 2048, getattr(config, "max_position_embeddings", None))))
+    return FastLanguageModel.from_pretrained(
         path,
         max_seq_length=window,
         dtype=None if dtype == "auto" else getattr(torch, dtype),
         load_in_4bit=load_in_4bit,
         full_finetuning=full_finetuning,
     )
-    return model.eval(), tokenizer
 
 
 def base_of_adapter(path: str) -> str | None:
@@ -277,23 +317,12 @@ def base_of_adapter(path: str) -> str | None:
     return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
-def _positions(path: str) -> int | None:
-    """How many positions the model's configuration has, the base model's for an adapter; None if it does not say."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(base_of_adapter(path) or path)
-    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
-def _from_transformers(path: str, name: str, load_in_4bit: bool, dtype: str, device: str | None):
+def _from_transformers(path: str, name: str, load_in_4bit: bool, dtype: str, device):
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    target = _device(device)
-    if dtype == "auto" and target.type == "cpu":
-        dtype = "float32"
-    options = {}
+    options: dict = {"dtype": dtype, "device_map": {"": device}}
     if load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -311,16 +340,16 @@ def _from_transformers(path: str, name: str, load_in_4bit: bool, dtype: str, dev
             tokenizer_path = base_of_adapter(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-        model = loader.from_pretrained(path, dtype=dtype, device_map={"": target}, **options)
+        model = loader.from_pretrained(path, **options)
     # transformers raises these for a name, a folder or a file it can make nothing of, and for a hub out of reach.
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(
-            f"cannot load model {name!r}: {(str(error).splitlines() or [repr(error)])[0]}; expected a folder with "
-            "config.json, weights and tokenizer, a GGUF file, a name on the hub (with a network), or tiny-stories"
+            f"cannot load model {name!r}: {_first_line(error)}; expected a folder with config.json, weights and "
+            "tokenizer, a GGUF file, a name on the hub (with a network), or tiny-stories"
         ) from error
     if not tokenizer.is_fast:
         raise InputError(f"{name!r} has a slow tokenizer, {type(tokenizer).__name__}: expected a tokenizer.json")
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
 def _device(device: str | None):
@@ -342,7 +371,8 @@ def _device(device: str | None):
     return target
 
 
-# Fields of a configuration that no logit depends on, by parts of their names. The window is compared by itself.
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [repr(error)])[0]
 
 
 def weight_shape(tensor) -> tuple:

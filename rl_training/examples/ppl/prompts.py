@@ -7,15 +7,13 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, models
 
 from .data import Text, message_text, without_none
 from .errors import InputError
-
-# --- chat ------------------------------------------------------------------------------------------------------------
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +61,9 @@ def render_prompt(
     """
     if prompt is None or isinstance(prompt, str):
         return prompt or ""
-    continued = prompt[-1]["role"] == "assistant"
-    rendered = _opened(prompt, tokenizer, continued, chat_template_kwargs, tools)
-    _refuse_unread(prompt, lambda messages: _through_template(messages, tokenizer, None, chat_template_kwargs, tools))
+    render = functools.partial(_rendered, tokenizer, chat_template_kwargs, tools)
+    rendered = _opened(prompt, tokenizer, render, continued=prompt[-1]["role"] == "assistant")
+    _refuse_unread(prompt, render)
     return rendered
 
 
@@ -96,28 +94,27 @@ def completion_turns(
     opening = render_prompt(prompt, tokenizer, chat_template_kwargs, tools)
     if isinstance(completion, str) or prompt is None or isinstance(prompt, str):
         return Turns([(opening, message_text(completion))])
+    render = functools.partial(_rendered, tokenizer, chat_template_kwargs, tools)
     before, turns = list(prompt), []
     for index, message in enumerate(completion):
         if message["role"] == "assistant":
             if text := message_text([message]):
-                context = _opened(before, tokenizer, False, chat_template_kwargs, tools) if index else opening
-                turns.append((context, text))
+                turns.append((_opened(before, tokenizer, render) if index else opening, text))
             if index == 0 and before[-1]["role"] == "assistant":  # it goes on with what the prompt began
                 message = {**message, "content": message_text([before.pop()]) + text}
         before.append(message)
     return Turns(turns or [(opening, "")])
 
 
-def _opened(messages, tokenizer, continued: bool, chat_template_kwargs, tools) -> str:
-    rendered = _through_template(messages, tokenizer, continued, chat_template_kwargs, tools)
+def _opened(messages, tokenizer, render: Callable[..., str], continued: bool = False) -> str:
+    rendered = render(messages, continued)
     eos = of_text(tokenizer).eos_token
     end = re.search(rf"(?:{re.escape(eos)}\s*)*\Z", rendered)[0] if eos and not continued else ""
     if not end:
         return rendered
     # A template that opens no turn (DialoGPT's) may end the user's with EOS, and an answer then follows on that.
     try:
-        answered = [*messages, {"role": "assistant", "content": "a"}]
-        if _through_template(answered, tokenizer, None, chat_template_kwargs, tools).startswith(rendered):
+        if render([*messages, {"role": "assistant", "content": "a"}]).startswith(rendered):
             return rendered
     except InputError:
         pass
@@ -125,7 +122,9 @@ def _opened(messages, tokenizer, continued: bool, chat_template_kwargs, tools) -
     return rendered.removesuffix(end)
 
 
-def _through_template(messages, tokenizer, continued: bool | None, chat_template_kwargs, tools) -> str:
+def _rendered(
+    tokenizer, chat_template_kwargs: Mapping | None, tools: Sequence | None, messages, continued: bool | None = None
+) -> str:
     """continued: whether the last message is; None: neither it is, nor does another turn begin behind it."""
     from jinja2 import TemplateError
 
@@ -163,17 +162,14 @@ def _through_template(messages, tokenizer, continued: bool | None, chat_template
             continue
         if all(f"{_MARK}{index};" in read for index in range(number)[first:]):
             return rendered
-        unread = unread or InputError(
-            f"the chat template leaves out what a prompt's messages say, {message_text(messages)!r:.60}: change the "
-            "messages, or name another template with --chat_template_path"
-        )
-    if unread is not None:
-        raise unread
+        unread = True
+    remedy = "change the messages, or name another template with --chat_template_path"
+    if unread:
+        said = message_text(messages)
+        raise InputError(f"the chat template leaves out what a prompt's messages say, {said!r:.60}: {remedy}")
     roles = ", ".join(str(message.get("role")) for message in messages)
-    raise InputError(
-        f"the chat template refuses messages of {roles}: {' '.join(str(refusal).split())}: change the messages, or "
-        "name another template with --chat_template_path"
-    ) from refusal
+    reason = " ".join(str(refusal).split())
+    raise InputError(f"the chat template refuses messages of {roles}: {reason}: {remedy}") from refusal
 
 
 _MARK = "8172635490"  # no text, and no key of a part; digits are neither escaped nor lowered
@@ -184,20 +180,23 @@ def _marked(form: list[dict]) -> tuple[list[dict], int]:
     template may leave out what was thought before, or what stands behind an end."""
     numbers = itertools.count()
 
-    def mark(text: str) -> str:
-        sign = f"{_MARK}{next(numbers)};" if text.strip() else ""
-        return sign + text + sign
-
     def marked(content):
         if isinstance(content, list):
-            return [{**part, "text": mark(part["text"])} for part in content]
-        return content and mark(content)
+            return [{**part, "text": marked(part["text"])} for part in content]
+        sign = f"{_MARK}{next(numbers)};" if content and content.strip() else ""
+        return content and sign + content + sign
 
-    made = [{**message, "content": marked(message["content"])} if "content" in message else message for message in form]
-    return made, next(numbers)
+    return _with_contents(form, [marked(message.get("content")) for message in form]), next(numbers)
 
 
-def _forms(messages: list[dict]) -> Iterator[tuple[list[dict], int]]:
+def _with_contents(messages: list[dict], contents: list) -> list[dict]:
+    return [
+        {**message, "content": content} if "content" in message else message
+        for message, content in zip(messages, contents, strict=True)
+    ]
+
+
+def _forms(messages: list[dict]) -> list[tuple[list[dict], int]]:
     """Messages in the forms that a template may read, each with the first text that it must read.
 
     Parts as they came: a template that takes none writes down a list as Python shows it, and then the mark is seen.
@@ -208,14 +207,8 @@ def _forms(messages: list[dict]) -> Iterator[tuple[list[dict], int]]:
     came = [[{**part, _MARK: True} for part in one] if isinstance(one, list) else one for one in contents]
     strings = [message_text([{"role": "user", "content": one}]) if one else one for one in contents]
     parts = [[{"type": "text", "text": one, _MARK: True}] if isinstance(one, str) else one for one in came]
-    for form, first in [*([(came, 0)] if came != contents else []), (strings, -1), (parts, -1)]:
-        yield (
-            [
-                {**message, "content": content} if "content" in message else message
-                for message, content in zip(messages, form, strict=True)
-            ],
-            first,
-        )
+    forms = [*([(came, 0)] if came != contents else []), (strings, -1), (parts, -1)]
+    return [(_with_contents(messages, form), first) for form, first in forms]
 
 
 def _refuse_unread(messages, render: Callable[[list], str]) -> None:
@@ -232,18 +225,18 @@ def _refuse_unread(messages, render: Callable[[list], str]) -> None:
     messages = [{**message, "content": message.get("content") or ""} for message in map(_as_sent, messages)]
     for index, message in enumerate(messages):
         known = ("role", "content", *(("name", "tool_call_id") if message["role"] == "tool" else ()))
+        before, after = messages[:index], messages[index + 1 :]
         for key in (key for key, value in message.items() if value and key not in known):
             without = {name: value for name, value in message.items() if name != key}
-            before, after = messages[:index], messages[index + 1 :]
-            if all(rendered([*before, message, *end]) == rendered([*before, without, *end]) for end in ([], after)):
-                if key == "name":
-                    say_once("messages have the key 'name', which the chat template does not read")
-                    continue
+            if any(rendered([*before, message, *end]) != rendered([*before, without, *end]) for end in ([], after)):
+                continue
+            if key != "name":
                 raise InputError(
                     f"message {index} of a prompt, of the {message['role']}, has the key {key!r}, which the chat "
                     "template does not read: drop it, put what it says into the content, or name another template "
                     "with --chat_template_path"
                 )
+            say_once("messages have the key 'name', which the chat template does not read")
 
 
 def _as_sent(message: Mapping) -> dict:
@@ -255,20 +248,17 @@ def _as_sent(message: Mapping) -> dict:
 
 def chat_identity(tokenizer, chat_template_kwargs: Mapping | None = None, tools: Sequence | None = None) -> dict:
     """What two prompts of the same messages must share to be the same text: names and values, {} without a template."""
+    from transformers.utils import get_json_schema
+
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         return {}
+    schemas = [get_json_schema(tool) if inspect.isroutine(tool) else tool for tool in tools or ()]
     return {
         "chat_template": _hash(template),
         "chat_template_kwargs": dict(chat_template_kwargs or {}),
-        "tools": _hash(list(map(_schema, tools))) if tools else None,
+        "tools": _hash(schemas) if schemas else None,
     }
-
-
-def _schema(tool):
-    from transformers.utils import get_json_schema
-
-    return get_json_schema(tool) if inspect.isroutine(tool) else tool
 
 
 def _hash(value) -> str:

@@ -10,7 +10,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from ..errors import InputError
 from ..files import write_text
 
 _FINISHED = "finished"
-_SETTINGS = "settings.json"
 
 
 class Parts:
@@ -26,22 +26,21 @@ class Parts:
 
     def __init__(self, output: Path) -> None:
         self.folder = Path(f"{output}.parts")
-        self.headers: dict[int, dict] = {}  # of the finished windows that `look` has found, by number
+        self._settings = self.folder / "settings.json"
+        self._headers: dict[int, dict] = {}  # of the finished windows that `look` has found, by number
         self._places: dict[int, tuple[Path, int]] = {}  # a window's file and where in it its line begins
         self._ends: dict[Path, int] = {}  # where a file's last whole line ends
 
     def settings(self) -> dict:
         """What the windows were made with; {} if nothing is there."""
-        path = self.folder / _SETTINGS
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
+            return {**json.loads(self._settings.read_text(encoding="utf-8"))}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read ({error}): delete {self.folder} to start anew") from error
-        if not isinstance(settings, dict):
-            raise InputError(f"{path} is no JSON object: delete {self.folder} to start anew")
-        return settings
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(
+                f"{self._settings} cannot be read ({error}): delete {self.folder} to start anew"
+            ) from error
 
     def check(self, settings: Mapping) -> None:
         """Raises `InputError` if windows were made with another value of one of `settings`."""
@@ -60,7 +59,7 @@ class Parts:
             self.folder.mkdir(exist_ok=True)
             there = os.listdir(self.folder)
         foreign = [name for name in there if not name.startswith((".", "process-"))]
-        if foreign and _SETTINGS not in there:
+        if foreign and self._settings.name not in there:
             raise InputError(
                 f"{self.folder} holds {foreign[0]}, which this script did not write: choose another output"
             )
@@ -71,12 +70,12 @@ class Parts:
         Raises `InputError` if those were made with other settings.
         """
         self.check(settings)
-        if not self.headers:
+        if not self.look():
             with cannot_write(self.folder):
-                write_text(self.folder / _SETTINGS, json.dumps({**settings, **kept}, indent=2), "surrogatepass")
+                write_text(self._settings, json.dumps({**settings, **kept}, indent=2), "surrogatepass")
 
     def look(self) -> Mapping[int, dict]:
-        """The headers of all windows that are finished by now."""
+        """The headers of all windows that are finished by now, by number."""
         for path in self.folder.glob("*.jsonl"):
             if path.stem.isdigit():
                 raise InputError(f"{path} is of an earlier version: finish with that one, or delete {self.folder}")
@@ -89,10 +88,14 @@ class Parts:
                         raise InputError(
                             f"{path} is damaged: delete it, and the same command scores its rows again"
                         ) from error
-                    self.headers[number], self._places[number] = header, (path, at)
+                    self._headers[number], self._places[number] = header, (path, at)
                     at += len(line)
                 self._ends[path] = at
-        return self.headers
+        return self._headers
+
+    def total(self, name: str) -> int:
+        """The sum over all finished windows of what their headers say under a name."""
+        return sum(header[name] for header in self.look().values())
 
     def write(self, number: int, header: Mapping, records: list[list], writer: int) -> None:
         """Add a window. writer: the index of this process, which no other has."""
@@ -104,23 +107,19 @@ class Parts:
             file.flush()
             os.fsync(file.fileno())
 
-    def read(self, number: int) -> tuple[dict, list[list]]:
-        path, at = self._places[number]
-        with open(path, "rb") as file:
-            file.seek(at)
-            _, header, records = json.loads(file.readline())
-        return header, records
+    def records(self) -> Iterator[list]:
+        """Those of all finished windows, in the order of the windows."""
+        for _, (path, at) in sorted(self._places.items()):
+            with open(path, "rb") as file:
+                file.seek(at)
+                yield from json.loads(file.readline())[2]
 
     def remove(self) -> None:
         """The settings file goes last: a later run needs it to know that the folder is one of ours, half removed."""
-        ours = [path for path in self.folder.iterdir() if path.is_file() and path.name != _SETTINGS]
-        for path in [*ours, self.folder / _SETTINGS]:
+        ours = [path for path in self.folder.iterdir() if path.is_file() and path != self._settings]
+        for path in [*ours, self._settings]:
             path.unlink(missing_ok=True)
         self.folder.rmdir()
-
-    def remove_if_empty(self) -> None:
-        if self.folder.is_dir() and not self.look():
-            self.remove()
 
 
 class Processes:
@@ -131,9 +130,9 @@ class Processes:
 
     def __init__(self, device: str | None = None) -> None:
         self.index, self.count = 0, 1
+        self.device = device  # this process's own; None: whatever is best
         self._state: Any = None  # accelerate.PartialState, of several processes
         self._lock: Any = None  # the open file that is locked
-        self._folder: Path | None = None
         sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
         if any(int(os.environ.get(name, 1)) > 1 for name in sizes):
             import torch
@@ -141,6 +140,7 @@ class Processes:
 
             self._state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
             self.index, self.count = self._state.process_index, self._state.num_processes
+            self.device = str(self._state.device)
 
     @property
     def is_main(self) -> bool:
@@ -149,11 +149,6 @@ class Processes:
     @property
     def name(self) -> str:
         return f"process {self.index} of {self.count}"
-
-    @property
-    def device(self) -> str | None:
-        """This process's own, where there are several; None: whatever is best."""
-        return str(self._state.device) if self._state else None
 
     def wait(self) -> None:
         """For all to arrive here. If one cannot, it has said why; the others leave."""
@@ -165,16 +160,16 @@ class Processes:
 
     def claim(self, parts: Parts) -> None:
         """Take this process's lock, which a dead one has lost. Raises `InputError` if another run has it."""
-        self._folder = parts.folder
         with cannot_write(parts.folder):
-            self._lock = open(parts.folder / f"process-{self.index}", "a+")  # noqa: SIM115
+            lock = open(parts.folder / f"process-{self.index}", "a+")  # noqa: SIM115
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self._lock.seek(0)
-            raise InputError(
-                f"another run ({self._lock.read().strip()}) is at work in {parts.folder}: wait until it has ended"
-            ) from error
+            with lock:
+                lock.seek(0)
+                other = lock.read().strip()
+            raise InputError(f"another run ({other}) is at work in {parts.folder}: wait until it has ended") from error
+        self._lock = lock
         self._say(f"process id {os.getpid()}")
         if self.count > 1:
             signal.signal(signal.SIGTERM, self._stopped)
@@ -214,7 +209,7 @@ class Processes:
         """What a process left in its lock file; None while it lives."""
         if index == self.index:
             return None
-        with open(self._folder / f"process-{index}", encoding="utf-8") as file:
+        with open(Path(self._lock.name).with_name(f"process-{index}"), encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -231,18 +226,13 @@ class Processes:
         raise InputError(f"{self.died() or 'stopped'}: the same command goes on from here")
 
 
-class cannot_write:
+@contextmanager
+def cannot_write(path: Path) -> Iterator[None]:
     """Turns an `OSError` within it into an `InputError` that names the path."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _type, error, _traceback) -> None:
-        if isinstance(error, OSError):
-            raise InputError(
-                f"cannot write {self.path} ({error.strerror or error}): make room or choose another folder; from parts "
-                "that are there, the same command goes on"
-            ) from error
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path} ({error.strerror or error}): make room or choose another folder; from parts that are "
+            "there, the same command goes on"
+        ) from error

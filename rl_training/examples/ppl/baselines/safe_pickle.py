@@ -16,11 +16,8 @@ import numpy as np
 
 _Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
 _PLAIN = frozenset({dict, list, tuple, str, int, float, bool, type(None)})
-_TYPE = re.compile(r"f[248]|[iu][1248]|b1|U[0-9]{1,6}")
 # Sets hash what is put into them, a bytearray is allocated before it is read, and objects are not plain data.
-_REFUSED = frozenset(
-    pickle.EMPTY_SET + pickle.ADDITEMS + pickle.FROZENSET + pickle.BYTEARRAY8 + pickle.OBJ + pickle.INST
-)
+_REFUSED = pickle.EMPTY_SET + pickle.ADDITEMS + pickle.FROZENSET + pickle.BYTEARRAY8 + pickle.OBJ + pickle.INST
 
 
 class PickleRefused(ValueError):
@@ -55,7 +52,7 @@ class _NumpyType:
     """Stands for numpy.dtype: its code and its byte order."""
 
     def __init__(self, code: str, *_copied: object) -> None:
-        if not _TYPE.fullmatch(code):
+        if not re.fullmatch(r"f[248]|[iu][1248]|b1|U[0-9]{1,6}", code):
             raise PickleRefused(f"a numpy value of type {code:.20}")
         self.code, self.order = code, "<"
 
@@ -74,16 +71,13 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode({"latin1": "latin1"}[encoding])
 
 
-_STAND_INS: dict[tuple[str, str], Callable] = {
-    ("numpy", "dtype"): _NumpyType,
-    ("numpy.core.multiarray", "scalar"): _scalar,
-    ("numpy._core.multiarray", "scalar"): _scalar,
-    ("_codecs", "encode"): _encode,
-}
-
-
 class _Reader(_Unpickler):
-    dispatch: ClassVar[dict] = {code: load for code, load in _Unpickler.dispatch.items() if code not in _REFUSED}
+    stand_ins: ClassVar[dict[tuple[str, str], Callable]] = {
+        ("numpy", "dtype"): _NumpyType,
+        ("numpy.core.multiarray", "scalar"): _scalar,
+        ("numpy._core.multiarray", "scalar"): _scalar,
+        ("_codecs", "encode"): _encode,
+    }
 
     def __init__(self, data: bytes) -> None:
         self.file = io.BytesIO(data)
@@ -91,9 +85,9 @@ class _Reader(_Unpickler):
         self.most_text = 2 * len(data)  # of numpy's scalars: a memo can be made into a new one again and again
 
     def find_class(self, module: str, name: str) -> Callable:
-        if (module, name) not in _STAND_INS:
+        if (module, name) not in self.stand_ins:
             raise PickleRefused(f"it wants to load {module:.80}.{name:.80}")
-        return _STAND_INS[module, name]
+        return self.stand_ins[module, name]
 
     def load_reduce(self) -> None:
         super().load_reduce()
@@ -110,28 +104,24 @@ class _Reader(_Unpickler):
 
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        _update(self.stack[-1], [key, value])
+        self.update(key, value)
 
     def load_setitems(self) -> None:
-        items = self.pop_mark()  # which puts the dict back on the stack
-        _update(self.stack[-1], items)
+        self.update(*self.pop_mark())  # which puts the dict back on the stack
 
     def load_dict(self) -> None:
         items = self.pop_mark()
         self.append({})
-        _update(self.stack[-1], items)
+        self.update(*items)
 
-    dispatch |= {
-        pickle.REDUCE[0]: load_reduce,
-        pickle.BUILD[0]: load_build,
-        pickle.SETITEM[0]: load_setitem,
-        pickle.SETITEMS[0]: load_setitems,
-        pickle.DICT[0]: load_dict,
+    def update(self, *items: Any) -> None:
+        """Keys and values in turn into the dict on the stack. To hash another key than these can take any time."""
+        if not {str, int}.issuperset(map(type, items[::2])):
+            raise PickleRefused("a dict with a key that is neither a str nor an int")
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    dispatch: ClassVar[dict] = {
+        **{code: load for code, load in _Unpickler.dispatch.items() if code not in _REFUSED},
+        **{pickle.REDUCE[0]: load_reduce, pickle.BUILD[0]: load_build, pickle.DICT[0]: load_dict},
+        **{pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems},
     }
-
-
-def _update(target: dict, items: list) -> None:
-    """Keys and values in turn into a dict. To hash another key than these can take any time."""
-    if not {str, int}.issuperset(map(type, items[::2])):
-        raise PickleRefused("a dict with a key that is neither a str nor an int")
-    target.update(zip(items[::2], items[1::2], strict=True))

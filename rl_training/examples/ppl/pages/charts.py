@@ -5,88 +5,91 @@ Not one figure of matplotlib: on a phone its letters were 4 px high, and no numb
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from matplotlib.ticker import MaxNLocator
 
-from ..config import LEVELS
+from ..config import ALL_LEVELS
 
 MOST_POINTS = 240  # of a line; a longer log is averaged over runs of consecutive entries
 DOTTED = 40  # up to so many points each is drawn as a dot, too
 FARTHEST = 50  # times the smallest of a chart's values is the largest, or the small ones look like zero
 _BEYOND = 1e100  # no axis reaches that far
 
+Points = dict[float, dict[str, float]]  # what was logged, by step
+
 
 @dataclass(frozen=True)
 class Spec:
-    """A chart to draw if the log has any of `lines`: (label, metric, style). band: (label, lowest, highest metric), or
-    (label, centre, +- metric) with `around`. include: values the axis reaches in any case. divisible: lines that are
-    far apart get a chart each."""
+    """A chart to draw if the log has any of `lines`, metrics by label.
+
+    band: (label, lowest, highest metric), or (label, centre, +- metric) with `around`. include: values the axis reaches
+    in any case. divisible: lines that are far apart get a chart each. colours: those of the page's style, in turn.
+    """
 
     title: str
     unit: str
-    lines: tuple[tuple[str, str, str], ...]
+    lines: Mapping[str, str]
     band: tuple[str, str, str] | None = None
     around: bool = False
     include: tuple[float, ...] = ()
     divisible: bool = False
-
-
-def _levels(metric: str) -> tuple[tuple[str, str, str], ...]:
-    return tuple((level, metric.format(level), level) for level in LEVELS)
+    colours: Sequence[str] = ("main", "second", "third")
 
 
 SPECS = (
     Spec(
-        "Reward", "mean of the sampled completions",
-        (("mean", "reward", "main"), ("held-out split", "eval_reward", "second")),
+        "Reward", "mean of the sampled completions", {"mean": "reward", "held-out split": "eval_reward"},
         band=("± standard deviation", "reward", "reward_std"), around=True, include=(0, 1),
     ),
-    Spec("Improvement over the baseline", "%", _levels("reward_{}"), include=(0,)),
-    Spec("Perplexity", "under the frozen scorer", _levels("ppl/{}"), divisible=True),
     Spec(
-        "Completion length", "tokens", (("mean", "completions/mean_length", "main"),),
+        "Improvement over the baseline", "%", {level: f"reward_{level}" for level in ALL_LEVELS},
+        include=(0,), colours=ALL_LEVELS,
+    ),
+    Spec(
+        "Perplexity", "under the frozen scorer", {level: f"ppl/{level}" for level in ALL_LEVELS},
+        divisible=True, colours=ALL_LEVELS,
+    ),
+    Spec(
+        "Completion length", "tokens", {"mean": "completions/mean_length"},
         band=("shortest to longest", "completions/min_length", "completions/max_length"), include=(0,),
     ),
-    Spec("Entropy", "nats a token", (("policy", "entropy", "main"),), include=(0,)),
-    Spec("KL to the reference", "nats a token", (("policy", "kl", "main"),), include=(0,)),
+    Spec("Entropy", "nats a token", {"policy": "entropy"}, include=(0,)),
+    Spec("KL to the reference", "nats a token", {"policy": "kl"}, include=(0,)),
     Spec(
         "What the groups have to compare", "shares",
-        (
-            ("groups without spread", "frac_reward_zero_std", "main"),
-            ("reward 0 or less", "diagnostics/at_zero", "second"),
-            ("top reward", "diagnostics/at_top", "third"),
-        ),
+        {
+            "groups without spread": "frac_reward_zero_std",
+            "reward 0 or less": "diagnostics/at_zero",
+            "top reward": "diagnostics/at_top",
+        },
         include=(0, 1),
     ),
     Spec(
         "Completions that cannot count", "shares",
-        (
-            ("cut at the longest length", "completions/clipped_ratio", "main"),
-            ("blank", "diagnostics/unscorable", "second"),
-            ("without a baseline", "diagnostics/missing", "third"),
-        ),
+        {
+            "cut at the longest length": "completions/clipped_ratio",
+            "blank": "diagnostics/unscorable",
+            "without a baseline": "diagnostics/missing",
+        },
         include=(0, 1),
     ),
     Spec(
         "Variety and length", "1 is the start of the run",
-        (
-            ("distinct-2", "diagnostics/distinct_2_of_start", "main"),
-            ("length", "diagnostics/length_of_start", "second"),
-        ),
-        include=(0, 1),
+        {"distinct-2": "diagnostics/distinct_2_of_start", "length": "diagnostics/length_of_start"}, include=(0, 1),
     ),
-    Spec("Loss", "", (("loss", "loss", "main"),)),
-    Spec("Gradient norm", "", (("before clipping", "grad_norm", "main"),), include=(0,)),
-    Spec("Learning rate", "", (("learning rate", "learning_rate", "main"),), include=(0,)),
+    Spec("Loss", "", {"loss": "loss"}),
+    Spec("Gradient norm", "", {"before clipping": "grad_norm"}, include=(0,)),
+    Spec("Learning rate", "", {"learning rate": "learning_rate"}, include=(0,)),
 )  # fmt: skip
-_TOLD_ELSEWHERE = {"step", "epoch", "num_tokens", "total_flos"}
+_TOLD_ELSEWHERE = ("step", "epoch", "num_tokens", "total_flos")
 
 
 @dataclass(frozen=True)
 class Line:
     label: str
-    style: str
+    colour: str
+    dashes: str  # SVG's stroke-dasharray
     path: str  # SVG, in a square of 100 x 100 whose y points down
     dots: str
     last: str
@@ -104,6 +107,7 @@ class Chart:
     columns: list[str]
     rows: list[tuple[float, str, list[str]]]  # percent from the left, step, values
     description: str
+    dotted: bool  # no line has two points: there is nothing to plot
 
 
 def charts(log_history: Sequence[Mapping]) -> tuple[list[Chart], list[Chart], int]:
@@ -112,174 +116,142 @@ def charts(log_history: Sequence[Mapping]) -> tuple[list[Chart], list[Chart], in
     log_history: TRL's, whose entries hold `step` and numbers by name; what is missing or not finite leaves a gap.
     """
     points, merged = _points(log_history)
-    functions = [name for name in _names(points) if name.startswith("rewards/") and name.endswith("/mean")]
-    specs = list(SPECS)
-    told = _TOLD_ELSEWHERE | {name for spec in specs for name in _metrics(spec)}
+    names = dict.fromkeys(name for logged in points.values() for name in logged)
+    functions = {
+        name.removeprefix("rewards/").removesuffix("/mean"): name
+        for name in names
+        if name.startswith("rewards/") and name.endswith("/mean")
+    }
+    specs, told = list(SPECS), set(_TOLD_ELSEWHERE)
     if len(functions) > 1:
-        styles = ("main", "second", "third")
-        lines = [(name.split("/")[1], name, styles[index % 3]) for index, name in enumerate(functions)]
-        specs.insert(6, Spec("Reward functions", "means, before their weights", tuple(lines), include=(0,)))
-        told.update(functions)
-    elif functions:  # the only one is the reward
-        told.update((functions[0], functions[0].removesuffix("mean") + "std"))
-    specs = [one for spec in specs for one in _on_one_scale(spec, points)]
-    others = [name for name in _names(points) if name not in told and not name.startswith("train_")]
-    drawn = [chart for spec in specs if (chart := _chart(spec, points))]
-    rest = [chart for name in others if (chart := _chart(Spec(name, "", ((name, name, "main"),)), points))]
+        specs.insert(6, Spec("Reward functions", "means, before their weights", functions, include=(0,)))
+    else:  # the only one is the reward
+        told.update(f"rewards/{label}/{what}" for label in functions for what in ("mean", "std"))
+    told.update(name for spec in specs for name in (*spec.lines.values(), *(spec.band or ())))
+    others = [Spec(name, "", {name: name}) for name in names if name not in told and not name.startswith("train_")]
+    drawn, rest = ([chart for spec in some for chart in _charts(spec, points)] for some in (specs, others))
     return drawn, rest, merged
 
 
-def _on_one_scale(spec: Spec, points: Sequence[Mapping]) -> list[Spec]:
-    """Nested levels have perplexities in the thousands and ratios below 1: each gets a chart of its own."""
-    if not spec.divisible:
-        return [spec]
-    values = [abs(point[metric]) for point in points for _, metric, _ in spec.lines if _finite(point.get(metric))]
-    if not values or max(values) < FARTHEST * min(values):
-        return [spec]
-    return [
-        Spec(f"{spec.title}, {label} level", spec.unit, ((label, metric, style),))
-        for label, metric, style in spec.lines
-    ]
-
-
-def _points(log_history: Sequence[Mapping]) -> tuple[list[dict], int]:
-    """One dict a step, or of so many consecutive steps the means, at the last one."""
-    steps: dict[float, dict] = {}
+def _points(log_history: Sequence[Mapping]) -> tuple[Points, int]:
+    """The numbers of each step, or of so many consecutive steps the means, at the last one."""
+    steps: Points = {}
     for entry in log_history:
         if "step" in entry:
             # TRL logs None where all rows of a step were skipped.
-            steps.setdefault(entry["step"], {}).update({k: v for k, v in entry.items() if v is not None})
-    entries = [steps[step] for step in sorted(steps)]
-    size = max(1, math.ceil(len(entries) / MOST_POINTS))
-    return [_mean(entries[start : start + size]) for start in range(0, len(entries), size)], size
+            numbers = {name: value for name, value in entry.items() if isinstance(value, int | float)}
+            steps.setdefault(entry["step"], {}).update(numbers)
+    ordered = sorted(steps)
+    size = max(1, math.ceil(len(ordered) / MOST_POINTS))
+    chunks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    return {chunk[-1]: _mean([steps[step] for step in chunk]) for chunk in chunks}, size
 
 
-def _mean(entries: Sequence[Mapping]) -> dict:
+def _mean(entries: Sequence[dict[str, float]]) -> dict[str, float]:
     if len(entries) == 1:
-        return dict(entries[0])
-    means = {"step": entries[-1]["step"]}
-    for name in _names(entries):
-        given = [entry[name] for entry in entries if name in entry]
-        finite = [value for value in given if _finite(value)]
-        means[name] = sum(finite) / len(finite) if finite else math.nan
+        return entries[0]
+    means = {}
+    for name in dict.fromkeys(name for entry in entries for name in entry):
+        values = [entry[name] for entry in entries if _drawable(entry.get(name))]
+        means[name] = sum(values) / len(values) if values else math.nan
     return means
 
 
-def _names(entries: Sequence[Mapping]) -> list[str]:
-    names = dict.fromkeys(name for entry in entries for name in entry if name != "step")
-    return [name for name in names if any(_number(entry.get(name)) for entry in entries)]
+def _drawable(value: float | None) -> bool:
+    return value is not None and abs(value) < _BEYOND  # False for NaN, too
 
 
-def _metrics(spec: Spec) -> list[str]:
-    return [metric for _, metric, _ in spec.lines] + list(spec.band[1:] if spec.band else ())
+def _charts(spec: Spec, points: Points) -> list[Chart]:
+    """One, or none without a number. Nested levels have perplexities in the thousands and ratios below 1: each gets a
+    chart of its own."""
+    lines = [
+        (place, label, metric, values)
+        for place, (label, metric) in enumerate(spec.lines.items())
+        if (values := {step: logged[metric] for step, logged in points.items() if _drawable(logged.get(metric))})
+    ]
+    sizes = [abs(value) for *_, values in lines for value in values.values()]
+    if spec.divisible and sizes and max(sizes) >= FARTHEST * min(sizes):
+        return [_chart(replace(spec, title=f"{spec.title}, {line[1]} level"), [line], points) for line in lines]
+    return [_chart(spec, lines, points)] if lines else []
 
 
-def _number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _chart(spec: Spec, lines: Sequence[tuple[int, str, str, dict[float, float]]], points: Points) -> Chart:
+    """lines: of each its place in `spec`, label, metric, and the numbers that can be drawn, by step."""
+    points = {step: logged for step, logged in points.items() if any(metric in logged for _, _, metric, _ in lines)}
+    band = {step: edges for step, logged in points.items() if (edges := _edges(spec, logged))}
+    heights = [*spec.include, *(edge for edges in band.values() for edge in edges)]
+    heights += [value for *_, values in lines for value in values.values()]
+    y_ticks = _ticks(min(heights), max(heights), 6)
+    bottom, top, right = y_ticks[0], y_ticks[-1], max(*points, 1)
+    decimals = max(0, 2 - math.floor(math.log10(top - bottom)))  # a hundredth of the axis can be told
 
-
-def _finite(value) -> bool:
-    return _number(value) and abs(value) < _BEYOND  # False for NaN, too
-
-
-def _chart(spec: Spec, points: Sequence[Mapping]) -> Chart | None:
-    lines = [line for line in spec.lines if any(_finite(point.get(line[1])) for point in points)]
-    if not lines:
-        return None
-    band = _band(spec, points)
-    points = [point for point in points if any(metric in point for _, metric, _ in lines)]
-    values = [point[metric] for point in points for _, metric, _ in lines if _finite(point.get(metric))]
-    values += [edge for _, low, high in band or () for edge in (low, high)] + list(spec.include)
-    y_ticks = _ticks(min(values), max(values))
-    x_ticks = [tick for tick in _ticks(0, max(points[-1]["step"], 1), most=4) if tick == int(tick)]
-    bottom, top, right = y_ticks[0], y_ticks[-1], max(points[-1]["step"], 1)
-    decimals = _decimals(y_ticks)
-    largest = max(map(abs, y_ticks))
-    fewest = next((n for n in range(decimals) if all(_exact(tick, n, top - bottom) for tick in y_ticks)), decimals)
-
-    def x(step):
+    def x(step) -> float:
         return round(100 * step / right, 2)
 
-    def y(value):
+    def y(value) -> float:
         return round(100 * (top - value) / (top - bottom), 2)
 
-    drawn = []
-    for label, metric, style in lines:
-        runs = _runs([(x(p["step"]), p[metric]) for p in points if metric in p])
-        drawn_runs = [[(left, y(value)) for left, value in run] for run in runs]
-        path = "".join("M" + "L".join(f"{left} {up}" for left, up in run) for run in drawn_runs)
-        dotted = [run for run in drawn_runs if sum(map(len, drawn_runs)) <= DOTTED or len(run) == 1]
-        dots = "".join(f"M{left} {up}h0" for run in dotted for left, up in run)
-        drawn.append(Line(label, style, path, dots, _shown(runs[-1][-1][1], decimals)))
-    area = None
-    if band:
-        edge = [f"{x(step)} {y(high)}" for step, _, high in band]
-        edge += [f"{x(step)} {y(low)}" for step, low, _ in reversed(band)]
-        area = (spec.band[0], f"M{'L'.join(edge)}Z")
-    columns = [label for label, _, _ in lines] + ([spec.band[0]] if band else [])
-    of_step = {step: (low, high) for step, low, high in band or ()}
+    def shown(value) -> str:
+        return _shown(value, decimals)
+
+    drawn, sentences = [], []
+    for place, label, metric, values in lines:
+        path, pen = "", "M"
+        for step, logged in points.items():
+            if step in values:
+                path, pen = f"{path}{pen}{x(step)} {y(values[step])}", "L"
+            elif metric in logged:  # not finite
+                pen = "M"
+        runs = [run.split("L") for run in path.split("M")[1:]]
+        dots = "".join(f"M{dot}h0" for run in runs if len(values) <= DOTTED or len(run) == 1 for dot in run)
+        # No two lines of a chart share their dashes, however many there are.
+        dashes = ("none", "7 4", "2 3")[place] if place < 3 else "7 3" + " 2 3" * (place - 2)
+        told = [f"{shown(values[step])} at step {step:,g}" for step in sorted(values, key=lambda s: (values[s], s))]
+        first, last = (f"{shown(values[step])} at step {step:,g}" for step in (min(values), max(values)))
+        more = f", {last}; lowest {told[0]}, highest {told[-1]}" if len(values) > 1 else ""
+        sentences.append(f"{label}: {first}{more}")
+        colour = spec.colours[place % len(spec.colours)]
+        drawn.append(Line(label, colour, dashes, path, dots, shown(values[max(values)])))
+
     rows = []
-    for point in points:
-        cells = [_shown(point[metric], decimals) if metric in point else "–" for _, metric, _ in lines]
-        if band:
-            cells.append(_span(of_step.get(point["step"]), spec, point, decimals))
-        rows.append((x(point["step"]), f"{point['step']:,g}", cells))
+    for step, logged in points.items():
+        cells = [shown(logged[metric]) if metric in logged else "–" for _, _, metric, _ in lines]
+        if step in band:
+            low, high = band[step]
+            cells.append(f"± {shown(logged[spec.band[2]])}" if spec.around else f"{shown(low)} to {shown(high)}")
+        elif band:
+            cells.append("–")
+        rows.append((x(step), f"{step:,g}", cells))
+    upper = [f"{x(step)} {y(high)}" for step, (_, high) in band.items()]
+    lower = [f"{x(step)} {y(low)}" for step, (low, _) in band.items()]
+    fewer = (n for n in range(decimals) if all(abs(round(tick, n) - tick) < 1e-6 * (top - bottom) for tick in y_ticks))
+    fewest = next(fewer, decimals)
+    large = max(-bottom, top) >= 1e5
     return Chart(
-        spec.title, spec.unit, drawn, area,
-        [(x(tick), f"{tick:,g}") for tick in x_ticks if tick <= right],
-        [(y(tick), _short(tick) if largest >= 1e5 else _shown(tick, fewest)) for tick in y_ticks],
+        spec.title, spec.unit, drawn,
+        (spec.band[0], f"M{'L'.join(upper + lower[::-1])}Z") if band else None,
+        [(x(tick), f"{tick:,g}") for tick in _ticks(0, right, 4) if tick == int(tick) and tick <= right],
+        [(y(tick), _short(tick) if large else _shown(tick, fewest)) for tick in y_ticks],
         y(0) if bottom < 0 < top else None,
-        columns, rows, _description(lines, points, decimals),
+        [label for _, label, _, _ in lines] + ([spec.band[0]] if band else []),
+        rows, ". ".join(sentences) + ".", all(len(values) == 1 for *_, values in lines),
     )  # fmt: skip
 
 
-def _band(spec: Spec, points: Sequence[Mapping]) -> list[tuple[float, float, float]] | None:
-    """(step, lowest, highest) wherever both are known; None if they never are."""
-    if spec.band is None:
+def _edges(spec: Spec, logged: Mapping[str, float]) -> tuple[float, float] | None:
+    """The lowest and the highest of the band at a step, if both can be drawn."""
+    first, second = (logged.get(name) for name in spec.band[1:]) if spec.band else (None, None)
+    if not (_drawable(first) and _drawable(second)):
         return None
-    edges = []
-    for point in points:
-        first, second = (point.get(name) for name in spec.band[1:])
-        if _finite(first) and _finite(second):
-            low, high = (first - second, first + second) if spec.around else (first, second)
-            edges.append((point["step"], low, high))
-    return edges or None
+    return (first - second, first + second) if spec.around else (first, second)
 
 
-def _span(edges, spec: Spec, point: Mapping, decimals: int) -> str:
-    if edges is None:
-        return "–"
-    if spec.around:
-        return f"± {_shown(point[spec.band[2]], decimals)}"
-    return f"{_shown(edges[0], decimals)} to {_shown(edges[1], decimals)}"
-
-
-def _runs(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
-    """The stretches without a number that is not finite."""
-    runs: list[list] = [[]]
-    for left, value in points:
-        if _finite(value):
-            runs[-1].append((left, value))
-        elif runs[-1]:
-            runs.append([])
-    return [run for run in runs if run]
-
-
-def _ticks(low: float, high: float, most: int = 6) -> list[float]:
+def _ticks(low: float, high: float, most: int) -> list[float]:
     """Round numbers from at most `low` to at least `high`."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
     locator = MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10])
     return [float(tick) for tick in locator.tick_values(low, high)]
-
-
-def _decimals(ticks: Sequence[float]) -> int:
-    """Enough that a hundredth of the axis can be told."""
-    return max(0, 2 - math.floor(math.log10(ticks[-1] - ticks[0])))
-
-
-def _exact(tick: float, decimals: int, span: float) -> bool:
-    return abs(round(tick, decimals) - tick) < 1e-6 * span
 
 
 def _short(tick: float) -> str:
@@ -292,19 +264,3 @@ def _shown(value: float, decimals: int) -> str:
     if decimals > 6 or abs(value) >= 1e7:
         return f"{value:.2e}".replace("-", "−") if value else "0"
     return f"{value:,.{decimals}f}".replace("-", "−")
-
-
-def _description(lines, points, decimals: int) -> str:
-    sentences = []
-    for label, metric, _ in lines:
-        values = [(point[metric], point["step"]) for point in points if _finite(point.get(metric))]
-        (first, start), (last, end) = values[0], values[-1]
-        sentence = f"{label}: {_shown(first, decimals)} at step {start:,g}"
-        if len(values) > 1:
-            lowest, highest = min(values), max(values)
-            sentence += (
-                f", {_shown(last, decimals)} at step {end:,g}; lowest {_shown(lowest[0], decimals)} at step "
-                f"{lowest[1]:,g}, highest {_shown(highest[0], decimals)} at step {highest[1]:,g}"
-            )
-        sentences.append(sentence)
-    return ". ".join(sentences) + "."

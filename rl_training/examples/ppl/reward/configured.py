@@ -11,6 +11,7 @@ import yaml
 
 from .. import cli
 from ..config import ALIASES, DTYPES, RewardConfig, did_you_mean
+from ..data import read_shown
 from ..errors import SETTINGS as RETIRED
 from ..errors import InputError, one_of, without_retired
 from ..models import load_model, load_tokenizer, model_path
@@ -22,7 +23,7 @@ LOADING = ("load_in_4bit", "dtype", "device", "max_seq_length")  # how a model i
 REWARD = [one.name for one in fields(RewardConfig)]
 # Every name that a file may hold.
 NAMES = ["model_name", "scorer_url", "policy", "baselines", "use_cache", "chat_template_path", *LOADING, *REWARD]
-NAMES += ["batch_size", "max_batch_tokens", "chat_template_kwargs", "tools"]
+NAMES += ["batch_size", "max_batch_tokens", "chat_template_kwargs", "tools", "examples", "others", "prompt_template"]
 
 _loading = threading.Lock()
 _loaded: dict[str, MultiLevelPPLRewardFunction] = {}
@@ -97,6 +98,16 @@ def read_settings(path: str | Path | None = None) -> dict:
         read_template(settings["chat_template_path"])
     if isinstance(settings.get("tools"), str):  # a file, as --tools names it
         settings["tools"] = read_tools(str(path.parent / settings["tools"]))
+    for name in ("examples", "others"):
+        if isinstance(settings.get(name), str):
+            settings[name] = read_shown(path.parent / settings[name])
+        elif name in settings and name == "others":
+            raise InputError(f"{path}: {name} is {settings[name]!r:.40}, expected the name of a file of rows")
+    if not isinstance(settings.get("examples", []), list):  # a number, for the scripts, which have the data set
+        raise InputError(
+            f"{path}: examples is {settings['examples']!r}, expected the name of the file of rows that "
+            "compute_baselines_trl.py wrote beside the baselines"
+        )
     served = settings.get("scorer_url") is not None
     if served and (idle := [name for name in LOADING if name in settings]):
         raise InputError(

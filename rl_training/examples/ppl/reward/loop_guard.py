@@ -1,13 +1,14 @@
-"""A second reward function, against loops and copies: what stood there before is easy to predict, so perplexity pays
-for saying it again."""
+"""Reward functions beside the perplexity's, against loops and copies: what stood there before is easy to predict, so
+perplexity pays for saying it again; and a document is likeliest behind its own words."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ..config import DEFAULT_THRESHOLDS, LOOP_PENALTY, NATS_CLIP
-from ..data import Text
+from ..config import DEFAULT_THRESHOLDS, LOOP_PENALTY, NATS_KNEE
+from ..data import Text, message_text
 from ..errors import InputError
 
+QUOTED = 4  # tokens of a document, said again; summaries copy 3 % of such runs, quotations nearly all
 NGRAM = 8  # tokens; human stories repeat 0.08 % of theirs, a sentence said over and over nearly all
 
 
@@ -27,7 +28,7 @@ def loop_guard(
     quotation of fewer than `NGRAM` tokens is free. Without a tokenizer it is TRL's repetition penalty
     (`trl.rewards.get_repetition_penalty_reward`, after https://arxiv.org/abs/2502.03373). The weight is `weight` * R, R
     being what two perplexity rewards can differ by at most: from the lowest of `reward_thresholds`, or 0, to the
-    highest, with `form="nats"` twice its clip, or with `normalize` over B completions the widest that standard
+    highest, with `form="nats"` four times its knee, or with `normalize` over B completions the widest that standard
     deviation 1 allows, sqrt(2 (B - 1)).
 
     What that guarantees, whatever the model makes of the texts: of two completions, the one whose share of repeated
@@ -53,7 +54,7 @@ def loop_guard(
     """
     check_weight(weight)
     values = [0.0, *(reward for _, reward in reward_thresholds or ())]
-    widest = 2 * NATS_CLIP if form == "nats" else max(values) - min(values)
+    widest = 4 * NATS_KNEE if form == "nats" else max(values) - min(values)
     if normalized_over:
         widest = math.sqrt(2 * (normalized_over - 1))
     return LoopPenalty(RepeatedShare(tokenizer, chat), skips), weight * widest
@@ -115,6 +116,44 @@ class LoopPenalty:
             given = {} if prompt_ids is None else {"prompt_ids": prompt_ids}
             skipped = self.skips(prompts, completion_ids=completion_ids, **given, **columns)
         return [None if skip else -share if share else 0.0 for share, skip in zip(shares, skipped, strict=True)]
+
+
+def copy_guard(highest: float, tokenizer, skips: Callable | None = None) -> tuple[Callable, float]:
+    """(a penalty on quoting the reference, its weight), for references that the scorer reads without their prompt: to
+    quote a document makes it likelier than to say what happens in it.
+
+    The penalty is minus the share of the completion's runs of `QUOTED` tokens that stand in the reference. The weight
+    is `highest`, the most that a completion can earn: what is quoted throughout earns nothing in sum.
+
+    highest: of `ppl.config.RewardConfig`. tokenizer: any. skips: as for `loop_guard`.
+    """
+    return CopyPenalty(tokenizer, skips), highest
+
+
+class CopyPenalty:
+    """Minus the share of quoted runs, in TRL's calling convention."""
+
+    __name__ = "copy_penalty"
+
+    def __init__(self, tokenizer, skips: Callable | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.skips = skips
+
+    def __call__(self, prompts, completions, reference, **columns) -> list[float | None]:
+        said, quoted = (self._runs(map(message_text, texts)) for texts in (completions, reference))
+        skipped = [False] * len(said)
+        if self.skips is not None:
+            skipped = self.skips(prompts, completions, reference=reference, **columns)
+        return [
+            None if skip else -sum(run in set(there) for run in runs) / len(runs) if runs else 0.0
+            for runs, there, skip in zip(said, quoted, skipped, strict=True)
+        ]
+
+    def _runs(self, texts: Iterable[str]) -> list[list[tuple]]:
+        # With a space in front, where most words of a text have one.
+        spaced = [f" {text.strip()}" for text in texts]
+        every = self.tokenizer(spaced, add_special_tokens=False)["input_ids"] if spaced else []
+        return [list(zip(*(ids[start:] for start in range(QUOTED)), strict=False)) for ids in every]
 
 
 class LoopVeto:

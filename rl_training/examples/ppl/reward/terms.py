@@ -1,24 +1,26 @@
 """What was measured -> what each text earns: functions of numbers and settings alone."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ..config import LEVELS, NATS_CLIP, RewardConfig
+from ..config import MOST_HARM, NATS_KNEE, TABLE, RewardConfig
 
 HIGHEST = 1e300  # in place of a perplexity too large for float64: means and differences stay finite
 
 
 class Measured(NamedTuple):
-    """Of B texts of one call."""
+    """Of the B texts of one call, at L levels."""
 
-    perplexities: np.ndarray  # float64 [B, 3], nan where nothing can be scored
-    baselines: np.ndarray  # float64 [B, 3], nan where there is none
-    first_visit: np.ndarray  # bool [B]: rows that make their prompt's baseline
+    perplexities: np.ndarray  # float64 [B, L], nan where nothing can be scored
+    baselines: np.ndarray  # float64 [B, L], nan where there is none
+    others: np.ndarray | None  # float64 [2, B, M, L], of M other rows' references: perplexities and baselines
+    first_visit: np.ndarray  # bool [B]: rows at a prompt's first visit with no other completion to compare with
     skipped: np.ndarray  # bool [B]: rows without a baseline or a reference
-    extracted: np.ndarray  # bool [B]: completions that `extract` matches
+    extracted: np.ndarray | None  # bool [B]: completions that `extract` matches, where there is one
     vetoed: np.ndarray | None  # bool [B]: with a veto
 
     @property
@@ -34,45 +36,76 @@ class Measured(NamedTuple):
 
 class Earned(NamedTuple):
     rewards: np.ndarray  # float64 [B], nan for a skipped row
-    of_levels: np.ndarray  # float64 [B, 3], what each level would earn alone
-    improvement: np.ndarray  # float64 [B, 3], in percent
+    of_levels: np.ndarray  # float64 [B, L], what each level would earn alone
+    improvement: np.ndarray  # float64 [B, L], in percent
     average: np.ndarray  # float64 [B], of the levels, by their weights
-    clipped: np.ndarray | None  # bool [B]: with form="nats", those whose ratio is beyond NATS_CLIP
+    others: np.ndarray | None  # float64 [B], what was taken off for other rows' references, in the form's unit
+    bent: np.ndarray | None  # bool [B]: with form="nats", those whose ratio is beyond NATS_KNEE
 
 
 def earned(measured: Measured, config: RewardConfig, by_level: bool = False) -> Earned:
-    """What each text earns. A first visit earns 0; a text without a perplexity 0 with thresholds, the lowest reward
-    with nats and at each level. by_level: the rewards are the sum of the levels' own, by their weights."""
-    current, baseline, unscorable = measured.perplexities, measured.baselines, measured.unscorable
-    weights = np.array(config.weights)
-    with np.errstate(over="ignore", invalid="ignore"):
-        improvement = 100 * (baseline - current) / baseline
-    # Floored: one text near the limit of float64 would drown every mean that is logged.
-    improvement = np.maximum(improvement, -1e9)
-    improvement[(measured.first_visit | unscorable) & ~measured.skipped] = 0.0
-    average = improvement @ weights / weights.sum()
+    """What each text earns: 0 where there is nothing to compare with yet, without a perplexity the lowest reward.
+
+    by_level: the rewards are the sum of the levels' own, by their weights.
+    """
+    current, baseline, blank = measured.perplexities, measured.baselines, measured.unscorable
+    weights = np.array(config.weights) / sum(config.weights)
+    improvement = improvements(baseline, current)
+    enough = [TABLE[level].enough for level in config.levels]
+    floor = [0.0 if most is None or config.aggregation != "nested" else math.exp(-most) for most in enough]
+    current, baseline = (np.maximum(values, floor) for values in (current, baseline))
+    improvement[(measured.first_visit | blank) & ~measured.skipped] = 0.0
+    average = improvement @ weights
+    gain = nats if config.form == "nats" else improvements
+    levels = gain(baseline, current)
+    gained, others = levels @ weights, None
+    if measured.others is not None:
+        theirs = gain(measured.others[1], measured.others[0])
+        # As CPMI has it (https://arxiv.org/abs/2604.10660), but for the floor, which is 0 there.
+        harm = -MOST_HARM if config.form == "nats" else 100 * (1 - math.exp(MOST_HARM))
+        others = np.nanmean(np.maximum(theirs @ weights, harm), axis=1)
+        gained = gained - others
+        levels = levels - np.nanmean(np.maximum(theirs, harm), axis=1)
     if config.form == "nats":
-        ratio = nats(baseline, current, weights)
-        beyond = np.abs(ratio) > NATS_CLIP
-        rewards = clipped(ratio)
-        rewards[unscorable] = config.lowest  # no honest text earns less than a blank one
-        with np.errstate(divide="ignore", invalid="ignore"):
-            of_levels = clipped(np.log(baseline) - np.log(current))
+        beyond = np.abs(gained) > NATS_KNEE
+        rewards, of_levels = bent(gained), bent(levels)
     else:
         beyond = None
-        rewards = threshold_rewards(average, config.reward_thresholds)
-        rewards[unscorable] = 0.0
-        of_levels = threshold_rewards(improvement, config.reward_thresholds)
-    of_levels[unscorable] = config.lowest
+        rewards, of_levels = (threshold_rewards(values, config.reward_thresholds) for values in (gained, levels))
     for values in (rewards, of_levels):
+        values[blank] = config.lowest  # no honest text earns less than a blank one
         values[measured.first_visit] = 0.0
     if measured.vetoed is not None:
         of_levels[measured.vetoed] = config.vetoed
     if by_level:
-        rewards = of_levels @ weights / weights.sum()
+        rewards = of_levels @ weights
     for values in (rewards, of_levels):
         values[measured.skipped] = np.nan
-    return Earned(rewards, of_levels, improvement, average, beyond)
+    return Earned(rewards, of_levels, improvement, average, others, beyond)
+
+
+def improvements(baseline: np.ndarray, current: np.ndarray) -> np.ndarray:
+    """100 (baseline - current) / baseline, in percent, of perplexities of any shape; nan gives nan.
+
+    >>> improvements(np.array([20.0]), np.array([19.0]))
+    array([5.])
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        improvement = 100 * (baseline - current) / baseline
+    # Floored: one text near the limit of float64 would drown every mean that is logged.
+    return np.maximum(improvement, -1e9)
+
+
+def nats(baseline: np.ndarray, current: np.ndarray) -> np.ndarray:
+    """ln baseline - ln current, in nats a token, of perplexities of any shape; nan gives nan.
+
+    The log form is the one that https://arxiv.org/abs/2602.03979 finds to work everywhere.
+
+    >>> nats(np.array([20.0]), np.array([10.0])).round(3)
+    array([0.693])
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.log(baseline) - np.log(current)
 
 
 def threshold_rewards(improvement: np.ndarray, thresholds: Sequence[tuple[float, float]]) -> np.ndarray:
@@ -89,27 +122,16 @@ def threshold_rewards(improvement: np.ndarray, thresholds: Sequence[tuple[float,
     return np.where(np.isnan(improvement), np.nan, np.concatenate([[0.0], values])[reached])
 
 
-def nats(baseline: np.ndarray, current: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """float64 [B]: sum_l w_l (ln baseline_l - ln current_l) / sum_l w_l, in nats a token; nan gives nan.
+def bent(ratio: np.ndarray) -> np.ndarray:
+    """The reward: the ratio itself within K = `NATS_KNEE` of 0; beyond, 2 K - K^2 / |ratio| with its sign. It goes on
+    with the same slope, always rises, and stays within 2 K, so that two rewards differ by 4 K at most.
 
-    The log form is the one that https://arxiv.org/abs/2602.03979 finds to work everywhere.
-
-    baseline, current: float64 [B, 3], perplexities. weights: float64 [3].
-
-    >>> nats(np.array([[20.0, 20.0, 20.0]]), np.array([[10.0, 20.0, 20.0]]), np.array([1.0, 1.0, 2.0])).round(3)
-    array([0.173])
+    >>> bent(np.array([0.1, -0.5, 1.0, 50.0]))
+    array([ 0.1  , -0.5  ,  0.75 ,  0.995])
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        return (np.log(baseline) - np.log(current)) @ weights / weights.sum()
-
-
-def clipped(ratio: np.ndarray) -> np.ndarray:
-    """The reward: the ratio within `NATS_CLIP` of 0, so that two rewards differ by twice that at most.
-
-    >>> clipped(np.array([0.1, -3.0, 0.7]))
-    array([ 0.1, -0.5,  0.5])
-    """
-    return np.clip(ratio, -NATS_CLIP, NATS_CLIP)
+        beyond = np.sign(ratio) * (2 * NATS_KNEE - NATS_KNEE**2 / np.abs(ratio))
+    return np.where(np.abs(ratio) > NATS_KNEE, beyond, ratio)
 
 
 def normalized(rewards: np.ndarray) -> np.ndarray:
@@ -119,16 +141,16 @@ def normalized(rewards: np.ndarray) -> np.ndarray:
     return (rewards - rewards.mean()) / rewards.std(ddof=1)
 
 
-def details_of(measured: Measured, one: Earned) -> dict:
+def details_of(measured: Measured, one: Earned, levels: Sequence[str]) -> dict:
     """What `compute_rewards` returns beside the rewards: copies, as tensors."""
+
+    def by_level(values: np.ndarray) -> dict[str, torch.Tensor]:
+        return {level: torch.from_numpy(values[:, index].copy()) for index, level in enumerate(levels)}
+
     return {
         "rewards": torch.from_numpy(one.rewards.copy()),
-        "level_rewards": _by_level(one.of_levels),
-        "improvements": {**_by_level(one.improvement), "avg": torch.from_numpy(one.average)},
-        "ppls": _by_level(measured.perplexities),
-        "baselines": _by_level(measured.baselines),
+        "level_rewards": by_level(one.of_levels),
+        "improvements": {**by_level(one.improvement), "avg": torch.from_numpy(one.average)},
+        "ppls": by_level(measured.perplexities),
+        "baselines": by_level(measured.baselines),
     }
-
-
-def _by_level(values: np.ndarray) -> dict[str, torch.Tensor]:
-    return {level: torch.from_numpy(values[:, index].copy()) for index, level in enumerate(LEVELS)}

@@ -38,22 +38,22 @@ class Group:
     prefix: int
     rows: list[Row]
 
+    @property
+    def tokens(self) -> int:
+        """Of the prefix, once, and of all that the rows have behind it."""
+        return self.prefix + sum(len(row.inputs) - self.prefix for row in self.rows)
+
 
 @dataclass(frozen=True)
-class Pack:
-    """Groups end to end in one sequence, for a model that lets each row see nothing but its prefix and itself.
+class Pass:
+    """Groups that go through the model in one forward pass: here the rows of one, side by side behind their prefix.
 
-    ids:       int64 [T], per group its prefix once, then what each row has behind it
-    positions: int64 [T], the index of each token in its own row
-    spans:     (start, end, prefix_start, prefix): tokens start .. end follow on tokens prefix_start .. + prefix
-    read:      int64 [m]: indices whose hidden states predict the labels of the rows, in order; of a shared prefix one
-               may be read for several rows
+    ids:  int64 [B, longest], what each row has behind the prefix, padded on the right with zeros
+    read: int64 [m]: indices in `ids`, row after row, whose hidden states predict the labels of the rows, in order
     """
 
     groups: list[Group]
     ids: np.ndarray
-    positions: np.ndarray
-    spans: list[tuple[int, int, int, int]]
     read: np.ndarray
 
     @property
@@ -61,10 +61,23 @@ class Pack:
         return [row for group in self.groups for row in group.rows]
 
     @property
-    def states(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """The indices in `read`, each once, ascending; and which of them predicts each label, None: in order."""
-        states, order = np.unique(self.read, return_inverse=True)
-        return states, None if np.array_equal(states, self.read) else order
+    def labels(self) -> np.ndarray:
+        """int64 [m], of the rows, in order."""
+        return np.concatenate([row.labels for row in self.rows])
+
+
+@dataclass(frozen=True)
+class Pack(Pass):
+    """Groups end to end in one sequence, for a model that lets each row see nothing but its prefix and itself.
+
+    ids:       int64 [T], per group its prefix once, then what each row has behind it
+    read:      as in a `Pass`; of a shared prefix one index may be read for several rows
+    positions: int64 [T], the index of each token in its own row
+    spans:     (start, end, prefix_start, prefix): tokens start .. end follow on tokens prefix_start .. + prefix
+    """
+
+    positions: np.ndarray
+    spans: list[tuple[int, int, int, int]]
 
 
 def windows(encoded: Encoded, window: int | None, text: int, whole: bool = False) -> Iterator[Row]:
@@ -146,36 +159,17 @@ def _common_prefix(a: Row, b: Row, short: int) -> int:
     return int(differ[0]) if len(differ) else int(limit)
 
 
-def batches(group: Group, max_tokens: int, overhead: int, max_rows: int | None = None) -> Iterator[list[Row]]:
+def batches(group: Group, max_tokens: int, overhead: int, max_rows: int | None = None) -> Iterator[Pass]:
     """Rows of a group in batches of similar length, padded to at most `max_tokens`.
 
     A batch is closed before its padding costs more than `overhead` tokens: another forward pass would be cheaper.
     """
-    batch: list[Row] = []
-    longest = padding = 0
-    # Longest first: if memory runs out, it does so on the first batch.
-    for row in sorted(group.rows, key=lambda row: -len(row.inputs)):
-        length = len(row.inputs) - group.prefix
-        padding += longest - length
-        full = (len(batch) + 1) * longest > max_tokens or len(batch) == max_rows
-        if batch and (full or padding > overhead):
-            yield batch
-            batch = []
-        if not batch:
-            longest, padding = length, 0
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def padded(batch: Sequence[Row], skip: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """int64 ids [B, longest] of the rows from token `skip` on, zeros on the right; and of the hidden states that are
-    read, in the rows' order, their rows [m] and indices [m] in it."""
-    ids = np.zeros((len(batch), max(len(row.inputs) for row in batch) - skip), dtype=np.int64)
-    for index, row in enumerate(batch):
-        ids[index, : len(row.inputs) - skip] = row.inputs[skip:]
-    rows = np.repeat(np.arange(len(batch)), [len(row.read) for row in batch])
-    return ids, rows, np.concatenate([row.read for row in batch]) - skip
+    for part in _cut(group, max_rows, max_tokens, overhead):
+        ids = np.zeros((len(part.rows), len(part.rows[0].inputs) - group.prefix), dtype=np.int64)
+        for row, own in zip(part.rows, ids, strict=True):
+            own[: len(row.inputs) - group.prefix] = row.inputs[group.prefix :]
+        read = [row.read - group.prefix + index * ids.shape[1] for index, row in enumerate(part.rows)]
+        yield Pass([part], ids, np.concatenate(read))
 
 
 def packs(groups: Sequence[Group], max_tokens: int, enough: int, max_rows: int | None = None) -> list[Pack]:
@@ -184,18 +178,16 @@ def packs(groups: Sequence[Group], max_tokens: int, enough: int, max_rows: int |
     A group that is too large is cut, and each part has the prefix of its own. What is not one group is put together
     up to `enough` tokens only.
     """
-    enough = min(enough, max_tokens)
-    parts = [part for group in groups for part in _parts(group, max_tokens, max_rows)]
+    parts = [part for group in groups for part in _cut(group, max_rows if group.prefix else 1, max_tokens)]
     bins: list[tuple[int, int, list[Group]]] = []  # (tokens, number, parts), the emptiest first
-    for part in sorted(parts, key=_tokens, reverse=True):
-        tokens = _tokens(part)
-        if bins and bins[0][0] + tokens <= enough:
+    for part in sorted(parts, key=lambda part: -part.tokens):
+        if bins and bins[0][0] + part.tokens <= min(enough, max_tokens):
             held, number, together = bins[0]
-            if max_rows is None or sum(len(one.rows) for one in together) + len(part.rows) <= max_rows:
+            if max_rows is None or sum(len(one.rows) for one in [*together, part]) <= max_rows:
                 together.append(part)
-                heapq.heapreplace(bins, (held + tokens, number, together))
+                heapq.heapreplace(bins, (held + part.tokens, number, together))
                 continue
-        heapq.heappush(bins, (tokens, len(bins), [part]))
+        heapq.heappush(bins, (part.tokens, len(bins), [part]))
     # Largest first: if memory runs out, it does so on the first one.
     return [lay_out(together) for _, _, together in sorted(bins, key=lambda one: (-one[0], one[1]))]
 
@@ -215,24 +207,28 @@ def lay_out(groups: list[Group]) -> Pack:
         for row, (start, *_) in zip(group.rows, spans[-len(group.rows) :], strict=True):
             behind = row.read >= group.prefix
             read.append(np.where(behind, start - group.prefix, shared) + row.read)
-    return Pack(list(groups), np.concatenate(ids), np.concatenate(positions), spans, np.concatenate(read))
+    return Pack(groups, np.concatenate(ids), np.concatenate(read), np.concatenate(positions), spans)
 
 
-def _tokens(group: Group) -> int:
-    return group.prefix + sum(len(row.inputs) - group.prefix for row in group.rows)
+def _cut(group: Group, max_rows: int | None, max_tokens: int, overhead: int | None = None) -> Iterator[Group]:
+    """The group in parts, longest rows first: if memory runs out, it does so on the first part.
 
-
-def _parts(group: Group, max_tokens: int, max_rows: int | None) -> Iterator[Group]:
-    if not group.prefix:
-        yield from (Group(0, [row]) for row in group.rows)
-        return
+    overhead: most tokens of padding of rows side by side; None: they lie end to end behind their prefix.
+    """
     part: list[Row] = []
-    tokens = group.prefix
+    longest = tokens = 0
     for row in sorted(group.rows, key=lambda row: -len(row.inputs)):
         own = len(row.inputs) - group.prefix
-        if part and (tokens + own > max_tokens or len(part) == max_rows):
+        if overhead is None:
+            full = group.prefix + tokens + own > max_tokens
+        else:
+            size = (len(part) + 1) * longest
+            full = size > max_tokens or size - tokens - own > overhead
+        if part and (full or len(part) == max_rows):
             yield Group(group.prefix, part)
-            part, tokens = [], group.prefix
+            part, tokens = [], 0
+        longest = longest if part else own
         part.append(row)
         tokens += own
-    yield Group(group.prefix, part)
+    if part:
+        yield Group(group.prefix, part)

@@ -2,23 +2,29 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ..config import DEFAULT_AGGREGATION, DEFAULT_LANGUAGE, DEFAULT_PHRASE_WORDS, LEVELS, RewardConfig
-from ..data import Text, check_text, message_text
+from ..config import (
+    DEFAULT_AGGREGATION,
+    DEFAULT_LANGUAGE,
+    DEFAULT_PHRASE_WORDS,
+    DEFAULT_PROMPT_TEMPLATE,
+    LEVELS,
+    OUTER,
+    RewardConfig,
+)
+from ..data import Shown, Text, check_text, message_text
 from ..errors import InputError
 from ..prompts import Turn, Turns, completion_turns, of_text, render_prompt
-from .levels import Scopes, Scores, level_perplexities, nested_perplexities, score_scopes, unit_sums
+from .contexts import Contexts, Views
+from .levels import Scores, level_perplexities, nested_perplexities, score_views, unit_sums
 from .surprisal import Scorer, SurprisalScorer, is_scorer
 from .tokens import Decoding, Encoded, Sampled, TextEncoder, restore_spaces
 from .units import Units, segment
-
-# --- explained -------------------------------------------------------------------------------------------------------
-
-# What `MultiLevelPPLCalculator.explain` gives: a dict of units that a notebook shows as a coloured text.
 
 
 class Explained(dict):
@@ -41,7 +47,15 @@ class Explained(dict):
         return heatmap.Framed(heatmap.page("Multi-level perplexity", [fragment]))._repr_html_()
 
 
-# --- calculator ------------------------------------------------------------------------------------------------------
+class _Pair(NamedTuple):
+    """What scoring a text behind one context gives, its turns end to end."""
+
+    chars: np.ndarray  # int64 [n], the character that each scored token stands for
+    surprisals: np.ndarray  # float64 [n] nats
+    alone: tuple[np.ndarray, ...]  # the same in its phrase and in its sentence alone; () if not asked for
+    tokens: int  # read
+    longest: int  # of a turn
+
 
 MOST_NATS = 709.0  # a token; exp of more is beyond float64
 
@@ -49,16 +63,20 @@ MOST_NATS = 709.0  # a token; exp of more is beyond float64
 class MultiLevelPPLCalculator:
     """Perplexity of a text at the level of its words, phrases and sentences, from one forward pass.
 
-    Where a method takes a `model`, it takes a `ppl.scoring.surprisal.Scorer` as well, such as one behind an address.
+    Where a method takes a `model`, it takes a `ppl.scoring.surprisal.Scorer` as well, such as one behind an address. A
+    model's adapters are off; `ppl.scoring.surprisal.SurprisalScorer(model, adapters=True)` is a scorer with them on.
 
     A unit's perplexity is exp(S_u / n_u), its surprisal in nats over its number of tokens. A level's is the geometric
     mean of its units' perplexities, exp(mean_u S_u / n_u). With `aggregation="nested"` each level is given something
-    else (`ppl.scoring.levels`): their product is the text's ordinary perplexity; phrase and sentence are ratios, mostly
-    below 1.
+    else (`ppl.scoring.levels`): the product of all is the text's ordinary perplexity; all but the word's are ratios,
+    mostly below 1.
 
     tokenizer: any fast tokenizer. max_phrase_words: most words of a phrase. language: the ISO 639 code that sentencex
     splits sentences by. batch_size, max_batch_tokens: limits of one forward pass (None: chosen for the device).
     chat_template_kwargs, tools: what the chat template is given beside the messages, as the policy's prompts are.
+    levels, contrast, score_without_chat: of `ppl.config.RewardConfig`. examples: (prompt, reference) of rows that stand
+    before every prompt, in the form of the prompts. others: (prompt, reference) of the rows that `contrast` draws from.
+    prompt_template: what chat prompts were made of, taken off where they are read as text.
 
     >>> from ppl.models import load_model
     >>> model, tokenizer, _ = load_model("tiny-stories")
@@ -77,35 +95,58 @@ class MultiLevelPPLCalculator:
         max_batch_tokens: int | None = None,
         chat_template_kwargs: Mapping | None = None,
         tools: Sequence | None = None,
+        levels: Sequence[str] = LEVELS,
+        examples: Sequence[Shown] = (),
+        others: Sequence[Shown] = (),
+        contrast: int = 0,
+        score_without_chat: bool = False,
+        prompt_template: str = DEFAULT_PROMPT_TEMPLATE,
     ) -> None:
-        config = RewardConfig(aggregation=aggregation, max_phrase_words=max_phrase_words, language=language)
+        # Without levels of their own, other rows are the reward's to compare with.
+        own = {"contrast": contrast} if "prompt" in levels else {}
+        config = RewardConfig(
+            aggregation=aggregation, max_phrase_words=max_phrase_words, language=language, levels=levels,
+            score_without_chat=score_without_chat, **own,
+        )  # fmt: skip
         for name, value in {"batch_size": batch_size, "max_batch_tokens": max_batch_tokens}.items():
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}, expected at least 1")
         self.tokenizer = tokenizer = of_text(tokenizer)
         self.definitions = config.definitions
         self.max_phrase_words, self.language = config.max_phrase_words, config.language
-        self.aggregation = config.aggregation
+        self.aggregation, self.levels = config.aggregation, config.levels
         self.batch_size = batch_size
         self.max_batch_tokens = max_batch_tokens
         self.chat = {"chat_template_kwargs": chat_template_kwargs, "tools": tools}
+        self.contexts = Contexts(
+            tokenizer, self.levels, examples, others, config.contrast or contrast, score_without_chat, prompt_template,
+            self.chat,
+        )  # fmt: skip
         nested = aggregation == "nested"
-        self._encoder = TextEncoder(tokenizer, eos_for_bos=nested)
+        self.encoder = TextEncoder(tokenizer, eos_for_bos=nested)
         if nested and not self.encoder.start:
             raise InputError(
                 "aggregation='nested' scores units alone, behind a BOS or EOS token, and the tokenizer has neither: "
                 "expected another tokenizer, or aggregation='geometric'"
             )
         self._scorer: SurprisalScorer | None = None  # of a model in this process
+        # The nested levels in which the chosen ones are found, each the difference of a view to the one before it.
+        self._chain = [*LEVELS, *(level for level in OUTER if level in self.levels)]
 
     def render(self, prompt: Text | None) -> str:
-        """A prompt as the scorer reads it."""
+        """A prompt as the policy reads it, and the scorer if nothing else stands before the text."""
         return render_prompt(prompt, self.tokenizer, **self.chat)
 
     def turns(self, prompt: Text | None, completion: Text) -> Turn | Turns:
-        """A completion behind its prompt as `score` takes it."""
+        """A completion behind its prompt as that is."""
         turns = completion_turns(prompt, completion, self.tokenizer, **self.chat)
         return turns[0] if len(turns) == 1 else turns
+
+    def text(
+        self, prompt: Text | None, completion: Text, sampled: Sampled | None = None
+    ) -> Turn | Turns | Sampled | Views:
+        """A completion as `score` takes it: behind what its levels want it behind. sampled: its ids."""
+        return self.contexts.of(prompt, completion, sampled or self.turns(prompt, completion))
 
     def compute_all_levels(self, model, texts: str | Sequence[Text], contexts=None) -> dict[str, float | torch.Tensor]:
         """`{"word": ..., "phrase": ..., "sentence": ...}`: floats for one text, float64 [B] tensors for a list.
@@ -124,73 +165,62 @@ class MultiLevelPPLCalculator:
         for index, (context, text) in enumerate(zip(contexts, texts, strict=True)):
             check_text(text, f"text {index}")
             check_text("" if context is None else context, f"context {index}")
-        pairs = [self.turns(context, text) for context, text in zip(contexts, texts, strict=True)]
-        values = self.score_pairs(model, pairs)
+        values = self.score_pairs(model, list(map(self.text, contexts, texts)))
         return {
             level: float(values[0, index]) if single else torch.from_numpy(values[:, index].copy())
-            for index, level in enumerate(LEVELS)
+            for index, level in enumerate(self.levels)
         }
 
-    def score_pairs(self, model, pairs: Sequence[Turn | Turns | Sampled]) -> np.ndarray:
-        """float64 [B, 3]: the perplexities of `score`."""
-        return self.score(model, pairs).perplexities
+    def score_pairs(self, model, texts: Sequence[Turn | Turns | Sampled | Views]) -> np.ndarray:
+        """float64 [B, L]: the perplexities of `score`."""
+        return self.score(model, texts).perplexities
 
-    def score(self, model, pairs: Sequence[Turn | Turns | Sampled]) -> Scores:
-        """Of (context, target) strings, or of what was sampled; equal ones once. Several turns are one text whose units
-        end with each turn."""
-        unique = list(dict.fromkeys(pairs))
-        texts = [pair if isinstance(pair, Turns) else (pair,) for pair in unique]
-        turns = [turn for text in texts for turn in text]
-        encoded, targets = self._encoder.encode_pairs(turns)
+    def score(self, model, texts: Sequence[Turn | Turns | Sampled | Views]) -> Scores:
+        """Of (context, target) strings, of what was sampled, or of such in several contexts; equal ones once. Several
+        turns are one text whose units end with each turn."""
+        unique = list(dict.fromkeys(texts))
         # Also without any: a model that is spread over processes has to be asked in each of them.
-        units, views = self._score(model, encoded, targets)
-        if not pairs:
-            return Scores(np.empty((0, len(LEVELS))), np.zeros(0, np.int64), np.zeros(0, np.int64), 0)
-        firsts = np.cumsum([0, *map(len, texts)])  # the turn that each text begins with
-
-        def of_texts(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-            return [np.concatenate(arrays[first:last]) for first, last in pairwise(firsts.tolist())]
-
-        # A text's characters are those of its turns, end to end.
-        before = units.offsets[:-1] - np.repeat(units.offsets[firsts[:-1]], np.diff(firsts))
-        chars = of_texts([start + turn.chars for start, turn in zip(before, encoded, strict=True)])
-        views = list(map(of_texts, views))
-        values = self._perplexities(Units(units.offsets[firsts], units.starts), chars, views)
-        tokens = np.array(list(map(len, chars)))
-        read = np.add.reduceat([len(turn.ids) for turn in encoded], firsts[:-1])
-        index = {pair: row for row, pair in enumerate(unique)}
-        rows = [index[pair] for pair in pairs]
-        return Scores(values[rows], tokens[rows], read[rows], max(len(turn.ids) for turn in encoded))
+        units, found = self._score(model, unique, inner=bool({*LEVELS} & {*self.levels}))
+        if not unique:
+            return Scores(np.empty((0, len(self.levels))), np.zeros(0, np.int64), np.zeros(0, np.int64), 0)
+        index = {one: row for row, one in enumerate(unique)}
+        rows = [index[one] for one in texts]
+        tokens = np.array([len(views[-1][0].chars) for views in found])
+        read = np.array([sum(pair.tokens for view in views for pair in view) for views in found])
+        longest = max(pair.longest for views in found for view in views for pair in view)
+        return Scores(self._perplexities(units, found)[rows], tokens[rows], read[rows], longest)
 
     def explain(self, model, text: Text, context: Text | None = "") -> Explained:
         """Per level the units of one text in order, each a dict: text, start, end (characters), n_tokens, surprisal
         (nats), perplexity. Units in which no token starts are left out. Its `perplexities` are the levels'. In a
         notebook it is shown as a page.
 
-        With nested levels also a, b and c, the unit's sums in nats (`ppl.scoring.levels`); c is its surprisal, and its
-        perplexity is that of what its level measures: exp of the mean of a, of b - a, of c - b.
+        With nested levels also a, b, c, ..., the unit's sums in nats under each view of `ppl.scoring.levels`, outward;
+        its perplexity is that of what its level measures: exp of the mean of a, of b - a, of c - b, ... The units of
+        levels prompt and examples are the words.
         """
         check_text(text, "text")
         check_text("" if context is None else context, "context")
-        return self.explain_pair(model, (self.render(context), message_text(text)))
+        return self.explain_pair(model, self.text(context, message_text(text)))
 
-    def explain_pair(self, model, pair: Turn | Sampled) -> Explained:
-        """As `explain`, of a (context, target) or of what was sampled."""
-        encoded, [target] = self._encoder.encode_pairs([pair])
-        units, views = self._score(model, encoded, [target])
-        c = views[-1][0]
-        scopes, measured = {}, dict.fromkeys(LEVELS, c)
-        if self.aggregation == "nested":
-            [a], [b], [c] = views
-            scopes, measured = {"a": a, "b": b, "c": c}, dict(zip(LEVELS, (a, b - a, c - b), strict=True))
-        [values] = self._perplexities(units, [encoded[0].chars], views)
-        perplexities = dict(zip(LEVELS, values.tolist(), strict=True))
-        context = "" if isinstance(pair, Sampled) else pair[0]
-        explained = Explained(perplexities, target, context, self.language)
-        for level, starts in units.starts.items():
-            counts, totals = unit_sums(starts, encoded[0].chars, c)
-            _, rated = unit_sums(starts, encoded[0].chars, measured[level])
-            sums = {name: unit_sums(starts, encoded[0].chars, scope)[1] for name, scope in scopes.items()}
+    def explain_pair(self, model, text: Turn | Sampled | Views) -> Explained:
+        """As `explain`, of what `score` takes, but for several turns."""
+        units, [views] = self._score(model, [text], inner=True)
+        [values] = self._perplexities(units, [views])
+        own, [as_it_stands] = text[-1][0] if isinstance(text, Views) else text, views[-1]
+        context, target = ("", self.encoder.encode_pairs([own])[1][0]) if isinstance(own, Sampled) else own
+        explained = Explained(dict(zip(self.levels, values.tolist(), strict=True)), target, context, self.language)
+        # The views of `ppl.scoring.levels`, outward, each of one pair or more.
+        inward = [[(as_it_stands.chars, one)] for one in as_it_stands.alone]
+        inward += [[(pair.chars, pair.surprisals) for pair in view] for view in views]
+        for level in self.levels:
+            starts = units.starts["word" if level in OUTER else level]
+            counts, totals = unit_sums(starts, as_it_stands.chars, as_it_stands.surprisals)
+            sums = [np.mean([unit_sums(starts, *one)[1] for one in view], axis=0) for view in inward]
+            rated = totals
+            if self.aggregation == "nested":
+                rated = np.diff(sums, axis=0, prepend=0.0)[self._chain.index(level)]
+            nested = sums if self.aggregation == "nested" else []
             ends = np.append(starts, len(target))[1:]
             explained[level] = [
                 {
@@ -200,44 +230,95 @@ class MultiLevelPPLCalculator:
                     "n_tokens": int(counts[unit]),
                     "surprisal": float(totals[unit]),
                     "perplexity": float(np.exp(min(rated[unit] / counts[unit], MOST_NATS))),
-                    **{name: float(values[unit]) for name, values in sums.items()},
+                    **{name: float(of_view[unit]) for name, of_view in zip("abcde", nested, strict=False)},
                 }
                 for unit, (start, end) in enumerate(zip(starts, ends, strict=True))
                 if counts[unit]
             ]
         return explained
 
-    @property
-    def encoder(self) -> TextEncoder:
-        return self._encoder
+    def last(self, prompt: Text | None, completion: Text) -> Turn | Turns | Sampled:
+        """A completion behind all that stands before it."""
+        text = self.text(prompt, completion)
+        return text[-1][0] if isinstance(text, Views) else text
+
+    def mean_surprisals(self, model, pairs: Sequence[Turn | Turns | Sampled]) -> np.ndarray:
+        """float64 [B], nats a token: the logarithm of the ordinary perplexity; nan without a scored token."""
+        _, found = self._score(model, pairs, inner=False)
+        with np.errstate(invalid="ignore"):
+            return np.array([one.surprisals.sum() / np.float64(len(one.chars)) for [[one]] in found])
 
     def restore_spaces(self, model, pairs: Sequence[Turn], decoding: Decoding) -> list[str]:
         """The targets, each with the space that it may have lost when it was decoded alone: see `ppl.scoring.tokens`.
 
         decoding: of the tokenizer that decoded them.
         """
-        return restore_spaces(self._encoder, lambda encoded: self._scorer_of(model).score(encoded), pairs, decoding)
+        return restore_spaces(self.encoder, lambda encoded: self._scorer_of(model).score(encoded), pairs, decoding)
+
+    def _score(self, model, texts: Sequence, inner: bool) -> tuple[Units, list[list[list[_Pair]]]]:
+        """(the units of the texts as they stand; per text, view and context what scoring gave). inner: with nested
+        levels, score also units alone."""
+        all_views = [one if isinstance(one, Views) else Views([(one,)]) for one in texts]
+        pairs = [pair for views in all_views for view in views for pair in view]
+        lasts = [end - len(views[-1]) for views, end in zip(all_views, accumulate(
+            sum(map(len, views)) for views in all_views), strict=True)]  # fmt: skip
+        turns = [pair if isinstance(pair, Turns) else (pair,) for pair in pairs]
+        spans = list(pairwise(accumulate(map(len, turns), initial=0)))  # the turns of each pair
+        encoded, targets = self.encoder.encode_pairs(list(chain(*turns)))
+        scorer = self._scorer_of(model)
+        self._refuse_cut(scorer, encoded)
+        as_they_stand = [turn for last in lasts for turn in range(*spans[last])]
+        its_targets = [targets[turn] for turn in as_they_stand]
+        if self.aggregation == "nested":
+            units = self._units(its_targets)
+            scored = score_views(scorer, encoded, as_they_stand if inner else (), units, self.encoder.start)
+        else:
+            # A GPU computes while the units are found.
+            read = scorer.start(encoded) if isinstance(scorer, SurprisalScorer) else partial(scorer.score, encoded)
+            units = self._units(its_targets)
+            scored = [[one] for one in read()]
+
+        def pair_of(first: int, last: int) -> _Pair:
+            before = accumulate((len(target) for target in targets[first:last]), initial=0)
+            chars = [offset + one.chars for offset, one in zip(before, encoded[first:last], strict=False)]
+            *alone, surprisals = (np.concatenate(views) for views in zip(*scored[first:last], strict=True))
+            sizes = [len(one.ids) for one in encoded[first:last]]
+            return _Pair(np.concatenate(chars), surprisals, tuple(alone), sum(sizes), max(sizes))
+
+        found = iter([pair_of(*span) for span in spans])
+        of_texts = [[[next(found) for _ in view] for view in views] for views in all_views]
+        firsts = np.cumsum([0, *(spans[last][1] - spans[last][0] for last in lasts)])
+        return Units(units.offsets[firsts], units.starts), of_texts
+
+    def _refuse_cut(self, scorer: Scorer, encoded: Sequence[Encoded]) -> None:
+        """Raises `InputError` if examples would fall out of the model's window: a long text is read in several."""
+        longest = max((len(one.ids) for one in encoded), default=0)
+        if self.contexts.examples and scorer.window is not None and longest > scorer.window:
+            raise InputError(
+                f"{len(self.contexts.examples)} examples, a prompt and a text are {longest} tokens, more than the "
+                f"{scorer.window} that the scorer reads at once: expected at most "
+                f"{self.contexts.most_that_fit(longest - scorer.window)} of these examples, or shorter ones"
+            )
 
     def _units(self, targets: Sequence[str]) -> Units:
         return segment(targets, self.language, self.max_phrase_words)
 
-    def _score(self, model, encoded: Sequence[Encoded], targets: Sequence[str]) -> tuple[Units, Sequence[list]]:
-        """The targets' units; and of each text's scored tokens, float64 [n] in nats: with nested levels the three
-        `Scopes`, else one view."""
-        scorer = self._scorer_of(model)
-        if self.aggregation == "nested":
-            units = self._units(targets)
-            return units, score_scopes(scorer, encoded, units, self.encoder.start)
-        # A GPU computes while the units are found.
-        read = scorer.start(encoded) if isinstance(scorer, SurprisalScorer) else partial(scorer.score, encoded)
-        units = self._units(targets)
-        return units, (read(),)
-
-    def _perplexities(self, units: Units, chars, views: Sequence[list[np.ndarray]]) -> np.ndarray:
-        """float64 [B, 3] from the views of `_score` and the characters that the tokens stand for."""
-        if self.aggregation == "nested":
-            return nested_perplexities(Scopes(*views))
-        return level_perplexities(units, chars, *views)
+    def _perplexities(self, units: Units, found: list[list[list[_Pair]]]) -> np.ndarray:
+        """float64 [B, L], of what `_score` gives."""
+        if self.aggregation != "nested":
+            own = [views[-1][0] for views in found]
+            values = level_perplexities(units, [one.chars for one in own], [one.surprisals for one in own])
+            return values[:, [LEVELS.index(level) for level in self.levels]]
+        outer = len(self._chain) - len(LEVELS) + 1
+        means = np.full((len(found), len(self._chain)), np.nan)
+        for row, views in enumerate(found):
+            if len(views) != outer:
+                raise ValueError(f"levels {', '.join(self.levels)} need {outer} views of a text, found {len(views)}")
+            if len(views[-1][0].chars):
+                alone = [one.mean() for one in views[-1][0].alone]
+                whole = [np.mean([pair.surprisals.mean() for pair in view]) for view in views]
+                means[row, -len(whole) - len(alone) :] = alone + whole
+        return nested_perplexities(means)[:, [self._chain.index(level) for level in self.levels]]
 
     def _scorer_of(self, model) -> Scorer:
         if is_scorer(model):

@@ -4,7 +4,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import chain
 
 import torch
 from accelerate.utils import extract_model_from_parallel, patch_environment
@@ -31,24 +30,23 @@ def frozen(model: torch.nn.Module, adapters: bool = False) -> Iterator[None]:
     implementation, the environment. One thread at a time: the others wait. Raises `InputError` for an adapter that
     cannot be turned off: one that is merged into the weights, or that trains the model's own biases.
     """
-    if not adapters:
-        _check_adapters(model)
     with ExitStack() as stack:
         stack.enter_context(_ONE_THREAD)
         stack.enter_context(patch_environment(**_UNSLOTH))
-        training = [module for module in model.modules() if module.training]
-        stack.callback(lambda: [setattr(module, "training", True) for module in training])
-        for module in training:
-            module.training = False
         for module in model.modules():
+            if module.training:
+                stack.callback(setattr, module, "training", True)
+                module.training = False
             # What continuous batching (`generate_batch`) may leave on: without its cache it would see later tokens.
             if hasattr(type(module), "set_attn_implementation"):
                 attention = str(module.config._attn_implementation)
                 if attention.startswith("paged|"):
                     stack.callback(setattr, module.config, "_attn_implementation", attention)
                     module.config._attn_implementation = attention.removeprefix("paged|")
-        for layer in [] if adapters else _enabled_adapters(model):
-            stack.callback(_enable, layer, [(p, p.requires_grad) for p in layer.parameters()])
+        for layer in [] if adapters else _layers_to_turn_off(model):
+            for parameter in layer.parameters():
+                stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            stack.callback(layer.enable_adapters, True)  # which turns gradients on, and so is called back first
             layer.enable_adapters(False)
         stack.enter_context(torch.no_grad())
         # A trainer's autocast would score in another precision than the baselines were computed in.
@@ -57,42 +55,40 @@ def frozen(model: torch.nn.Module, adapters: bool = False) -> Iterator[None]:
         yield
 
 
-def _check_adapters(model: torch.nn.Module) -> None:
+def _layers_to_turn_off(model: torch.nn.Module) -> list[torch.nn.Module]:
     # A PeftModel has the settings of its adapters; so has a model into which they were injected.
     wrapped = [model, *(getattr(one, "model", None) for one in (model, getattr(model, "base_model", None)))]
     settings = [one for module in wrapped for one in (getattr(module, "peft_config", None) or {}).values()]
+    layers = [layer for layer, _ in _tuner_layers(model)]
     for one in settings:
         if getattr(one, "bias", "none") != "none":
             raise InputError(
                 f"the adapter has bias={one.bias!r}: it trains biases of the model itself, which cannot be turned off "
                 "to score with the model as it was: use bias='none', or another model as scorer"
             )
-        start = getattr(one, "init_lora_weights", None)
-        changes = ["a KasaConfig"] if getattr(one, "kasa_config", None) is not None else []
-        if str(start).lower().startswith(_CHANGE_THE_MODEL):
-            changes.append(f"init_lora_weights={start!r}")
-        if changes:
+        start, kasa = getattr(one, "init_lora_weights", None), getattr(one, "kasa_config", None)
+        if kasa is not None or str(start).lower().startswith(_CHANGE_THE_MODEL):
+            changes = "a KasaConfig" if kasa is not None else f"init_lora_weights={start!r}"
             raise InputError(
-                f"the adapter begins with {changes[-1]}, which takes a part out of the model's own weights, so that "
+                f"the adapter begins with {changes}, which takes a part out of the model's own weights, so that "
                 "with the adapter off it is not the model as it was: use another beginning, or another model as scorer"
             )
-    others = [one for one in settings if not _stands_before_the_text(one)]
-    if others and not _tuner_layers(model):
-        raise InputError(
-            f"the adapter is {type(others[0]).__name__.removesuffix('Config')}, which cannot be turned off layer by "
-            "layer to score with the model as it was: use LoRA or another adapter of layers, or another model as scorer"
-        )
-
-
-def _stands_before_the_text(settings) -> bool:
-    """Whether an adapter is of prompt or prefix tuning, without which the model beneath computes as ever."""
-    return bool(getattr(settings, "is_prompt_learning", False))
+        # Without prompt or prefix tuning the model beneath computes as ever.
+        if not layers and not getattr(one, "is_prompt_learning", False):
+            raise InputError(
+                f"the adapter is {type(one).__name__.removesuffix('Config')}, which cannot be turned off layer by "
+                "layer to score with the model as it was: use LoRA or another adapter of layers, or another model as "
+                "scorer"
+            )
+    if any(getattr(layer, "merged", False) for layer in layers):
+        raise InputError("the model's adapter is merged into its weights: call model.unmerge_adapter() before scoring")
+    return [layer for layer in layers if not layer.disable_adapters]
 
 
 def check_weights_only(model: torch.nn.Module) -> None:
     """Raises `InputError` for prompt and prefix tuning, which change a model's input and none of its weights."""
     for one in (getattr(model, "peft_config", None) or {}).values():
-        if _stands_before_the_text(one):
+        if getattr(one, "is_prompt_learning", False):
             raise InputError(
                 f"the adapter is {type(one).__name__.removesuffix('Config')}, which stands before the text and is no "
                 "part of the weights: how far it moves the model is not measured; use LoRA or another adapter of layers"
@@ -107,20 +103,18 @@ def base_of(model: torch.nn.Module) -> torch.nn.Module:
 
 def base_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The modules that the frozen model computes with, all but those of adapters; one that is in two places, twice."""
-    wrapped = {id(layer): name for layer, name in _tuner_layers(model)}
-
-    def walk(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    own = {id(layer): getattr(layer, name) for layer, name in _tuner_layers(model)}
+    left = [base_of(model)]
+    while left:
+        module = left.pop()
         yield module
-        for child in [getattr(module, wrapped[id(module)])] if id(module) in wrapped else module.children():
-            yield from walk(child)
-
-    return walk(base_of(model))
+        left += [own[id(module)]] if id(module) in own else reversed(list(module.children()))
 
 
 def base_parameters(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
     """The parameters that the frozen model computes with: all but those of adapters."""
-    of_modules = (module._parameters.values() for module in base_modules(model))
-    return iter({id(one): one for one in chain.from_iterable(of_modules) if one is not None}.values())
+    every = (one for module in base_modules(model) for one in module._parameters.values() if one is not None)
+    return iter({id(one): one for one in every}.values())
 
 
 def _tuner_layers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
@@ -133,16 +127,3 @@ def _tuner_layers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
 
     names = {BaseTunerLayer: "base_layer", AuxiliaryTrainingWrapper: "original_module"}
     return [(module, name) for module in model.modules() for kind, name in names.items() if isinstance(module, kind)]
-
-
-def _enabled_adapters(model: torch.nn.Module) -> list[torch.nn.Module]:
-    layers = [layer for layer, _ in _tuner_layers(model)]
-    if any(getattr(layer, "merged", False) for layer in layers):
-        raise InputError("the model's adapter is merged into its weights: call model.unmerge_adapter() before scoring")
-    return [layer for layer in layers if not layer.disable_adapters]
-
-
-def _enable(layer: torch.nn.Module, requires_grad: list[tuple[torch.nn.Parameter, bool]]) -> None:
-    layer.enable_adapters(True)
-    for parameter, flag in requires_grad:
-        parameter.requires_grad_(flag)

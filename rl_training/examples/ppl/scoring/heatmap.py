@@ -4,17 +4,15 @@ import base64
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup, escape
 
-from ..config import LEVELS
+from ..config import ALL_LEVELS, OUTER
 
-# --- frame -----------------------------------------------------------------------------------------------------------
-
-# What the HTML pages share: one file each, nothing is loaded from anywhere, every string is shown as text.
-
+# Of all HTML pages: one file each, nothing is loaded from anywhere, every string is shown as text.
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader([Path(__file__).parent, Path(__file__).parent.parent / "pages"]),
     autoescape=True,
@@ -34,18 +32,15 @@ def script_hash(script: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
-ENVIRONMENT.filters.update(characters=characters, script_hash=script_hash)
-
-
+@dataclass(frozen=True)
 class Framed:
     """A page as the last value of a cell shows it; the frame's lower edge can be dragged.
 
     html: a whole page. height: in CSS pixels.
     """
 
-    def __init__(self, html: str, height: int = 560) -> None:
-        self.html = html
-        self.height = height
+    html: str
+    height: int = 560
 
     def _repr_html_(self) -> str:
         # The page's script runs, and reaches nothing outside of the frame.
@@ -53,38 +48,33 @@ class Framed:
         return f'<iframe srcdoc="{escape(self.html)}" sandbox="allow-scripts" style="{style}"></iframe>'
 
 
-# --- heatmap ---------------------------------------------------------------------------------------------------------
+def _palette(backgrounds: str, ink: str, first: int, other_ink: str) -> list[tuple[str, str]]:
+    """[(background, text)]. ink: of the text on the first so many backgrounds; it is the other one on the rest."""
+    return [(f"#{one}", ink if index < first else other_ink) for index, one in enumerate(backgrounds.split())]
+
 
 # A colour for each half doubling of perplexity, so that a step is half a bit a token and the scale is the same for
 # every text, level and model: 21 colours from 1 to 2 ** 10 and beyond. (background, text) for a light and a dark page,
 # evenly spaced in OKLCH, in order of lightness; text on its background has a contrast of 4.5 or more (WCAG 2.2 AA).
 STEPS_PER_DOUBLING = 2
-LIGHT = (
-    ("#f8f7f1", "#15120f"), ("#f6f4e6", "#15120f"), ("#f5f0da", "#15120f"), ("#f5eccd", "#15120f"),
-    ("#f5e7bd", "#15120f"), ("#f6e1ae", "#15120f"), ("#f6d99e", "#15120f"), ("#f6d18e", "#15120f"),
-    ("#f7c77e", "#15120f"), ("#f7bc6f", "#15120f"), ("#f8b160", "#15120f"), ("#f7a454", "#15120f"),
-    ("#f5964a", "#15120f"), ("#f28740", "#15120f"), ("#ee7738", "#15120f"), ("#e96634", "#15120f"),
-    ("#da532f", "#15120f"), ("#cb402c", "#ffffff"), ("#b72f2c", "#ffffff"), ("#a0212e", "#ffffff"),
-    ("#89132d", "#ffffff"),
+LIGHT = _palette(
+    "f8f7f1 f6f4e6 f5f0da f5eccd f5e7bd f6e1ae f6d99e f6d18e f7c77e f7bc6f f8b160 "
+    "f7a454 f5964a f28740 ee7738 e96634 da532f cb402c b72f2c a0212e 89132d",
+    "#15120f", 17, "#ffffff",
 )  # fmt: skip
-DARK = (
-    ("#1e1d23", "#ffffff"), ("#25202f", "#ffffff"), ("#2e2139", "#ffffff"), ("#372342", "#ffffff"),
-    ("#42234a", "#ffffff"), ("#4d2450", "#ffffff"), ("#5b2553", "#ffffff"), ("#692555", "#ffffff"),
-    ("#782654", "#ffffff"), ("#882850", "#ffffff"), ("#982b4a", "#ffffff"), ("#a83244", "#ffffff"),
-    ("#b73b3c", "#ffffff"), ("#c64832", "#ffffff"), ("#d25829", "#0f0c0a"), ("#dd691e", "#0f0c0a"),
-    ("#e67d1d", "#0f0c0a"), ("#ed9223", "#0f0c0a"), ("#f3a732", "#0f0c0a"), ("#f8bd48", "#0f0c0a"),
-    ("#fbd35f", "#0f0c0a"),
+DARK = _palette(
+    "1e1d23 25202f 2e2139 372342 42234a 4d2450 5b2553 692555 782654 882850 982b4a "
+    "a83244 b73b3c c64832 d25829 dd691e e67d1d ed9223 f3a732 f8bd48 fbd35f",
+    "#ffffff", 14, "#0f0c0a",
 )  # fmt: skip
 # The same downwards from 1, for what nested levels measure at phrases and sentences: how much what stands before helps.
-LIGHT_HELPED = (
-    ("#f0f6fc", "#15120f"), ("#d5e5f4", "#15120f"), ("#bbd5eb", "#15120f"), ("#a1c4e3", "#15120f"),
-    ("#86b3da", "#15120f"), ("#6ba3d2", "#15120f"), ("#4f92c9", "#15120f"), ("#3584c1", "#15120f"),
-    ("#1671af", "#ffffff"), ("#00619d", "#ffffff"), ("#00518c", "#ffffff"),
+LIGHT_HELPED = _palette(
+    "f0f6fc d5e5f4 bbd5eb a1c4e3 86b3da 6ba3d2 4f92c9 3584c1 1671af 00619d 00518c",
+    "#15120f", 8, "#ffffff",
 )  # fmt: skip
-DARK_HELPED = (
-    ("#172028", "#ffffff"), ("#1e2f3d", "#ffffff"), ("#253e52", "#ffffff"), ("#2c4d68", "#ffffff"),
-    ("#335d7f", "#ffffff"), ("#3a6e97", "#ffffff"), ("#417fb0", "#0f0c0a"), ("#4890c9", "#0f0c0a"),
-    ("#58a2dd", "#0f0c0a"), ("#6ab3f0", "#0f0c0a"), ("#7bc5ff", "#0f0c0a"),
+DARK_HELPED = _palette(
+    "172028 1e2f3d 253e52 2c4d68 335d7f 3a6e97 417fb0 4890c9 58a2dd 6ab3f0 7bc5ff",
+    "#ffffff", 6, "#0f0c0a",
 )  # fmt: skip
 
 
@@ -108,13 +98,14 @@ def heatmap(
     levels = [
         {
             "name": level,
+            "unit": "word" if level in OUTER else level,
             "perplexity": perplexities[level],
             "units": len(explained[level]),
             "tokens": sum(unit["n_tokens"] for unit in explained[level]),
             "pieces": list(_pieces(explained[level], text)),
             "top": most_surprising(explained[level], top),
         }
-        for level in LEVELS
+        for level in explained
     ]
     return _template().heatmap(levels, caption, context, context_name, language)
 
@@ -134,9 +125,7 @@ def most_surprising(units: Sequence[dict], count: int) -> list[dict]:
 
 def colour(perplexity: float) -> int:
     """The index in `LIGHT` and `DARK` of a unit's perplexity."""
-    if perplexity == math.inf:
-        return len(LIGHT) - 1
-    return min(max(math.floor(STEPS_PER_DOUBLING * math.log2(perplexity)), 0), len(LIGHT) - 1)
+    return max(0, math.floor(min(STEPS_PER_DOUBLING * math.log2(perplexity), len(LIGHT) - 1)))
 
 
 def shade(perplexity: float) -> str:
@@ -147,8 +136,8 @@ def shade(perplexity: float) -> str:
     """
     if perplexity >= 1 - 1e-6:  # up to rounding
         return f"c{colour(perplexity)}"
-    doublings = -math.log2(perplexity) if perplexity > 0 else math.inf
-    return f"d{min(math.floor(min(STEPS_PER_DOUBLING * doublings, 1e9)), len(LIGHT_HELPED) - 1)}"
+    halvings = -math.log2(perplexity) if perplexity > 0 else math.inf
+    return f"d{math.floor(min(STEPS_PER_DOUBLING * halvings, len(LIGHT_HELPED) - 1))}"
 
 
 def number(value: float) -> str:
@@ -178,12 +167,17 @@ def _pieces(units: Sequence[dict], text: str):
     yield text[end:], None
 
 
+def levels(heatmaps: Sequence[Markup | None]) -> list[str]:
+    """The levels that the fragments of a page show."""
+    return [level for level in ALL_LEVELS if any(f'data-level="{level}"' in (one or "") for one in heatmaps)]
+
+
 def _template():
     return ENVIRONMENT.get_template("heatmap.html.j2").module
 
 
-ENVIRONMENT.globals.update(
-    LEVELS=LEVELS, LIGHT=LIGHT, DARK=DARK, LIGHT_HELPED=LIGHT_HELPED, DARK_HELPED=DARK_HELPED,
-    STEPS_PER_DOUBLING=STEPS_PER_DOUBLING,
-)  # fmt: skip
-ENVIRONMENT.filters.update(shade=shade, number=number, one_line=one_line)
+ENVIRONMENT.filters |= {one.__name__: one for one in (characters, script_hash, shade, number, one_line, levels)}
+ENVIRONMENT.globals |= {
+    "LEVELS": ALL_LEVELS, "LIGHT": LIGHT, "DARK": DARK, "LIGHT_HELPED": LIGHT_HELPED, "DARK_HELPED": DARK_HELPED,
+    "STEPS_PER_DOUBLING": STEPS_PER_DOUBLING,
+}  # fmt: skip

@@ -3,21 +3,21 @@
 import copy
 import hashlib
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+
+import torch
+from transformers import PreTrainedConfig
 
 from ..config import RewardConfig
 from ..models import weight_shape
 from ..prompts import added_ids
 from .batching import Row, windows
+from .frozen import base_modules, base_of
 from .tokens import Encoded, TextEncoder
 
-# --- probe -----------------------------------------------------------------------------------------------------------
-
-# A fixed text, whose surprisals tell one scorer from another. `ppl.scoring.identity.differences` compares them.
-
-# Of hundreds of tokens that refer to one another from afar, so that how a model counts positions shows.
+# A fixed text, whose surprisals tell one scorer from another. Its hundreds of tokens refer to one another from afar, so
+# that how a model counts positions shows.
 PROBE = (
     'Once upon a time, in the year 1850, there was a small fox. "Why," she asked, "is the sea so far from here?" '
     "Nobody knew, so she packed bread and cheese, and walked north until the river became a road.\n\n"
@@ -45,10 +45,9 @@ def probe_row(probe: Encoded, window: int | None) -> Row:
     return next(windows(probe, min(_MOST, window or _MOST), 0))
 
 
-# --- describe --------------------------------------------------------------------------------------------------------
+# --- what tells one model from another -------------------------------------------------------------------------------
 
-# What tells one model from another.
-
+# Fields of a configuration that no logit depends on, by parts of their names. The window is compared by itself.
 _NOT_OF_LOGITS = re.compile(
     r"drop|init|loss|jitter|noise|classifier|summary|use_cache|token_id|tie_word|output_router|output_attentions"
     r"|pretraining_tp|name_or_path|^max_position"
@@ -57,10 +56,8 @@ _PART = 2**16  # values at a time: they stay in a core's cache
 
 
 def describe_model(model) -> dict:
-    """What tells one scorer from another: its precision, the fields of its configuration that change logits, and a hash
-    of all its weights but the adapters'. What it makes of a fixed text is `ppl.scoring.identity`'s to say."""
-    from .frozen import base_modules, base_of
-
+    """Its precision, the fields of its configuration that change logits, and a hash of all its weights but the
+    adapters'. What it makes of the fixed text is not among them."""
     digest = hashlib.blake2b(digest_size=8)
     known = {}  # of tied weights, which count wherever they stand, as those of a copy that is not tied do
     for module in base_modules(model):
@@ -74,18 +71,14 @@ def describe_model(model) -> dict:
 
 def precision(model) -> dict:
     """`dtype`, and `quantization`: none, 4bit, or what transformers calls the method."""
-    quantization = getattr(model.config, "quantization_config", None)
-    method = "none"
-    if quantization is not None:
-        settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        method = "4bit" if settings.get("load_in_4bit") else str(settings.get("quant_method", "unknown"))
+    settings = getattr(model.config, "quantization_config", None) or {"quant_method": "none"}
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    method = "4bit" if settings.get("load_in_4bit") else str(settings.get("quant_method", "unknown"))
     return {"dtype": str(model.dtype).removeprefix("torch."), "quantization": method}
 
 
 def _config(config) -> dict:
     """The fields that the configuration's class has of its own and that logits depend on, as JSON holds them."""
-    from transformers import PreTrainedConfig
-
     config = config.get_text_config(decoder=True)
     common = PreTrainedConfig.__dataclass_fields__.keys()
     fields = config.to_dict()
@@ -112,8 +105,6 @@ def _parts(tensor, module) -> list:
     4-bit codes stand in the order of the weights, also where bitsandbytes has repacked them in place for the CPU. Their
     scales are in bfloat16, which is what it makes of them then.
     """
-    import torch
-
     state = getattr(tensor, "quant_state", None)
     if state is None:
         eight_bit = [getattr(one, "SCB", None) for one in (tensor, getattr(module, "state", None))]
@@ -137,18 +128,15 @@ def _checksum(values) -> int:
 
     As float32 a norm is the same that was cast to it for training.
     """
-    import torch
-
     values = values.flatten()
     places = torch.arange(1, min(len(values), _PART) + 1, device=values.device)
     for factor in (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9):  # any large odd ones; a product that overflows wraps around
         places = places * factor
         places = places ^ (places >> 29)
     places = places | 1
-    sums = [
-        ((part.float().view(torch.int32) if part.is_floating_point() else part.long()) * places[: len(part)]).sum()
-        for part in values.split(_PART)
-    ]
+    parts = values.split(_PART) if len(values) else ()
+    bits = (part.float().view(torch.int32) if part.is_floating_point() else part.long() for part in parts)
+    sums = [(one * places[: len(one)]).sum() for one in bits]
     total = 0
     for one in torch.stack(sums).tolist() if sums else []:
         total = (total * 0x5851F42D4C957F2D + one) % 2**64
@@ -163,26 +151,12 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-# --- identity --------------------------------------------------------------------------------------------------------
-
-BEHIND_AN_ADDRESS = "behind an address"  # in place of a hash of weights that are not here
-# How far a token of the fixed text may be off, in the mean. In bfloat16 two ways to compute attention differ by 0.04
-# (SmolLM2-135M); a server's kernels depend on what it batches. In float32 another device differs by 0.0001.
-PROBE_NATS, FLOAT32_NATS = 0.1, 0.01
-
-
-def identity(
-    scorer,
-    tokenizer,
-    config: RewardConfig,
-    *,
-    name: str,
-    prompt: Mapping,
-) -> dict:
+def identity(scorer, tokenizer, config: RewardConfig, *, name: str, prompt: Mapping, shown: Mapping) -> dict:
     """What perplexities were computed with: the same keys in a baselines file's meta and in a reward.
 
     scorer: a `ppl.scoring.surprisal.Scorer`. name: its model's, which is told but not compared; a server names its own.
     prompt: how prompts are made of a data set's texts, and how chat messages become text, as far as it is known.
+    shown: of `ppl.scoring.contexts.Contexts`, the rows that stand before a text.
     """
     return {
         "target": config.target,
@@ -191,48 +165,5 @@ def identity(
         "model": {"name": name, **scorer.identity},
         "window": scorer.window,
         "prompt": dict(prompt),
-    }
-
-
-def differences(made: Mapping, expected: Mapping) -> dict[str, tuple]:
-    """Where two identities differ, by name, each with both values.
-
-    Compares what both name. The model's name is not compared, and another window only matters if a text was longer:
-    `made["longest"]` tokens, if that is known.
-    """
-    theirs, mine = _flat(made), _flat(expected)
-    differing = {key: (theirs[key], mine[key]) for key in mine if key in theirs and theirs[key] != mine[key]}
-    if "probe" in differing:
-        probes = differing.pop("probe")
-        exact = (mine.get("dtype"), mine.get("quantization")) == ("float32", "none")
-        if not _is_same_text(*probes, FLOAT32_NATS if exact else PROBE_NATS):
-            before, after = (f"{sum(one) / max(1, len(one)):.4f} nats a token" for one in probes)
-            differing["probe"] = before, after
-    windows = [side["window"] for side in (made, expected) if "window" in side]
-    if len(set(windows)) == 2 and made.get("longest", math.inf) > min(window for window in windows if window):
-        made_with, now = (f"{window} tokens" if window else "without limit" for window in windows)
-        differing["window"] = made_with, now
-    return differing
-
-
-def _is_same_text(a: Sequence[float], b: Sequence[float], nats: float) -> bool:
-    """Whether two lists of surprisals, in nats, are of one text under the same model: as far as both go, since a model
-    with a small window reads less of it."""
-    both = list(zip(a, b, strict=False))
-    apart = math.fsum(0.0 if x == y else abs(x - y) for x, y in both)  # two infinities are equal
-    return bool(both) and apart <= nats * len(both)
-
-
-def _flat(identity: Mapping) -> dict:
-    """What is compared, by the name a message gives it."""
-    # All of a reference's tokens count; with version 0.1 it could be fewer.
-    usual = {"reference_tokens": "all"} if "template" in identity.get("definitions", {}) else {}
-    model = dict(identity.get("model", {}))
-    return {
-        **{key: identity[key] for key in ("target", "tokenizer") if key in identity},
-        **usual,
-        **identity.get("definitions", {}),
-        **identity.get("prompt", {}),
-        **model.pop("config", {}),
-        **{key: value for key, value in model.items() if key != "name"},
+        "shown": dict(shown),
     }

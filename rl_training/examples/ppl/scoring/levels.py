@@ -1,6 +1,6 @@
 """Token surprisals + units -> the perplexity of each level."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,15 +10,13 @@ from .surprisal import Scorer
 from .tokens import Encoded
 from .units import Units
 
-# --- levels ----------------------------------------------------------------------------------------------------------
-
 
 class Scores(NamedTuple):
     """What scoring some texts gives."""
 
-    perplexities: np.ndarray  # float64 [B, 3], in the order of `LEVELS`; nan where no token is scored
+    perplexities: np.ndarray  # float64 [B, L], a column a level; nan where no token is scored
     tokens: np.ndarray  # int64 [B], scored ones
-    read: np.ndarray  # int64 [B], with those of the context and BOS
+    read: np.ndarray  # int64 [B], with those of all contexts and BOS
     longest: int  # of one pass, in tokens; 0 without any text
 
 
@@ -36,7 +34,6 @@ def level_perplexities(units: Units, chars: Sequence[np.ndarray], surprisals: Se
     """float64 [B, 3], each text's perplexity at each level of `units.starts`, nan for a text without a token.
 
     exp(mean_u r_u) over the units u in which a token starts; r_u = S_u / n_u is a unit's surprisal in nats a token.
-    (Nested levels are means over tokens: see nested.py.)
 
     chars, surprisals: per text int64 [n] offsets into it and float64 [n] nats.
     """
@@ -55,44 +52,47 @@ def level_perplexities(units: Units, chars: Sequence[np.ndarray], surprisals: Se
     return result
 
 
-# --- nested ----------------------------------------------------------------------------------------------------------
-
-# Nested levels: each token's surprisal in its phrase alone, in its sentence alone, and where it stands.
+# Nested levels go outward: each is what the surprisal of the same tokens changes by when more stands before them.
 #
-#     a_t  given what stands before it in its phrase     word level:     exp(mean a)      are the words likely together
-#     b_t  given what stands before it in its sentence   phrase level:   exp(mean b - a)  do the phrases help each other
-#     c_t  given the context and all before it           sentence level: exp(mean c - b)  do the sentences, the context
+#     view      given what stands before it ...          level
+#     phrase    in its phrase                            word:     exp(mean)            are the words likely together
+#     sentence  in its sentence                          phrase:   exp(mean difference) do the phrases help each other
+#     others    behind other rows' prompts, the mean     sentence: do the sentences go together
+#     prompt    behind its own prompt                    prompt:   does it belong to this prompt
+#     examples  the same, behind examples before that    examples: is it written as they are
 #
-# The means are over the scored tokens, so the product of the three is exp(mean c), the text's ordinary perplexity. What
-# an outer scope adds is its pointwise mutual information with the inner one, in nats a token: Li et al. 2016,
-# https://arxiv.org/abs/1510.03055; for sentences, Sap et al. 2022, "sequentiality", PNAS.
+# Where `others` or `examples` is not asked for it is left out, and the difference is to the view before it: of the
+# three inner levels alone, the last one is of the text as it stands. The means are over the scored tokens, so the
+# product of all is exp(mean of the last view), the text's ordinary perplexity. What an outer view adds is its pointwise
+# mutual information with the text, in nats a token: Li et al. 2016, https://arxiv.org/abs/1510.03055; for sentences,
+# Sap et al. 2022, "sequentiality", PNAS.
 
-SCOPES = {"a": "phrase", "b": "sentence"}  # which unit a token's surprisal is alone in; c is that of the text
-
-
-class Scopes(NamedTuple):
-    """Surprisals of the scored tokens of each text, float64 [n] in nats: three views of the same tokens."""
-
-    a: list[np.ndarray]
-    b: list[np.ndarray]
-    c: list[np.ndarray]
+INNER = ("phrase", "sentence")  # units that a token's surprisal is alone in
 
 
-def score_scopes(scorer: Scorer, encoded: Sequence[Encoded], units: Units, start: int) -> Scopes:
-    """All three from one call of the scorer.
+def nested_perplexities(means: np.ndarray) -> np.ndarray:
+    """float64 [B, V], the levels of V views, from their mean surprisals in nats a token, outward; nan gives nan."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.exp(np.diff(means, axis=1, prepend=0.0))
+
+
+def score_views(
+    scorer: Scorer, encoded: Sequence[Encoded], alone: Sequence[int], units: Units, start: int
+) -> list[list[np.ndarray]]:
+    """Per text the surprisals of its scored tokens, float64 [n] in nats: in their phrase alone and in their sentence
+    alone for the texts `alone`, of which `units` are; and where they stand.
 
     start: the id that stands before a unit alone: BOS. A unit's tokens are those of the text, not those that a
-    tokenizer would make of it alone.
-
-    A sequence that another one begins with is read off that one: equal units run once, a sentence's first phrase and a
-    text's first sentence (without a context) not at all.
+    tokenizer would make of it alone. One call of the scorer. A sequence that another one begins with is read off that
+    one: equal units run once, a sentence's first phrase and a text's first sentence (without a context) not at all.
     """
     sequences = _Sequences()
     opening = sort_key(np.array([start]))
-    for one, offset in zip(encoded, units.offsets.tolist(), strict=False):
+    offset_of = dict(zip(alone, units.offsets.tolist(), strict=False))
+    for index, one in enumerate(encoded):
         key = sort_key(one.ids)
-        for level in SCOPES.values():
-            unit = np.searchsorted(units.starts[level], offset + one.chars, side="right")
+        for level in INNER if index in offset_of else ():
+            unit = np.searchsorted(units.starts[level], offset_of[index] + one.chars, side="right")
             first = np.flatnonzero(np.diff(unit, prepend=-1))
             begin, end = one.positions[first], one.positions[np.append(first, len(unit))[1:] - 1] + 1
             keys = [
@@ -101,16 +101,8 @@ def score_scopes(scorer: Scorer, encoded: Sequence[Encoded], units: Units, start
             sizes = np.diff(first, append=len(unit))
             sequences.ask(keys, sizes, one.positions - np.repeat(begin, sizes) + 1)
         sequences.ask([key], [len(one.positions)], one.positions)
-    surprisals = sequences.score(scorer)
-    return Scopes(surprisals[0::3], surprisals[1::3], surprisals[2::3])
-
-
-def nested_perplexities(scopes: Scopes) -> np.ndarray:
-    """float64 [B, 3], of word, phrase and sentence; nan for a text without a scored token."""
-    means = np.array([[one.mean() if len(one) else np.nan for one in scope] for scope in scopes])
-    a, b, c = means.reshape(3, -1)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.exp(np.stack([a, b - a, c - b], axis=1))
+    scored: Iterator[np.ndarray] = iter(sequences.score(scorer))
+    return [[next(scored) for _ in range(3 if index in offset_of else 1)] for index in range(len(encoded))]
 
 
 class _Sequences:

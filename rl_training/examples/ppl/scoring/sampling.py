@@ -1,14 +1,16 @@
 """Completions sampled from a model as it stands, adapters and all: for held-out texts and for baselines."""
 
-import itertools
+import functools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from itertools import chain, groupby, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -44,12 +46,13 @@ def prompt_ids(prompts: Sequence[Text], tokenizer, **chat) -> list[list[int]]:
     if behind and any(isinstance(prompt, str) for prompt in prompts):
         say_once(f"the tokenizer puts {tokenizer.decode(behind)} behind a text: left out behind every prompt")
     rendered = [render_prompt(prompt, tokenizer, **chat) for prompt in prompts]
+    of_rendered = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     # Nothing cannot be continued.
     nothing = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     # A chat template writes the special tokens itself.
     return [
         (before if isinstance(prompt, str) else []) + list(ids) or nothing
-        for prompt, ids in zip(prompts, tokenizer(rendered, add_special_tokens=False)["input_ids"], strict=True)
+        for prompt, ids in zip(prompts, of_rendered, strict=True)
     ]
 
 
@@ -94,9 +97,9 @@ def end_tokens(model, tokenizer) -> list[int]:
     return list(dict.fromkeys(token for token in ends if token is not None))
 
 
-def up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+def up_to_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
     """Ids before the first one that ends a completion."""
-    return ids[: next((index for index, token in enumerate(ids) if token in ends), len(ids))]
+    return list(takewhile(lambda token: token not in ends, ids))
 
 
 def sample_completions(model, tokenizer, prompts: Sequence[Text], **options) -> list[list[str]]:
@@ -123,34 +126,44 @@ def sample(
     progress: label of a progress bar; None: no bar. chat_template_kwargs, tools: see `ppl.prompts.render_prompt`.
     sampling: fields of `ppl.config.Sampling`.
     """
-    tokenizer, settings = of_text(tokenizer), Sampling(**sampling)
-    _check_ids(model, settings.generation_kwargs or {})
+    tokenizer, settings = of_text(tokenizer), asdict(Sampling(**sampling))
+    settings |= settings.pop("generation_kwargs") or {}
+    _check_ids(model, settings)
+    ends = end_tokens(model, tokenizer)
+    settings |= {"do_sample": True, "eos_token_id": ends or None}
+    padding = next(token for token in (tokenizer.pad_token_id, *ends, 0) if token is not None)
     jobs = [prompt for prompt in prompts for _ in range(num_generations)]
     given = prompt_ids(jobs, tokenizer, chat_template_kwargs=chat_template_kwargs, tools=tools)
     # A model that reads the padding gets none: a batch then holds prompts of one length.
     padded = len(set(map(len, given))) < 2 or ignores_padding(model)
-    runs = [given] if padded else [list(run) for _, run in itertools.groupby(given, key=len)]
+    runs = [given] if padded else [list(run) for _, run in groupby(given, key=len)]
     batches = [run[start : start + batch_size] for run in runs for start in range(0, len(run), batch_size)]
-    completions: list[Completion] = []
+    rows: list[list[int]] = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _generating(model):
         torch.manual_seed(seed)
         for batch in tqdm(batches, desc=progress, unit="batch", disable=progress is None or not is_first()):
-            completions.extend(_sample(model, tokenizer, batch, settings))
+            rows += _generate(model, batch, padding, settings)[:, max(map(len, batch)) :].tolist()
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    completions = []
+    for before, row in zip(given, rows, strict=True):
+        ids = up_to_end(row, ends)
+        text, prompt = decode([*before, *ids]), decode(before)
+        text = text[len(prompt) :] if text.startswith(prompt) else decode(ids)
+        completions.append(Completion(text, row[: len(ids) + 1], ids, before))
     return [completions[index : index + num_generations] for index in range(0, len(completions), num_generations)]
 
 
-def _check_ids(model, generation_kwargs: Mapping) -> None:
+def _check_ids(model, settings: Mapping) -> None:
     """Raises `InputError` for the id of a token that the model has not: some kwargs would do nothing, others fail."""
-    for name, value in generation_kwargs.items():
-        if isinstance(value, list):
-            size = model.config.get_text_config(decoder=True).vocab_size
-            ids = itertools.chain(*(one if isinstance(one, list) else [one] for one in value))
-            if unknown := [token for token in ids if token >= size]:
-                raise InputError(
-                    f"--generation_kwargs holds {name!r} with the id {unknown[0]}: expected ids below {size}, the "
-                    "model's number of tokens"
-                )
+    for name, value in settings.items():
+        size = model.config.get_text_config(decoder=True).vocab_size
+        ids = chain(*(one if isinstance(one, list) else [one] for one in value)) if isinstance(value, list) else []
+        if unknown := [token for token in ids if token >= size]:
+            raise InputError(
+                f"--generation_kwargs holds {name!r} with the id {unknown[0]}: expected ids below {size}, the "
+                "model's number of tokens"
+            )
 
 
 @contextmanager
@@ -181,18 +194,14 @@ def settings_kept(model, folder: str | Path) -> Iterator[None]:
 @contextmanager
 def _generating(model) -> Iterator[None]:
     """The model as it stands, adapters and all, without dropout, gradients and generation settings of its own."""
-    # Unsloth's generate switches it off and, for a model in eval mode, leaves it so.
-    checkpointing = [
-        (module, module.gradient_checkpointing)
-        for module in model.modules()
-        if getattr(module, "gradient_checkpointing", False)
-    ]
-    with frozen(model, adapters=True), own_settings(model):
-        try:
-            yield
-        finally:
-            for module, kind in checkpointing:
-                module.gradient_checkpointing = kind
+    with ExitStack() as stack:
+        for module in model.modules():
+            # Unsloth's generate switches it off and, for a model in eval mode, leaves it so.
+            if kind := getattr(module, "gradient_checkpointing", False):
+                stack.callback(setattr, module, "gradient_checkpointing", kind)
+        stack.enter_context(frozen(model, adapters=True))
+        stack.enter_context(own_settings(model))
+        yield
 
 
 def _generate(model, given: list[list[int]], padding: int, settings: Mapping, **options):
@@ -200,13 +209,12 @@ def _generate(model, given: list[list[int]], padding: int, settings: Mapping, **
 
     settings: of `GenerationConfig`. options: other ones of `generate`.
     """
-    longest = max(map(len, given))
-    ids = torch.tensor([[padding] * (longest - len(one)) + one for one in given])
-    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in given])
+    rows = [torch.tensor(ids, dtype=torch.long, device=model.device) for ids in given]
+    ids = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
+    mask = pad_sequence(list(map(torch.ones_like, rows)), batch_first=True, padding_side="left")
     # Gradient checkpointing switches the cache off in the model's configuration.
     config = GenerationConfig(**settings, pad_token_id=padding, use_cache=True, disable_compile=True)
-    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-    return model.generate(**inputs, generation_config=config, **options)
+    return model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **options)
 
 
 _IGNORES_PADDING: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -232,22 +240,3 @@ def ignores_padding(model) -> bool:
         rounding = torch.finfo(torch.bfloat16 if quantized else model.dtype).eps
         _IGNORES_PADDING[model] = bool((beside - alone).norm() <= max(1e-3, 12 * rounding) * alone.norm())
     return _IGNORES_PADDING[model]
-
-
-def _sample(model, tokenizer, given: list[list[int]], sampling: Sampling) -> list[Completion]:
-    ends = end_tokens(model, tokenizer)
-    padding = next(token for token in (tokenizer.pad_token_id, *ends, 0) if token is not None)
-    settings = asdict(sampling)
-    settings |= settings.pop("generation_kwargs") or {}
-    output = _generate(model, given, padding, {"do_sample": True, "eos_token_id": ends or None, **settings})
-    rows = output[:, max(map(len, given)) :].tolist()
-    written = [up_to_end(row, ends) for row in rows]
-    whole = tokenizer.batch_decode(list(map(list.__add__, given, written)), skip_special_tokens=True)
-    before = tokenizer.batch_decode(given, skip_special_tokens=True)
-    alone = tokenizer.batch_decode(written, skip_special_tokens=True)
-    texts = [
-        text.removeprefix(prompt) if text.startswith(prompt) else by_itself
-        for text, prompt, by_itself in zip(whole, before, alone, strict=True)
-    ]
-    with_end = [row[: len(ids) + 1] for row, ids in zip(rows, written, strict=True)]
-    return list(map(Completion, texts, with_end, written, given))

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -23,7 +23,8 @@ from ..errors import InputError
 from ..models import load_tokenizer
 from ..prompts import read_template
 from .batching import Row, windows
-from .identity import BEHIND_AN_ADDRESS, PROBE, PROBE_NATS, differences, encode_probe, probe_row
+from .differences import BEHIND_AN_ADDRESS, PROBE_NATS, differences
+from .identity import PROBE, encode_probe, probe_row
 from .tokens import Encoded
 
 logger = logging.getLogger(__name__)
@@ -51,8 +52,8 @@ class ServerScorer:
             raise InputError(f"scorer_url is {url!r}, expected the address of a server such as http://127.0.0.1:8000")
         self.url = url.rstrip("/").removesuffix("/v1")
         self.generation_config = generation_config
-        self._timeout, self._patience = timeout, patience
-        self._lock = threading.Lock()
+        self.timeout, self.patience = timeout, patience
+        self._said = False  # that the server does not answer
         self._probe = encode_probe(tokenizer)
         self._name, self._most = self._model()
         self._check_tokenizer(tokenizer)
@@ -77,8 +78,7 @@ class ServerScorer:
         with ThreadPoolExecutor(_REQUESTS) as pool:
             try:
                 asked = [pool.submit(self._score, request, stopped=stopped) for request in requests]
-                ended, _ = wait(asked, return_when=FIRST_EXCEPTION)
-                for one in ended:
+                for one in as_completed(asked):
                     one.result()  # raises what it raised
                 scored = [one.result() for one in asked]
             except BaseException:  # what has not been sent need not be, and what waits for the server need not wait
@@ -93,27 +93,18 @@ class ServerScorer:
         return surprisals
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_client")}
+        return {name: value for name, value in self.__dict__.items() if name != "_client"}
 
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
-
-    # --- one request -------------------------------------------------------------------------------------------------
-
-    def _score(
-        self, rows: Sequence[Row], check: bool = True, stopped: threading.Event | None = None
-    ) -> list[np.ndarray]:
-        """float64 [m] of each row's labels. check: that a server which was gone has the same model."""
+    def _score(self, rows: Sequence[Row], check: bool = True, stopped=None) -> list[np.ndarray]:
+        """float64 [m] of each row's labels."""
         prompts = [[*row.inputs.tolist(), int(row.labels[-1])] for row in rows]
         asked = {"model": self._name, "prompt": prompts, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
-        answer, was_gone = self._ask("POST", "/v1/completions", asked, stopped=stopped)
-        if was_gone and check:
-            self._check_same()
+        answer = self._ask("/v1/completions", asked, check=check, stopped=stopped)
         try:
             choices = {choice["index"]: choice.get("prompt_logprobs") for choice in answer["choices"]}
             entries = [choices[index] for index in range(len(rows))]
         except (KeyError, TypeError) as error:
-            raise InputError(f"the scorer at {self.url} gave no completions, found {str(answer)!r:.100}") from error
+            raise self._error(f"gave no completions, found {str(answer)!r:.100}") from error
         return [self._surprisals(row, given) for row, given in zip(rows, entries, strict=True)]
 
     def _surprisals(self, row: Row, entries: Sequence[dict | None] | None) -> np.ndarray:
@@ -121,110 +112,86 @@ class ServerScorer:
         # ids        b   t1  t2  t3
         # entries    .   e1  e2  e3     nothing stands before the first, so it has none
         if entries is None:
-            raise InputError(
-                f"the scorer at {self.url} gives no prompt_logprobs: expected vLLM, asked at /v1/completions"
-            )
+            raise self._error("gives no prompt_logprobs: expected vLLM, asked at /v1/completions")
         values = np.empty(len(row.labels))
         for index, (position, label) in enumerate(zip((row.read + 1).tolist(), row.labels.tolist(), strict=True)):
             entry = entries[position] if position < len(entries) else None
             if not entry or str(label) not in entry:
-                raise InputError(
-                    f"the scorer at {self.url} gave no log-probability for token {label} at index {position} of a text"
-                    f", found {str(entry)!r:.60}: expected that of the token itself, whatever the likeliest ones are"
+                raise self._error(
+                    f"gave no log-probability for token {label} at index {position} of a text, found "
+                    f"{str(entry)!r:.60}: expected that of the token itself, whatever the likeliest ones are"
                 )
             given = entry[str(label)]["logprob"]
             # JSON knows no infinity: vLLM says -9999.
             values[index] = math.nan if given is None else -given if given > -9999 else math.inf
         return values
 
-    def _ask(
-        self,
-        method: str,
-        path: str,
-        content: dict | None = None,
-        patient: bool = True,
-        stopped: threading.Event | None = None,
-    ) -> tuple[dict, bool]:
-        """(the answer, whether it had to be asked for again).
+    def _error(self, what: str) -> InputError:
+        return InputError(f"the scorer at {self.url} {what}")
 
-        patient: repeat the request for `patience` seconds from its first failure, unless `stopped` is set.
-        """
-        failed, pause = None, 0.5
-        stopped = stopped or threading.Event()
+    def _ask(self, path: str, content: dict | None = None, patient=True, check=False, stopped=None) -> dict:
+        """patient: repeat the request for `patience` seconds from its first failure, unless the event `stopped` is set.
+        check: that a server which was gone has the same model."""
+        failed, pause, stopped = None, 0.5, stopped or threading.Event()
         while True:
             try:
-                response = self._client.request(method, self.url + path, json=content)
+                response = self._client.request("POST" if content else "GET", self.url + path, json=content)
                 if response.status_code not in _AGAIN:
                     break
                 reason = f"HTTP {response.status_code}"
             except httpx.TransportError as error:  # no connection, one that breaks off, a request that takes too long
                 reason = type(error).__name__
             now = time.monotonic()
-            if failed is None:
-                failed = now
-                if patient:
-                    self._say_once(reason)
-            if not patient or now - failed >= self._patience or stopped.is_set():
+            failed = failed or now
+            left = failed + self.patience - now
+            if not patient or left <= 0 or stopped.is_set():
                 waited = f" for {now - failed:.0f} s" if patient else ""
-                raise InputError(
-                    f"the scorer at {self.url} does not answer{waited} ({reason}): start it (vllm serve MODEL) or "
-                    "correct the address; what is finished is kept, and the same command goes on from it"
+                raise self._error(
+                    f"does not answer{waited} ({reason}): start it (vllm serve MODEL) or correct the address; what is "
+                    "finished is kept, and the same command goes on from it"
                 )
-            stopped.wait(min(pause, max(0.0, failed + self._patience - now)))
+            if not self._said:
+                self._said = True
+                how_long = f"asking again for up to {self.patience:.0f} s"
+                logger.warning("the scorer at %s does not answer (%s): %s", self.url, reason, how_long)
+            stopped.wait(min(pause, left))
             pause = min(2 * pause, 15)
         if response.status_code != 200:
-            raise InputError(
-                f"the scorer at {self.url} refused {path} with HTTP {response.status_code}: {_message(response)!r:.200}"
-            )
+            raise self._error(f"refused {path} with HTTP {response.status_code}: {_message(response)!r:.200}")
         if failed is not None:
-            self._said_at = None
+            self._said = False
+            if check:
+                self._check_same()
         try:
-            return response.json(), failed is not None
+            return response.json()
         except ValueError as error:
-            raise InputError(f"the scorer at {self.url} answered {response.text!r:.60}, expected JSON") from error
-
-    _said_at: float | None = None
-
-    def _say_once(self, reason: str) -> None:
-        with self._lock:
-            if self._said_at is None:
-                self._said_at = time.monotonic()
-                logger.warning(
-                    "the scorer at %s does not answer (%s): asking again for up to %.0f s",
-                    self.url,
-                    reason,
-                    self._patience,
-                )
+            raise self._error(f"answered {response.text!r:.60}, expected JSON") from error
 
     @cached_property
     def _client(self) -> httpx.Client:
-        return httpx.Client(
-            timeout=httpx.Timeout(self._timeout, connect=min(10.0, self._timeout)),
-            limits=httpx.Limits(max_connections=_REQUESTS, max_keepalive_connections=_REQUESTS),
-        )
-
-    # --- which model it is -------------------------------------------------------------------------------------------
+        timeout = httpx.Timeout(self.timeout, connect=min(10.0, self.timeout))
+        return httpx.Client(timeout=timeout, limits=httpx.Limits(max_connections=_REQUESTS))
 
     def _model(self) -> tuple[str, int | None]:
         """(the name of the model that is served, most tokens that it takes)"""
-        answer, _ = self._ask("GET", "/v1/models", patient=False)
+        answer = self._ask("/v1/models", patient=False)
         try:
             first = answer["data"][0]
             return first["id"], first.get("max_model_len")
         except (KeyError, IndexError, TypeError) as error:
-            raise InputError(f"the scorer at {self.url} serves no model, found {str(answer)!r:.100}") from error
+            raise self._error(f"serves no model, found {str(answer)!r:.100}") from error
 
     def _check_tokenizer(self, tokenizer) -> None:
         """Ids mean nothing to a model with another tokenizer. Servers that cannot tell are taken at their word."""
         asked = {"model": self._name, "prompt": PROBE, "add_special_tokens": False}
         try:
-            answer, _ = self._ask("POST", "/tokenize", asked, patient=False)
+            answer = self._ask("/tokenize", asked, patient=False)
         except InputError as error:
             logger.info("%s", error)
             return
         if "tokens" in answer and answer["tokens"] != self._probe.ids[-len(answer["tokens"]) :].tolist():
-            raise InputError(
-                f"the scorer at {self.url} serves {self._name!r}, whose tokenizer makes other ids than "
+            raise self._error(
+                f"serves {self._name!r}, whose tokenizer makes other ids than "
                 f"{getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__!r}: name the model that is served"
             )
 
@@ -252,8 +219,8 @@ class ServerScorer:
             # Two infinities are equal.
             off = abs(np.subtract(found, expected, out=np.zeros(len(found)), where=found != expected))
             if not (off.mean() <= PROBE_NATS and off.max(initial=0) <= _TOKEN_NATS):
-                raise InputError(
-                    f"the scorer at {self.url} gives a fixed text other numbers between others than alone (up to "
+                raise self._error(
+                    f"gives a fixed text other numbers between others than alone (up to "
                     f"{off.max():.2f} nats a token, {off.mean():.2f} in the mean): prefix caching can cause that, so "
                     "start it with --no-enable-prefix-caching"
                 )
@@ -272,9 +239,9 @@ class ServerScorer:
         now = {"model": self._identity()}
         if differing := differences({"model": self.identity}, now):
             before, after = differing["probe"]
-            raise InputError(
-                f"the scorer at {self.url} came back with another model: a fixed text has {after}, it had {before}: "
-                f"serve {self._name!r} as before"
+            raise self._error(
+                f"came back with another model: a fixed text has {after}, it had {before}: serve {self._name!r} as "
+                "before"
             )
 
 

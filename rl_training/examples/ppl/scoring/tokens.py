@@ -1,10 +1,11 @@
 """Context and target -> token ids, which of them are scored, and the character each scored token stands for."""
 
+import codecs
 import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, groupby, takewhile
+from itertools import accumulate, chain, groupby, pairwise, takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -15,25 +16,25 @@ from ..errors import InputError
 from ..prompts import Turn, added_ids, of_text
 from .units import code_points
 
-# --- decoding --------------------------------------------------------------------------------------------------------
-
-# Token ids -> their text, and where in it each token begins: what offsets are to a text that was tokenized.
-
 _UNFINISHED = "\ufffd"  # what a decoder makes of bytes that are no character (yet)
 _BYTE = re.compile("<0x([0-9A-F]{2})>")  # a byte's token, beside tokens of characters
 _BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}  # in tokens that are all made of bytes
 
 
 class Decoding:
-    """Decodes a completion behind its prompt: alone, it would lose its first space where the decoder strips that.
+    """Token ids -> their text, and where in it each token begins: what offsets are to a text that was tokenized.
 
+    A completion is decoded behind its prompt: alone, it would lose its first space where the decoder strips that.
     backend: of the `tokenizers` library. Special tokens have no text.
     """
 
     def __init__(self, backend: Tokenizer) -> None:
         self._backend = backend
-        # A token's text depends on what stands before it; for most decoders only on whether anything does.
-        self._anchor, self._anchor_text = self._something()
+        # A token's text depends on what stands before it; for most decoders only on whether anything does. So each is
+        # decoded behind a token that has a text. A vocabulary of whole words may not know the letter a.
+        of_a = backend.encode("a", add_special_tokens=False).ids[-1:]
+        anchors = ((ids, self._text(ids)) for ids in chain([of_a], ([id_] for id_ in range(backend.get_vocab_size()))))
+        self._anchor, self._anchor_text = next(((ids, text) for ids, text in anchors if text.strip()), ([], ""))
         self._pieces: dict[int, str] = {}
         self._bytes: dict[int, bytes] = {}  # of tokens that can hold a part of a character
         # Llama 2's decoder: bytes in a row are characters if all of them are; otherwise none is.
@@ -55,8 +56,8 @@ class Decoding:
         Ascending. A token that begins where the next one does has no text of its own: it is special, or holds some of
         the bytes of a character.
         """
+        self._learn([*{*chain(*prompts, *completions)} - self._pieces.keys()])
         texts = self.texts(prompts, completions)
-        self._learn([*prompts, *completions])
         return [
             (text, self._starts(prompt, completion, before + text, len(before)))
             for prompt, completion, (before, text) in zip(prompts, completions, texts, strict=True)
@@ -69,23 +70,15 @@ class Decoding:
         borders = [_common(alone[tuple(prompt)], text) for prompt, text in zip(prompts, whole, strict=True)]
         return [(text[:border], text[border:]) for text, border in zip(whole, borders, strict=True)]
 
-    def _something(self) -> tuple[list[int], str]:
-        """(ids of a token that has a text, that text). A vocabulary of whole words may not know the letter a."""
-        of_a = self._backend.encode("a", add_special_tokens=False).ids[-1:]
-        others = ([token] for token in range(self._backend.get_vocab_size()))
-        named = ((ids, self._text(ids)) for ids in chain([of_a], others))
-        return next(((ids, text) for ids, text in named if text.strip()), ([], ""))
-
     def _text(self, ids: Sequence[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
     def _texts(self, sequences: Sequence[Sequence[int]]) -> list[str]:
         return self._backend.decode_batch([list(ids) for ids in sequences], skip_special_tokens=True)
 
-    def _learn(self, sequences: Sequence[Sequence[int]]) -> None:
-        new = [token for token in set(chain.from_iterable(sequences)) if token not in self._pieces]
-        texts = self._texts([[*self._anchor, token] for token in new])
-        for token, text in zip(new, texts, strict=True):
+    def _learn(self, tokens: Sequence[int]) -> None:
+        texts = self._texts([[*self._anchor, token] for token in tokens])
+        for token, text in zip(tokens, texts, strict=True):
             self._pieces[token] = piece = text.removeprefix(self._anchor_text)
             name = self._backend.id_to_token(token) or ""
             if self._all_or_none and (byte := _BYTE.fullmatch(name)):
@@ -131,34 +124,20 @@ class Decoding:
     def _of_bytes(self, parts: Sequence[bytes]) -> tuple[str, list[int]]:
         """(the text of tokens that hold bytes, the character in which each begins)"""
         data = b"".join(parts)
-        begins = [*accumulate(map(len, parts), initial=0)][:-1]
         try:
-            text = data.decode()
+            data.decode()
         except UnicodeDecodeError as error:
-            if self._all_or_none:  # none of the bytes is part of a character, not even those before the fault
-                settled = {*accumulate(_sizes(data[: error.start].decode(), data), initial=0)}
-                return _UNFINISHED * len(data), [0 if begin in settled else begin for begin in begins]
-            text = data.decode(errors="replace")
-        char_of: list[int] = []  # by byte
-        for index, (char, size) in enumerate(zip(text, _sizes(text, data), strict=True)):
-            # What is no character with fewer of its bytes is none with all of them: the text goes on behind it.
-            char_of += [index] + [index + (char == _UNFINISHED)] * (size - 1)
-        return text, [char_of[begin] for begin in begins]
-
-
-def _sizes(text: str, data: bytes) -> list[int]:
-    """How many of the bytes each character was made of."""
-    sizes, at = [], 0
-    for char in text:
-        size = len(char.encode())
-        if char == _UNFINISHED:
-            try:
-                data[at : at + 4].decode()
-            except UnicodeDecodeError as error:
-                size = size if error.start else error.end
-        sizes.append(size)
-        at += size
-    return sizes
+            if self._all_or_none:  # a byte a token, and none is part of a character, not even those before the fault
+                settled = {error.start, *(at for at in range(error.start) if data[at] & 0xC0 != 0x80)}
+                return _UNFINISHED * len(data), [0 if at in settled else at for at in range(len(data))]
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text, begins = "", []
+        for part in parts:
+            begins.append((len(text), decoder.getstate()[0]))
+            text += decoder.decode(part)
+        text += decoder.decode(b"", final=True)
+        # What is no character with fewer of its bytes is none with all of them: the text goes on behind it.
+        return text, [begin + bool(open_bytes and text[begin] == _UNFINISHED) for begin, open_bytes in begins]
 
 
 def _common(a: str, b: str) -> int:
@@ -169,8 +148,6 @@ def _common(a: str, b: str) -> int:
         same += 1
     return same
 
-
-# --- tokens ----------------------------------------------------------------------------------------------------------
 
 _SPACE = np.array([chr(code).isspace() for code in range(0x3002)])  # U+3000 is the last one; U+3001 stands for the rest
 
@@ -215,7 +192,12 @@ class TextEncoder:
 
     def __init__(self, tokenizer, eos_for_bos: bool = False) -> None:
         tokenizer = of_text(tokenizer)
-        if not getattr(tokenizer, "is_fast", False):
+        if not hasattr(tokenizer, "is_fast"):
+            raise InputError(
+                f"the tokenizer is {str(tokenizer)!r:.60}, expected a loaded one, as ppl.models.load_model(name) and "
+                "AutoTokenizer.from_pretrained(name) give it"
+            )
+        if not tokenizer.is_fast:
             raise InputError(
                 f"{type(tokenizer).__name__} is a slow tokenizer and has no character offsets: load it with "
                 "AutoTokenizer.from_pretrained(..., use_fast=True)"
@@ -239,40 +221,29 @@ class TextEncoder:
 
     def encode_pairs(self, pairs: Sequence[Pair]) -> tuple[list[Encoded], list[str]]:
         """(each pair as the model reads it, the targets as text)"""
-        sampled = [isinstance(pair, Sampled) for pair in pairs]
-        texts = [pair for pair, ids in zip(pairs, sampled, strict=True) if not ids]
-        of_texts = iter(zip(self.encode([c for c, _ in texts], [t for _, t in texts]), texts, strict=True))
-        of_ids = iter(self.encode_sampled([pair for pair, ids in zip(pairs, sampled, strict=True) if ids]))
-        encoded, targets = [], []
-        for ids in sampled:
-            one, text = next(of_ids) if ids else next(of_texts)
-            encoded.append(one)
-            targets.append(text if ids else text[1])
-        return encoded, targets
+        texts = [pair for pair in pairs if not isinstance(pair, Sampled)]
+        targets = [target for _, target in texts]
+        of_texts = zip(self.encode([context for context, _ in texts], targets), targets, strict=True)
+        of_ids = iter(self.encode_sampled([pair for pair in pairs if isinstance(pair, Sampled)]))
+        both = [next(of_ids if isinstance(pair, Sampled) else of_texts) for pair in pairs]
+        return [encoded for encoded, _ in both], [target for _, target in both]
 
     def encode_sampled(self, sampled: Sequence[Sampled]) -> list[tuple[Encoded, str]]:
         """The ids as they are, BOS only where nothing else stands before them; and the completions as text."""
         if not sampled:
             return []
         decoded = self.decoding.behind([one.prompt for one in sampled], [one.completion for one in sampled])
-        texts, begins = zip(*decoded, strict=True)
-        sizes = [len(one.completion) for one in sampled]
-        offsets = np.cumsum([0, *map(len, texts)])
-        text = np.repeat(np.arange(len(sampled)), sizes)
-        ends = np.concatenate([np.append(start, len(t))[1:] for start, t in zip(begins, texts, strict=True)])
-        starts = np.concatenate(begins)
-        chars = np.split(
-            _first_visible(starts + offsets[text], ends + offsets[text], text, texts), np.cumsum(sizes)[:-1]
+        texts, starts = zip(*decoded, strict=True)
+        ends = [np.append(start, len(text))[1:] for text, start in decoded]
+        encoded = _aligned(
+            [one.prompt or self.start for one in sampled],
+            np.fromiter(chain.from_iterable(one.completion for one in sampled), np.int64),
+            np.array([len(one.completion) for one in sampled]),
+            np.stack([np.concatenate(starts), np.concatenate(ends)], axis=1),
+            True,
+            texts,
         )
-        result = []
-        for index, one in enumerate(sampled):
-            before = list(one.prompt or self.start)
-            # Nothing stands before the first of all tokens, so it has no probability.
-            scored = np.flatnonzero((chars[index] >= 0) & (np.arange(sizes[index]) + len(before) > 0))
-            ids = np.array([*before, *one.completion], dtype=np.int64)
-            encoded = Encoded(ids, scored + len(before), chars[index][scored] - offsets[index])
-            result.append((encoded, texts[index]))
-        return result
+        return list(zip(encoded, texts, strict=True))
 
     def encode(self, contexts: Sequence[str], targets: Sequence[str]) -> list[Encoded]:
         """`contexts` and `targets` of equal length, "" for no context. A blank target has no scored token."""
@@ -280,44 +251,57 @@ class TextEncoder:
             return []
         joined = [context + target for context, target in zip(contexts, targets, strict=True)]
         encodings = self._backend.encode_batch(joined, add_special_tokens=False)
-        sizes = np.array([len(encoding) for encoding in encodings])
-        text = np.repeat(np.arange(len(targets)), sizes)
-        ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, len(text))
-        spans = np.fromiter(
-            chain.from_iterable(chain.from_iterable(e.offsets for e in encodings)), np.int64, 2 * len(text)
-        ).reshape(-1, 2)
-
-        # From here on, characters are counted in the concatenation of all targets.
-        target_starts = np.cumsum([0, *map(len, targets)])
-        starts = target_starts[text]
-        spans += (starts - np.array([len(context) for context in contexts])[text])[:, None]
+        own = [encoding.ids for encoding in encodings]
+        before = [
+            [] if ids[:1] == self.start[:1] or (self._eos_for_bos and context) else self.start
+            for ids, context in zip(own, contexts, strict=True)
+        ]
+        sizes = np.array([len(ids) for ids in own])
+        ids = np.fromiter(chain.from_iterable(own), np.int64, sizes.sum())
+        offsets = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
+        spans = np.fromiter(offsets, np.int64, 2 * len(ids)).reshape(-1, 2)
+        spans -= np.repeat([len(context) for context in contexts], sizes)[:, None]
         # A token that straddles the border ends in the target and so belongs to it.
-        scored = (spans[:, 1] > starts) & ~np.isin(ids, self._special)
-        first_token = np.cumsum(sizes) - sizes
-        prepend = np.full(len(targets), len(self.start) > 0)
-        prepend[sizes > 0] &= ids[first_token[sizes > 0]] != (self.start or [-1])[0]
-        if self._eos_for_bos:
-            prepend &= np.array([not context for context in contexts])
-        # Nothing stands before the first of all tokens, so it has no probability.
-        scored[first_token[(sizes > 0) & ~prepend]] = False
+        scored = (spans[:, 1] > 0) & ~np.isin(ids, self._special)
+        return _aligned(before, ids, sizes, np.maximum(spans, 0), scored, targets)
 
-        scored = np.flatnonzero(scored)
-        chars = _first_visible(np.maximum(spans[scored, 0], starts[scored]), spans[scored, 1], text[scored], targets)
-        scored, chars = scored[chars >= 0], chars[chars >= 0]
-        cuts = np.searchsorted(text[scored], np.arange(len(targets) + 1))
-        result = []
-        for index, (start, size) in enumerate(zip(first_token.tolist(), sizes.tolist(), strict=True)):
-            mine = slice(cuts[index], cuts[index + 1])
-            own = ids[start : start + size]
-            shift = len(self.start) * int(prepend[index])
-            result.append(
-                Encoded(
-                    ids=np.concatenate([self.start, own]) if shift else own,
-                    positions=scored[mine] - start + shift,
-                    chars=chars[mine] - target_starts[index],
-                )
-            )
-        return result
+
+def _aligned(
+    before: Sequence[Sequence[int]],
+    ids: np.ndarray,
+    sizes: np.ndarray,
+    spans: np.ndarray,
+    scored: np.ndarray | bool,
+    targets: Sequence[str],
+) -> list[Encoded]:
+    """Texts as a model reads them, and which character of its target each scored token stands for.
+
+    before: the ids in front of each text. ids, sizes: int64 [n] and [B], all texts' own ids, and how many each has.
+    spans: int64 [n, 2], a token's characters in its target. scored: bool [n], the tokens that are scored if anything
+    visible is.
+    """
+    text = np.repeat(np.arange(len(sizes)), sizes)
+    first_token = np.cumsum(sizes) - sizes
+    in_front = np.array([len(front) for front in before], dtype=np.int64)
+    # Nothing stands before the first of all tokens, so it has no probability.
+    scored = np.flatnonzero(scored & (np.arange(len(ids)) + in_front[text] > first_token[text]))
+    # From here on, characters are counted in the concatenation of all targets.
+    text = text[scored]
+    target_starts = np.cumsum([0, *map(len, targets)])
+    starts, ends = (spans[scored] + target_starts[text, None]).T
+    chars = _first_visible(starts, ends, text, targets)
+    seen = chars >= 0
+    scored, chars, cuts = scored[seen], chars[seen], np.searchsorted(text[seen], np.arange(len(targets) + 1))
+    return [
+        Encoded(
+            ids=np.concatenate([np.array(front, dtype=np.int64), ids[first : first + size]]),
+            positions=scored[cut:end] - first + len(front),
+            chars=chars[cut:end] - start,
+        )
+        for front, first, size, start, (cut, end) in zip(
+            before, first_token, sizes, target_starts[:-1], pairwise(cuts), strict=True
+        )
+    ]
 
 
 def _first_visible(start: np.ndarray, end: np.ndarray, text: np.ndarray, targets: Sequence[str]) -> np.ndarray:
@@ -339,16 +323,6 @@ def _first_visible(start: np.ndarray, end: np.ndarray, text: np.ndarray, targets
     return np.where(text[nearest] == text, first[nearest], -1)
 
 
-# --- seams -----------------------------------------------------------------------------------------------------------
-
-# The space between a prompt and a completion that was decoded by itself, where the tokenizer's decoder strips it.
-#
-# Tokenizers like those of Llama 2, Mistral and Phi-3 decode the ids of " there" alone as "there". Where the ids are
-# known they are scored (`ppl.scoring.tokens.Sampled`); this is for callers who have nothing but the text.
-
-_MOST = 32  # characters of a first word
-
-
 def restore_spaces(
     encoder: TextEncoder,
     score: Callable[[list[Encoded]], list[np.ndarray]],
@@ -356,6 +330,9 @@ def restore_spaces(
     decoding: Decoding,
 ) -> list[str]:
     """The targets of (context, target), as they were before decoding took a space from their front.
+
+    Tokenizers like those of Llama 2, Mistral and Phi-3 decode the ids of " there" alone as "there". Where the ids are
+    known they are scored (`Sampled`); this is for callers who have nothing but the text.
 
     "Once upon a time" + "there was" cannot be told from "Once upon a ti" + "me": of both readings, with a space and
     without, the one whose first word surprises the scorer less is taken. Nothing is changed where the decoder keeps
@@ -373,7 +350,8 @@ def restore_spaces(
         if context and target and not context[-1].isspace() and not target[0].isspace()
     ]
     contexts = [pairs[index][0] for index in open_ones for _ in range(2)]
-    words = [space + targets[index].split()[0][:_MOST] for index in open_ones for space in ("", " ")]
+    # 32 characters of a first word are enough to tell.
+    words = [space + targets[index].split()[0][:32] for index in open_ones for space in ("", " ")]
     totals = np.array([surprisal.sum() for surprisal in score(encoder.encode(contexts, words))]).reshape(-1, 2)
     for index, (glued, apart) in zip(open_ones, totals, strict=True):
         if apart < glued:

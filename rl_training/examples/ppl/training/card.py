@@ -1,16 +1,20 @@
 """The model card: what a model was trained on, with which reward, what came of it, how to load it; TRL's text below."""
 
 import json
+import re
+from dataclasses import asdict
 from pathlib import Path
 
 from huggingface_hub import ModelCard, hf_hub_download, metadata_load
+from jinja2 import Template
 from yaml import YAMLError
 
 from ..baselines.file import Baselines
-from ..config import LEVELS
+from ..cli import runnable
 from ..files import write_text
 from ..models import base_of_adapter, model_path
-from .job import Job
+from ..processes import is_first
+from .job import Job, push_command
 from .settings import CONFIG_FILE
 
 TEMPLATE = str(Path(__file__).with_name("card.md.j2"))
@@ -25,14 +29,14 @@ def complete_card(job: Job, state) -> None:
     """
     path = job.output / "README.md"
     trl = ModelCard.load(path, ignore_metadata_errors=True)
-    adapter, base = not job.args.full_finetuning, model_path(base_name(job.args.model_name))
+    adapter, base = job.models.lora is not None, base_of(job.models.name)
     name, data = (job.config.hub_model_id or str(job.output.resolve())).rpartition("/")[2], trl.data
     data.pop("licence")  # TRL's, misspelt and without a value
     data.license = licence_of(base)
     data.library_name = "peft" if adapter else "transformers"
     data.pipeline_tag = "text-generation"
     data.base_model = None if is_here(base) else base
-    data.datasets = None if is_here(job.args.dataset_name) else [job.args.dataset_name]
+    data.datasets = None if is_here(job.dataset_name) else [job.dataset_name]
     card = ModelCard.from_template(
         data,
         template_path=TEMPLATE,
@@ -44,34 +48,78 @@ def complete_card(job: Job, state) -> None:
         heldout=heldout(job.output / "heldout.json"),
         picture=(job.output / "reward.png").exists(),
         config=CONFIG_FILE,
-        source=job.config.hub_model_id or name,
-        in_4bit=adapter and job.policy_load["load_in_4bit"],
+        use=how_to_use(job, job.config.hub_model_id or name, name),
         licence=data.license,
         mark=MARK,
-        trl=trl.text,
+        trl=re.sub(r"This model is a fine-tuned version of .*\n|## Quick start\n(?s:.*?)(?=\n## )", "", trl.text),
     )
     write_text(path, str(card), "replace")
 
 
+def how_to_use(job: Job, source: str, folder: str) -> str:
+    """Markdown: how to load what was trained, write with it as in training, merge it, make a GGUF file and push it.
+
+    source: what is loaded, a folder or a name on the hub. folder: the output folder, as commands name it.
+    """
+    prompt, chat = job.heldout_rows["prompt"][0], {name: value for name, value in job.chat.items() if value}
+    of_chat = {"return_dict": True, **chat.pop("chat_template_kwargs", {}), **chat}
+    if not isinstance(prompt, str):
+        begun = prompt[-1]["role"] == "assistant"
+        of_chat["continue_final_message" if begun else "add_generation_prompt"] = True
+    sampling = {name: value for name, value in asdict(job.sampling).items() if value is not None}
+    adapter = job.models.lora is not None
+    return Template(Path(__file__).with_name("use.md.j2").read_text(encoding="utf-8")).render(
+        adapter=adapter,
+        in_4bit=adapter and job.models.policy_load["load_in_4bit"],
+        source=source,
+        prompt=prompt,
+        of_chat=of_chat,
+        sampling={"do_sample": True, **sampling.pop("generation_kwargs", {}), **sampling},
+        merged=f"{folder}/merged" if adapter else folder,
+        is_merged=job.models.save_merged or not adapter,
+        push=push_command(job.config, folder),
+    )
+
+
+def print_use(job: Job) -> None:
+    """The same, to be pasted into this shell: Python as what `python` reads."""
+    if not is_first():
+        return
+    text = how_to_use(job, str(job.output), str(job.output))
+    blocks = re.findall(r"```(\w+)\n(.*?)\n```", text, flags=re.DOTALL)
+    python = "\n".join(lines for language, lines in blocks if language == "python")
+    commands = "\n".join(lines for language, lines in blocks if language == "bash")
+    print(f"\nTo use it ({job.output / 'README.md'} says the same), in this shell:\n")
+    commands = re.sub("^(python|hf)(?= )", lambda program: runnable([program[0]]), commands, flags=re.MULTILINE)
+    print(f"{runnable(['python', '-'])} <<'END'\n{python}\nEND\n{commands}")
+
+
 def settings(job: Job) -> list[tuple[str, str]]:
     """(what, value) of the card's table."""
-    args, load = job.args, job.scorer_load
-    thresholds = job.settings["reward_thresholds"] or ()
-    steps = ", ".join(f"{reward:g} from {percent:g} %" for percent, reward in thresholds)
-    form = "log-likelihood ratio in nats" if job.settings["form"] == "nats" else steps
+    reward, load, made = job.reward, job.models.scorer_load, job.baselines or job.column_meta
+    steps = ", ".join(f"{paid:g} from {percent:g} %" for percent, paid in reward.reward_thresholds or ())
     precision = "4-bit" if load["load_in_4bit"] else "" if load["dtype"] == "auto" else load["dtype"]
-    scorer = "the model itself before training" if args.scorer_model is None else f"`{shown(args.scorer_model)}`"
-    weights = ", ".join(f"{level} {weight:g}" for level, weight in zip(LEVELS, job.settings["weights"], strict=True))
+    scorer = "the model itself before training" if job.models.scorer is None else f"`{shown(job.models.scorer)}`"
+    weights = ", ".join(f"{level} {weight:g}" for level, weight in zip(reward.levels, reward.weights, strict=True))
     return [
-        ("Base model", f"`{shown(model_path(base_name(args.model_name)))}`"),
-        ("Data", f"`{shown(args.dataset_name)}`, {args.dataset_split}: {len(job.train_rows):,} prompts"),
-        ("What is scored", f"the {args.target}"),
-        ("Levels", f"{args.aggregation}; weights: {weights}"),
-        ("Reward of an improvement", form),
-        ("Loop penalty", f"{args.loop_penalty:g} ranges of the reward"),
-        ("Baselines", _baselines(job)),
+        ("Base model", f"`{shown(base_of(job.models.name))}`"),
+        ("Data", f"`{shown(job.dataset_name)}`, {job.dataset_split}: {len(job.train_rows):,} prompts"),
+        ("What is scored", f"the {reward.target}"),
+        ("Levels", f"{reward.aggregation}; weights: {weights}"),
+        ("Reward of an improvement", "log-likelihood ratio in nats" if reward.form == "nats" else steps),
+        ("Loop penalty", f"{job.loop_penalty:g} ranges of the reward"),
+        ("Baselines", baselines_of(made, reward.target)),
         ("Scorer", ", ".join(filter(None, (scorer, "frozen", precision)))),
     ]
+
+
+def baselines_of(made: Baselines, target: str) -> str:
+    """Which they are. made: those of the run's file, else what the data set says of its columns, if anything."""
+    if not made and not made.meta:
+        return "each prompt's first completions" if target == "completion" else "the prompt alone"
+    own = made.meta.get("generated")
+    of = f"the mean of {own['generate']} completions a prompt before training" if own else "the data set's own texts"
+    return f"`{shown(made.source)}`: {of}"
 
 
 def licence_of(base: str) -> str | None:
@@ -85,9 +133,9 @@ def licence_of(base: str) -> str | None:
     return data.get("license") if data else None
 
 
-def base_name(name: str) -> str:
-    """Of a folder with an adapter in it, the model that it was made for."""
-    return base_of_adapter(model_path(name)) or name
+def base_of(name: str) -> str:
+    """Where a model is loaded from; of a folder with an adapter in it, the model that it was made for."""
+    return model_path(base_of_adapter(model_path(name)) or name)
 
 
 def is_here(name: str) -> bool:
@@ -97,15 +145,6 @@ def is_here(name: str) -> bool:
 
 def shown(name: str) -> str:
     return Path(name).name if is_here(name) else name
-
-
-def _baselines(job: Job) -> str:
-    made: Baselines | None = job.baselines or (job.column_meta if job.column_meta.meta else None)
-    if made is None:
-        return "each prompt's first completions" if job.args.target == "completion" else "the prompt alone"
-    own = made.meta.get("generated")
-    of = f"the mean of {own['generate']} completions a prompt before training" if own else "the data set's own texts"
-    return f"`{shown(made.source)}`: {of}"
 
 
 def heldout(path: Path) -> dict | None:

@@ -10,12 +10,10 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from ..config import LEVELS
-from ..data import message_text
-
-# --- variety ---------------------------------------------------------------------------------------------------------
-
-# How often texts say the same again.
+from ..data import message_text, prompt_key
+from ..processes import is_sharded
+from ..scoring.surprisal import is_scorer
+from .found import found_among
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
@@ -46,40 +44,59 @@ def described(texts: Sequence[str]) -> dict[str, float]:
     }
 
 
-# --- diagnostics -----------------------------------------------------------------------------------------------------
-
 WINDOW = 20  # steps that a verdict looks back
 START = 5  # reward calls that later ones are compared with
 NEARLY_ALL = 0.9
 LEAST_DISTINCT = 0.9  # of the start
 LEAST_LENGTH = 0.5  # of the start
 PAID = 5.0  # %, how far a level's improvement rises, and another's falls below 0 and below its start
+LEAST_GAIN = 2.0  # points of improvement; less is not looked into
+MOST_ROWS = 16  # of which the last completions are looked for among 8
 LEAST_KL, MOST_KL = 0.02, 0.5  # nats a token; runs of which the texts stayed what they were ended at 0.05 to 0.35
 
-REMEDY = {
-    "saturated": "Measure against the model's own writing (compute_baselines_trl.py --generate 4, with this run's "
-    "sampling flags), sample at --temperature 1 and --top_p 1, or set stricter --reward_thresholds. If a run has come "
-    "there by itself, it has earned all that there is: stop, or begin anew with a lower --learning_rate.",
-    "no baseline": "The data set and the baselines do not belong together: compute them on this data set and split.",
-    "first visit": "Each prompt's first completions only make its baseline: train for more epochs "
-    "(--num_train_epochs 3), or give --baselines_path.",
-    "blank": "The completions are empty or blank: check the prompts' format, and that --max_new_tokens is not tiny.",
-    "out of reach": "The baselines are texts that the model cannot match yet: measure against its own writing "
-    "(compute_baselines_trl.py --generate 4), or reward the log-likelihood ratio (--reward_form nats).",
-    "no spread": "Reward the log-likelihood ratio (--reward_form nats), or sample more freely (--temperature 1, a "
-    "larger --num_generations).",
-    "level pays": "Weigh the levels alike (--ppl_weights 1 1 1), let each be normalised by itself (--per_level), or "
-    "hold the policy near its start (--beta 0.04).",
-    "not moved": "Raise --learning_rate (five times is a usual step), and see that --warmup_steps are few beside the "
+NOTHING_TO_LEARN = {"saturated", "all zero", "no spread"}
+VERDICTS = {
+    "saturated": "{seen}. SATURATED: {at_top:.0%} of the completions are at the top threshold, with {improvement:+.1f} "
+    "% improvement over their baselines. Measure against the model's own writing (compute_baselines_trl.py --generate "
+    "4, with this run's sampling flags), sample at --temperature 1 and --top_p 1, or set stricter --reward_thresholds. "
+    "If a run has come there by itself, it has earned all that there is: stop, or begin anew with a lower "
+    "--learning_rate.",
+    "all zero": "{seen}. ALL ZERO: {nothing:.0%} of the completions earn nothing, {why}",
+    "no spread": "{seen}. NO SPREAD: {at_zero:.0%} of the completions are at 0, {at_top:.0%} at the top threshold, the "
+    "others between, but alike within their groups. Reward the log-likelihood ratio (--reward_form nats), or sample "
+    "more freely (--temperature 1, a larger --num_generations).",
+    "gamed": "GAMED: in the last {window} steps distinct-2 is {distinct_2:.2f} and the length {length:.2f} of what "
+    "they were at the start: the model earns by loops, blandness or brevity. Hold the policy near its start (--beta "
+    "0.04), lower --learning_rate, keep --loop_penalty on, or measure what the model does not write (--target "
+    "reference). A checkpoint from before is the one to keep.",
+    "level pays": "ONE LEVEL PAYS FOR ANOTHER: since the start the {better} level has risen by {rise:.0f} points to an "
+    "improvement that the {worse} level pays for: {fall:+.0f} % from its baseline. Weigh the levels alike "
+    "(--ppl_weights 1 1 1), let each be normalised by itself (--per_level), or hold the policy near its start (--beta "
+    "0.04).",
+    "any row": "ANY ROW: since step {first} completions earn {rise:.1f} points more, and are found among {k} rows as "
+    "theirs no better ({before:.0%} -> {after:.0%}): what is learned is a manner of writing, whatever it says. Show "
+    "the scorer examples (--examples 3), compare with other rows (--contrast 2), and read the completions.",
+    "not moved": "NOT MOVED: after {steps} steps the policy is {kl:.3f} nats a token from its start, less than "
+    "{least_kl}. Raise --learning_rate (five times is a usual step), and see that --warmup_steps are few beside the "
     "steps of the run.",
-    "moved far": "Read the completions: what is paid may be a manner of writing, whatever it says. Hold the policy "
-    "near its start (--beta 0.1), or lower --learning_rate.",
-    "gamed": "Hold the policy near its start (--beta 0.04), lower --learning_rate, keep --loop_penalty on, or "
-    "measure what the model does not write (--target reference). A checkpoint from before is the one to keep.",
+    "moved far": "MOVED FAR: after {steps} steps the policy is {kl:.2f} nats a token from its start, more than "
+    "{most_kl}. Read the completions: what is paid may be a manner of writing, whatever it says. Hold the policy near "
+    "its start (--beta 0.1), or lower --learning_rate.",
 }
-
-
-_NOTHING_TO_LEARN = {"saturated", "all zero", "no spread"}
+# Why all earn nothing, by the share of completions of which it is true.
+WHY_ZERO = {
+    "missing": "{missing:.0%}: no baseline. The data set and the baselines do not belong together: compute them on "
+    "this data set and split.",
+    "first_visit": "{first_visit:.0%}: first visit. A completion that is a prompt's first and only one has none to be "
+    "compared with: sample more for each (--num_generations 8), or give --baselines_path.",
+    "unscorable": "{unscorable:.0%}: blank. The completions are empty or blank: check the prompts' format, and that "
+    "--max_new_tokens is not tiny.",
+}
+OUT_OF_REACH = (
+    "with {improvement:+.1f} % improvement over their baselines. The baselines are texts that the model cannot match "
+    "yet: measure against its own writing (compute_baselines_trl.py --generate 4), or reward the log-likelihood ratio "
+    "(--reward_form nats)."
+)
 
 
 class _Sample(NamedTuple):
@@ -108,57 +125,52 @@ class _Call(NamedTuple):
 
 
 class Diagnostics(TrainerCallback):
-    """Watches a reward function from within: `reward_fn.observer = Diagnostics()`, and a callback of the trainer.
+    """A callback of the trainer that listens to a reward function: `trainer.add_callback(Diagnostics(reward_fn))`.
 
     Each call logs, over all processes, `diagnostics/at_zero` and `diagnostics/at_top` (shares of completions at 0 or
     below, and at the top threshold), `no_spread` (of groups whose rewards, but for blank completions, are all equal),
     `unscorable`, `missing` (without a baseline), `first_visit`, `distinct_2`, and `distinct_2_of_start` and
     `length_of_start`, relative to the mean of the first `START` calls.
 
-    After `WINDOW` steps in which 90 % of the groups had no spread, it says once whether the reward is saturated, all
-    zero (and why), or without spread for another reason, with the remedy; and as soon as the mean distinct-2 of
-    `WINDOW` steps is below 0.9 of the start, or the length below half of it, that the reward is being gamed. When one
-    level has become better than at the start by more than `PAID` % and another one worse, by more than that below its
-    baseline, it says which level pays for which. And where groups had spread, but the policy is still where it began
-    after `WINDOW` steps, it says that, too, and later, if it is far from there.
+    After a step it says once, with the remedy, which of `VERDICTS` the last `WINDOW` steps show: rewards that are
+    saturated, all zero (and why) or alike for another reason, where 90 % of the groups have no spread; a distinct-2
+    below 0.9 of the start's, or a length below half of it; a level that has risen since the start by more than `PAID` %
+    while another fell, by more than that below its baseline; and where groups have spread, a policy that is still where
+    it began after `WINDOW` steps, or far from there later.
 
     kl: of prompts and what was written for them (ids or texts), gives the policy's distance from its start in nats a
-    token, or None; asked every `WINDOW` steps until it is far.
+    token, or None; asked every `WINDOW` steps until it is far. As often the last completions are looked for among their
+    rows (`ppl.training.found`), under the reward's own scorer.
     """
 
-    def __init__(self, kl: Callable[[list, list], float | None] | None = None) -> None:
+    def __init__(self, reward_fn, kl: Callable[[list, list], float | None] | None = None) -> None:
         self.kl = kl
-        self.start_levels: list[list[float]] = []  # improvements of word, phrase and sentence in the first calls
+        self.start_levels: list[list[float]] = []  # improvements of the levels in the first calls
         self.start: list[list[float]] = []  # [distinct-2, length] of the first calls
         self.named: list[str] = []  # failures already told
+        self.found: list[list[float]] = []  # [step, top-1, improvement] at the first look, and at the last one
+        self._reward_fn, self._levels, self._top = reward_fn, reward_fn.config.levels, reward_fn.config.highest
+        self._recent: dict[str, tuple] = {}  # the last prompts: (prompt, a completion, its reference)
         self._calls: deque[_Call] = deque()
         self._steps = 0
         self._written: tuple[list, list] = ([], [])  # in the last step: prompts, and ids or texts
         self._in_step = False  # else it is an evaluation that asks for rewards
+        reward_fn.listen(self.observe)
 
-    def observe(
-        self,
-        call,
-        top: float,
-        prompts: Sequence,
-        texts: Sequence[str],
-        rewards,
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        log_metric=None,
-        **columns,
-    ) -> None:
-        """call: the reward function's record of its call. top: the most a completion can earn. rewards: what it
-        returned, None for a skipped row. The rest: as TRL calls a reward function."""
-        raw = call.details["rewards"].tolist()
-        average = call.details["improvements"]["avg"].tolist()
-        levels = list(zip(*(call.details["improvements"][level].tolist() for level in LEVELS), strict=True))
+    def observe(self, call) -> None:
+        """call: `ppl.reward.function.Call`."""
+        measured, earned, completion_ids = call.measured, call.earned, call.columns.get("completion_ids")
+        log_metric = call.columns.get("log_metric")
         local = [
             _Sample(
-                repr(prompts[index]), reward, raw[index] <= 0, raw[index] >= top, bool(call.measured.scored[index]),
-                bool(call.measured.skipped[index]), bool(call.measured.first_visit[index]),
-                average[index], levels[index], distinct([text], 2), len(text),
+                repr(prompt), reward, raw <= 0, raw >= self._top, scored, skipped, first, average, tuple(levels),
+                distinct([text], 2), len(text),
             )
-            for index, (text, reward) in enumerate(zip(texts, rewards, strict=True))
+            for prompt, text, reward, raw, scored, skipped, first, average, levels in zip(
+                call.prompts, call.texts, call.rewards, earned.rewards.tolist(), measured.scored.tolist(),
+                measured.skipped.tolist(), measured.first_visit.tolist(), earned.average.tolist(),
+                earned.improvement.tolist(), strict=True,
+            )
         ]  # fmt: skip
         # A process may hold part of a group: together they are whole, and stand side by side.
         samples = local
@@ -169,7 +181,11 @@ class Diagnostics(TrainerCallback):
         summary = _summary(samples, self._steps)
         if self._in_step:
             self._calls.append(summary)
-            self._written = (list(prompts), list(texts if completion_ids is None else completion_ids))
+            self._written = (list(call.prompts), list(call.texts if completion_ids is None else completion_ids))
+            for row in zip(call.prompts, call.texts, call.columns.get("reference") or call.texts, strict=True):
+                self._recent.pop(prompt_key(row[0]), None)
+                self._recent[prompt_key(row[0])] = row
+            self._recent = dict(list(self._recent.items())[-MOST_ROWS:])
             if len(self.start) < START:
                 self.start.append([summary.distinct_2, summary.length])
             if len(self.start_levels) < START and summary.levels is not None:
@@ -196,19 +212,14 @@ class Diagnostics(TrainerCallback):
             self._calls.popleft()
         verdicts = self.verdicts()
         # Where nothing can be learned, that is why it has not moved. What has been told is not asked for again.
-        asks = self._steps % WINDOW == 0 and "moved far" not in self.named and not set(verdicts) & _NOTHING_TO_LEARN
+        asks = self._steps % WINDOW == 0 and "moved far" not in self.named and not verdicts.keys() & NOTHING_TO_LEARN
         kl = self.kl(*self._written) if asks and self.kl is not None else None
-        if kl is not None:
-            if kl < LEAST_KL and self._steps == WINDOW:
-                verdicts["not moved"] = (
-                    f"NOT MOVED: after {WINDOW} steps the policy is {max(kl, 0.0):.3f} nats a token from its start, "
-                    f"less than {LEAST_KL}. {REMEDY['not moved']}"
-                )
-            if kl > MOST_KL:
-                verdicts["moved far"] = (
-                    f"MOVED FAR: after {self._steps} steps the policy is {kl:.2f} nats a token from its start, "
-                    f"more than {MOST_KL}. {REMEDY['moved far']}"
-                )
+        if kl is not None and kl < LEAST_KL and self._steps == WINDOW:
+            verdicts["not moved"] = VERDICTS["not moved"].format(steps=WINDOW, kl=max(kl, 0.0), least_kl=LEAST_KL)
+        if kl is not None and kl > MOST_KL:
+            verdicts["moved far"] = VERDICTS["moved far"].format(steps=self._steps, kl=kl, most_kl=MOST_KL)
+        if self._steps % WINDOW == 0 and (any_row := self._any_row()):
+            verdicts["any row"] = any_row
         for name, text in verdicts.items():
             if name not in self.named:
                 self.named.append(name)
@@ -219,47 +230,45 @@ class Diagnostics(TrainerCallback):
         """The failures that the last `WINDOW` steps show, by name, each in words with its remedy."""
         if self._steps < WINDOW or not self._calls:
             return {}
-        verdicts = {}
         groups = sum(call.groups for call in self._calls)
         flat = sum(call.without_spread for call in self._calls) / max(groups, 1)
-        mean = {name: float(np.mean([call.shares[name] for call in self._calls])) for name in self._calls[0].shares}
-        improvement = float(np.mean([call.improvement for call in self._calls]))
-        seen = f"In the last {WINDOW} steps {flat:.0%} of the groups had no spread: GRPO learns nothing"
-        if flat >= NEARLY_ALL:
-            if mean["at_top"] >= NEARLY_ALL:
-                verdicts["saturated"] = (
-                    f"{seen}. SATURATED: {mean['at_top']:.0%} of the completions are at the top threshold, with "
-                    f"{improvement:+.1f} % improvement over their baselines. {REMEDY['saturated']}"
-                )
-            elif mean["at_zero"] + mean["missing"] >= NEARLY_ALL:
-                causes = {"no baseline": "missing", "first visit": "first_visit", "blank": "unscorable"}
-                cause = max(causes, key=lambda name: mean[causes[name]])
-                if mean[causes[cause]] < 0.5:
-                    cause, why = "out of reach", f"with {improvement:+.1f} % improvement over their baselines"
-                else:
-                    why = f"{mean[causes[cause]]:.0%}: {cause}"
-                verdicts["all zero"] = (
-                    f"{seen}. ALL ZERO: {mean['at_zero'] + mean['missing']:.0%} of the completions earn nothing, "
-                    f"{why}. {REMEDY[cause]}"
-                )
-            else:
-                verdicts["no spread"] = (
-                    f"{seen}. NO SPREAD: {mean['at_zero']:.0%} of the completions are at 0, {mean['at_top']:.0%} at "
-                    f"the top threshold, the others between, but alike within their groups. {REMEDY['no spread']}"
-                )
         distinct_2, length = self._of_start(self._calls)
+        numbers: dict = {
+            **{name: np.mean([call.shares[name] for call in self._calls]) for name in self._calls[0].shares},
+            "improvement": np.mean([call.improvement for call in self._calls]),
+            "seen": f"In the last {WINDOW} steps {flat:.0%} of the groups had no spread: GRPO learns nothing",
+            "window": WINDOW, "distinct_2": distinct_2, "length": length,
+        }  # fmt: skip
+        numbers["nothing"] = numbers["at_zero"] + numbers["missing"]
+        cause = max(WHY_ZERO, key=lambda name: numbers[name])
+        numbers["why"] = (WHY_ZERO[cause] if numbers[cause] >= 0.5 else OUT_OF_REACH).format(**numbers)
+        found = []
+        if flat >= NEARLY_ALL and numbers["at_top"] >= NEARLY_ALL:
+            found.append("saturated")
+        elif flat >= NEARLY_ALL:
+            found.append("all zero" if numbers["nothing"] >= NEARLY_ALL else "no spread")
         if distinct_2 < LEAST_DISTINCT or length < LEAST_LENGTH:
-            verdicts["gamed"] = (
-                f"GAMED: in the last {WINDOW} steps distinct-2 is {distinct_2:.2f} and the length {length:.2f} of what "
-                f"they were at the start: the model earns by loops, blandness or brevity. {REMEDY['gamed']}"
-            )
+            found.append("gamed")
         if paying := self._paying():
-            better, worse, rise, fall = paying
-            verdicts["level pays"] = (
-                f"ONE LEVEL PAYS FOR ANOTHER: since the start the {better} level has risen by {rise:.0f} points to an "
-                f"improvement that the {worse} level pays for: {fall:+.0f} % from its baseline. {REMEDY['level pays']}"
-            )
-        return verdicts
+            numbers |= dict(zip(("better", "worse", "rise", "fall"), paying, strict=True))
+            found.append("level pays")
+        return {name: VERDICTS[name].format(**numbers) for name in found}
+
+    def _any_row(self) -> str | None:
+        """A verdict if completions earn more than at the first look, and go with their own rows no better."""
+        scorer = self._reward_fn.model
+        if not is_scorer(scorer) and is_sharded(scorer):  # in each process other rows, all would have to ask as often
+            return None
+        prompts, texts, references = zip(*self._recent.values(), strict=True) if self._recent else ((), (), ())
+        seen = found_among(self._reward_fn, prompts, [[text] for text in texts], references)
+        if seen is None:
+            return None
+        k, improvement = seen[0], float(np.mean([call.improvement for call in self._calls]))
+        self.found = [*self.found[:1], [self._steps, seen[1].top_1, improvement]]
+        (first, before, earned), (_, after, earns) = self.found[0], self.found[-1]
+        if earns - earned <= LEAST_GAIN or after > before:
+            return None
+        return VERDICTS["any row"].format(first=first, rise=earns - earned, k=k, before=before, after=after)
 
     def _paying(self) -> tuple[str, str, float, float] | None:
         """(the level that rose most, the one that fell furthest, by how much, its improvement), if both count."""
@@ -270,23 +279,24 @@ class Diagnostics(TrainerCallback):
         change = means - start
         better, worse = int(change.argmax()), int(np.argmin(np.maximum(means, change)))
         if change[better] > PAID and max(means[worse], change[worse]) < -PAID:
-            return LEVELS[better], LEVELS[worse], float(change[better]), float(means[worse])
+            return self._levels[better], self._levels[worse], float(change[better]), float(means[worse])
         return None
 
     def _of_start(self, calls) -> tuple[float, float]:
         """(distinct-2, length) of the calls relative to the start; 1 before there is one."""
         now = np.mean([[call.distinct_2, call.length] for call in calls], axis=0)
         start = np.mean(self.start, axis=0) if self.start else now
-        distinct_2, length = (float(a / b) if b > 0 else 1.0 for a, b in zip(now, start, strict=True))
+        distinct_2, length = np.divide(now, start, out=np.ones(2), where=start > 0).tolist()
         return distinct_2, length
 
     def state_dict(self) -> dict:
         """What a resumed run needs to be compared with the same start, and not to repeat itself."""
-        return {"start": self.start, "start_levels": self.start_levels, "named": self.named}
+        return {"start": self.start, "start_levels": self.start_levels, "named": self.named, "found": self.found}
 
     def load_state_dict(self, state: Mapping) -> None:
         self.start, self.named = list(state["start"]), list(state["named"])
-        self.start_levels = list(state.get("start_levels", []))  # checkpoints of before have none
+        # Checkpoints of before have none.
+        self.start_levels, self.found = list(state.get("start_levels", [])), list(state.get("found", []))
 
 
 def _summary(samples: Sequence[_Sample], step: int) -> _Call:
@@ -317,8 +327,8 @@ def _summary(samples: Sequence[_Sample], step: int) -> _Call:
     )
 
 
-def in_one_line(logs: Mapping[str, float], prefix: str = "") -> str:
+def in_one_line(logs: Mapping[str, float]) -> str:
     """What of a log entry belongs into the progress line; "" without diagnostics."""
     names = {"at_zero": "at 0", "at_top": "at top", "no_spread": "groups alike"}
-    shares = {text: logs.get(f"{prefix}diagnostics/{name}") for name, text in names.items()}
+    shares = {text: logs.get(f"diagnostics/{name}") for name, text in names.items()}
     return "".join(f", {text} {share:.0%}" for text, share in shares.items() if share is not None)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..config import LEVELS
 from ..data import Text
 from ..errors import InputError
 from ..files import without_nan, write_text
@@ -20,14 +19,14 @@ from ..reward.function import row_baselines
 from ..scoring.sampling import GivenIds, end_tokens, prompt_ids, sample, up_to_end
 from ..scoring.surprisal import SurprisalScorer
 from ..scoring.tokens import Sampled, TextEncoder
-from .diagnostics import described
+from .diagnostics import LEAST_GAIN, described
+from .found import found_among
 from .job import Job
 from .policy import Loaded
 from .rewards import Reward, call_as_trl, name_of, perplexity_rewards
 
 SWAPPED = "improvement % with another row's"
-LEAST_GAIN = 2.0  # points of improvement; less is not looked into
-LARGE_SHARE = 0.5
+FOUND = "found among "
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,11 @@ class HeldOutPrompts:
         }
         # As JSON has it, to be compared with what a file says.
         weights = [[name_of(function), weight] for function, weight in rewards]
-        self.rewarded = json.loads(json.dumps({"weights": weights, **job.settings}))
+        shown = perplexity_rewards(rewards)[0].calculator.contexts.identity
+        self.rewarded = json.loads(json.dumps({**vars(job.reward), **job.chat, **shown, "rewards": weights}))
         # The model before training: itself without its adapter, or a frozen copy, if that is what scores.
-        copy = None if job.args.scorer_model or job.args.scorer_url else scorer.model
-        self.scorers = kl_scorers(policy.model, copy if job.args.full_finetuning else policy.model)
+        copy = None if job.models.scorer or job.models.scorer_url else scorer.model
+        self.scorers = kl_scorers(policy.model, copy if job.models.lora is None else policy.model)
 
     def before(self) -> HeldOut:
         """Of a run that goes on: what it measured before its first step."""
@@ -136,7 +136,8 @@ def evaluate(
     if reward_fn.config.target == "reference" and len(rows) > 1:
         strangers = [one for index in indices for one in groups[(index + 1) % len(rows)]]
         improvements = _measured(reward_fn, columns, strangers)["improvements"]
-        scores.append((SWAPPED, np.mean([np.asarray(improvements[level]) for level in LEVELS], axis=0)))
+        levels = [np.asarray(improvements[level]) for level in reward_fn.config.levels]
+        scores.append((SWAPPED, np.mean(levels, axis=0)))
     written = [one.written for group in sampled for one in group]
     moved = kl_by_text(scorers, tokenizer, columns["prompt"], written, **chat)
 
@@ -147,8 +148,13 @@ def evaluate(
     means = [(name, float(torch.from_numpy(one.ravel()).nanmean())) for name, one in zip(names, values, strict=True)]
     completions = [[text for text, _ in group] for group in groups]
     texts = [text for group in completions for text in group]
-    more = 1 + 2 * len(LEVELS)  # what others give stands at the end
+    going = found_among(
+        reward_fn, rows["prompt"], completions, rows["reference"] if "reference" in rows.column_names else None
+    )
+    more = 1 + 2 * len(reward_fn.config.levels)  # what others give stands at the end
     shown = dict(means[:more]) | {"KL": kl_a_token(moved, tokens), **described(texts)} | dict(means[more:])
+    if going is not None:
+        shown |= {f"{FOUND}{going[0]}": going[1].top_1, "p of it": going[1].p}
     completion_ids = [[ids for _, ids in group] for group in groups]
     return HeldOut(list(rows["prompt"]), completions, values[0].tolist(), shown, completion_ids)
 
@@ -176,11 +182,15 @@ def _scores(rewards: Sequence[Reward], columns: Mapping[str, list], written: Seq
     texts, ids = [text for text, _ in written], [ids for _, ids in written]
     called = call_as_trl([function for function, _ in others], columns["prompt"], texts, ids, columns, state)
     earned = [weight * one for (_, weight), one in zip(others, called, strict=True)]
-    total = sum(earned[: len(LEVELS)]) if levels else rewards[0][1] * np.asarray(details["rewards"])
+    total = sum(earned[: len(levels) + 1]) if levels else rewards[0][1] * np.asarray(details["rewards"])
     measured = {"improvement %": details["improvements"], "PPL": details["ppls"]}
     return [
         ("reward", np.asarray(total)),
-        *((f"{level} {what}", np.asarray(of[level])) for what, of in measured.items() for level in LEVELS),
+        *(
+            (f"{level} {what}", np.asarray(of[level]))
+            for what, of in measured.items()
+            for level in reward_fn.config.levels
+        ),
         *((row_name(function), np.asarray(one)) for (function, _), one in zip(others, earned, strict=True)),
     ]
 
@@ -192,7 +202,7 @@ def _measured(reward_fn, columns: Mapping[str, list], written: Sequence[tuple]) 
         prompts=columns["prompt"],
         references=columns.get("reference"),
         ids=columns.get("id"),
-        baselines=row_baselines(columns),
+        baselines=row_baselines(columns, reward_fn.config.levels),
         completion_ids=[ids for _, ids in written],
         prompt_ids=columns["prompt_ids"],
         return_details=True,
@@ -200,25 +210,24 @@ def _measured(reward_fn, columns: Mapping[str, list], written: Sequence[tuple]) 
 
 
 def gained_by_any(before: Mapping[str, float], after: Mapping[str, float]) -> str | None:
-    """A warning where references gained as much, or half as much, with the completions of other rows.
+    """A warning where what was written earns more, and goes with its own row no better than before.
 
     before, after: scores of `HeldOut`.
 
-    >>> levels = ["word improvement %", "phrase improvement %", "sentence improvement %"]
-    >>> gained_by_any(dict.fromkeys([*levels, SWAPPED], 0.0), dict.fromkeys(levels, 16.0) | {SWAPPED: 14.0})[:74]
-    'ANY ROW: references gained 16.0 points with their own completions and 14.0'
-    >>> gained_by_any(dict.fromkeys([*levels, SWAPPED], 0.0), dict.fromkeys(levels, 16.0) | {SWAPPED: 2.0})
+    >>> before = {"word improvement %": 0.0, "found among 8": 0.5}
+    >>> gained_by_any(before, {"word improvement %": 16.0, "found among 8": 0.5})[:47]
+    'ANY ROW: completions earn 16.0 points more, and'
+    >>> gained_by_any(before, {"word improvement %": 16.0, "found among 8": 0.9})
     """
-    if SWAPPED not in before or SWAPPED not in after:
-        return None
-    own = sum(after[name] - before[name] for name in (f"{level} improvement %" for level in LEVELS)) / len(LEVELS)
-    swapped = after[SWAPPED] - before[SWAPPED]
-    if not (own > LEAST_GAIN and swapped > LARGE_SHARE * own):
+    [found] = [name for name in before if name.startswith(FOUND)] or [None]
+    levels = [name for name in before if name.endswith(" improvement %")]
+    gain = sum(after[name] - before[name] for name in levels) / len(levels)
+    if found is None or gain <= LEAST_GAIN or after[found] > before[found]:
         return None
     return (
-        f"ANY ROW: references gained {own:.1f} points with their own completions and {swapped:.1f} with those of other "
-        "rows: most of what was learned is a manner of writing, whatever it says. Read the completions. --beta 0.1 "
-        "keeps them near their start; nothing that was tried has made them say more: see the guide's evidence."
+        f"ANY ROW: completions earn {gain:.1f} points more, and are {found} rows as theirs no better than before "
+        f"({before[found]:.0%} -> {after[found]:.0%}): what was learned is a manner of writing, whatever it says. Show "
+        "the scorer examples (--examples 3), compare with other rows (--contrast 2), and read the completions."
     )
 
 

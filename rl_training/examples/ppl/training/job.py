@@ -3,141 +3,169 @@
 import argparse
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from .. import cli
 from ..baselines.file import Baselines, check_meta, read_meta
-from ..config import BASELINE_COLUMNS, Sampling
-from ..data import PromptForm, check_references, find_columns, load_split, prepare_rows, prompt_key, split_heldout
+from ..data import FIRST, Shown, check_references, find_columns, load_split, prepare_rows, prompt_key, split_heldout
 from ..errors import BaselineError, InputError
-from ..files import check_folder
-from ..models import import_unsloth, model_path
+from ..files import check_folder, write_text
+from ..models import import_unsloth
 from ..processes import is_first
+from ..reward.loop_guard import check_weight
 from .settings import (
     CONFIG_FILE,
     check_reporters,
+    check_unused,
+    config_text,
     find_checkpoint,
     grpo_config,
-    loading,
+    models,
     plan_batches,
-    reward_settings,
-    write_config,
 )
 
 
-@dataclass
 class Job:
-    args: argparse.Namespace
-    command: list[str]  # the command line's words after the script's name
-    checkpoint: str | None  # to go on from
-    settings: dict  # keywords of the reward
-    sampling: Sampling
-    baselines: Baselines | None
-    column_meta: Baselines  # no rows: how the data set's columns `baseline_...` were made, if it says so
-    policy_load: dict  # keywords of `load_model`
-    scorer_load: dict
-    train_rows: Any  # data sets of `prepare_dataset`
-    heldout_rows: Any
-    eval_rows: Any | None
-    without_unsloth: str | None  # why, if it is not used
-    config: Any  # TRL's GRPOConfig
-    asked: dict  # its fields as they were asked for
-    defaults: dict  # and as they are otherwise
+    """What the flags of a run ask for, by names. Raises `InputError` for what cannot be done.
 
-    @property
-    def chat(self) -> dict:
-        """The keywords of `ppl.prompts.render_prompt`: the same for policy, scorer and held-out sampling."""
-        return {name: self.settings[name] for name in ("chat_template_kwargs", "tools")}
+    dataset_name, dataset_split, loop_penalty, per_level, allow_copies: the flags. models: what is trained and what
+    scores, `ppl.training.settings.Models`. reward: `ppl.config.RewardConfig`. sampling: `ppl.config.Sampling`. chat:
+    keywords of `ppl.prompts.render_prompt`, the same for policy, scorer and held-out sampling. baselines: None without
+    a file; column_meta: without rows, how the data set's columns `baseline_...` were made, if it says so. train_rows,
+    heldout_rows, eval_rows (or None): data sets of `prepare_dataset`. checkpoint: to go on from, or None.
+    without_unsloth: why, if it is not used. config: TRL's GRPOConfig; asked: its fields as they were asked for.
+    command: the command line's words after the script's name. contexts: keywords of the calculator, rows that the
+    scorer reads, which are in none of the others.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, rest: list[str], command: list[str], prepare_dataset: Callable
+    ) -> None:
+        """rest: words of the command line that are GRPOConfig's. prepare_dataset: what makes rows of a data set, see
+        the training script."""
+        self.command, self.dataset_name, self.dataset_split = command, args.dataset_name, args.dataset_split
+        self.loop_penalty, self.per_level, self.allow_copies = args.loop_penalty, args.per_level, args.allow_copies
+        check_weight(args.loop_penalty)
+        self.checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+        check_reporters(args.report_to or (["wandb"] if args.wandb_project else []))
+        numbers = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.num_generations
+        sampled_apart = any(word.startswith(("--steps_per_generation", "--generation_batch_size")) for word in rest)
+        batches = plan_batches(*numbers, int(os.environ.get("WORLD_SIZE", "1")), sampled_apart)
+        check_output(args.output_dir)
+        self.reward, sampling, self._form = cli.reward_config(args), cli.sampling(args), cli.prompt_form(args)
+        self._config_name, self._columns, self._prepare = args.dataset_config, cli.column_options(args), prepare_dataset
+        self.chat = cli.chat_options(args)
+
+        self.baselines = (
+            None if args.baselines_path is None else Baselines.load(args.baselines_path, self.reward.levels)
+        )
+        # A data set that compute_baselines_trl.py wrote has them as columns, and says the same of how they were made.
+        self.column_meta = Baselines({}, read_meta(Path(args.dataset_name, ".baselines")), args.dataset_name)
+        made = self.baselines or self.column_meta
+        if not self.reward.allow_baseline_mismatch:
+            same = {"definitions": self.reward.definitions, "target": self.reward.target, "prompt": self._form.identity}
+            check_meta(made, {**same, "model": {"name": args.scorer_model or args.model_name}})
+        self.models = models(args, made.meta)
+
+        self._notices: list[str] = []
+        self._shown: dict[str, list[Shown]] = {"examples": [], "others": []}
+        rows = self._load_rows(self.dataset_split, args)
+        self.train_rows, self.heldout_rows = split_heldout(rows, args.heldout_samples, args.seed)
+        if left := len(rows) - len(self.train_rows) - len(self.heldout_rows):
+            of = f"{left} of {len(rows)} rows"
+            self._notices.append(f"{of} are not trained on: their prompts are those of held-out rows")
+        self.eval_rows = self._load_rows(args.eval_split) if args.eval_split else None
+        self.contexts = {**self._shown, "prompt_template": args.prompt_template}
+        if self.eval_rows is not None:
+            trained = set(map(prompt_key, self.train_rows["prompt"]))
+            if seen := sum(prompt_key(prompt) in trained for prompt in self.eval_rows["prompt"]):
+                of = f"{seen} of {len(self.eval_rows)} rows of --eval_split {args.eval_split}"
+                self._notices.append(f"{of} have prompts that are trained on")
+        self._replaces = args.overwrite and self.checkpoint is None
+        if not self._replaces and self.checkpoint is None:
+            check_unused(args.output_dir)
+        self.without_unsloth = "--no_unsloth" if args.no_unsloth else import_unsloth()
+        self.config, self.asked, defaults = grpo_config(args, rest, batches)
+        self.config.eval_on_start = self.config.eval_on_start and self.checkpoint is None
+        self.sampling = replace(sampling, max_new_tokens=self.config.max_completion_length)
+        flags = {**vars(args), **self.models.policy_load, "heldout_samples": len(self.heldout_rows)}
+        self._config_text = config_text(flags, self.asked, defaults)
+        check_batch(len(self.train_rows), self.config)
+        if self.config.push_to_hub:
+            check_hub(self.config)
+        if is_first():
+            print("".join(f"{notice}\n" for notice in self._notices), end="", file=sys.stderr)
+            if self.checkpoint is not None:
+                print(f"Going on from {self.checkpoint}")
 
     @property
     def output(self) -> Path:
         return Path(self.config.output_dir)
-
-    def guarded_prompts(self, tokenizer) -> dict:
-        """The keywords of the guard with which what repeats the prompt counts as a loop; none where it may.
-
-        With a reference as target a completion does not earn by what it repeats.
-        """
-        if self.args.allow_copies or self.args.target == "reference":
-            return {}
-        return {"tokenizer": tokenizer, "chat": self.chat}
 
     @property
     def config_file(self) -> Path:
         return self.output / CONFIG_FILE
 
     def write_config(self) -> None:
-        """Make the output folder, and write down every setting of the run."""
+        """Make the output folder, and write down every setting of the run; what --overwrite replaces goes."""
         self.output.mkdir(parents=True, exist_ok=True)
-        chosen = {**vars(self.args), **self.policy_load, "heldout_samples": len(self.heldout_rows)}
         if self.config.process_index == 0:
-            write_config(self.config_file, chosen, self.asked, self.defaults)
+            for folder in [*self.output.glob("checkpoint-*"), self.output / "merged"] if self._replaces else []:
+                shutil.rmtree(folder, ignore_errors=True)
+            write_text(self.config_file, self._config_text)
 
+    def guarded_prompts(self, tokenizer) -> dict:
+        """The keywords of the guard with which what repeats the prompt counts as a loop; none where it may.
 
-def prepare(args: argparse.Namespace, rest: list[str], command: list[str], prepare_dataset: Callable) -> Job:
-    """Raises `InputError` for what cannot be done. rest: words of the command line that are GRPOConfig's.
+        With a reference as target a completion does not earn by what it repeats.
+        """
+        if self.allow_copies or self.reward.target == "reference":
+            return {}
+        return {"tokenizer": tokenizer, "chat": self.chat}
 
-    prepare_dataset: what makes rows of a data set, see the training script.
-    """
-    # What a server scores with is not loaded here.
-    for name in filter(None, (args.model_name, None if args.scorer_url else args.scorer_model)):
-        model_path(name)
-    form, sampling = cli.prompt_form(args), cli.sampling(args)
-    check_output(args.output_dir)
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    settings = reward_settings(args)
-    check_reporters(args)
-    batches = plan_batches(
-        args.per_device_train_batch_size,
-        args.gradient_accumulation_steps,
-        args.num_generations,
-        int(os.environ.get("WORLD_SIZE", "1")),
-        any(word.startswith(("--steps_per_generation", "--generation_batch_size")) for word in rest),
-    )
-    baselines = Baselines.load(args.baselines_path) if args.baselines_path is not None else None
-    # A data set that compute_baselines_trl.py wrote has them as columns, and says the same of how they were made.
-    column_meta = Baselines({}, read_meta(Path(args.dataset_name, ".baselines")), args.dataset_name)
-    made = baselines or column_meta
-    if not args.allow_baseline_mismatch:
-        config = cli.reward_config(args)
-        scorer = {"name": args.scorer_model or args.model_name}
-        expected = {
-            "prompt": form.identity,
-            "definitions": config.definitions,
-            "target": config.target,
-            "model": scorer,
-        }
-        check_meta(made, expected)
-    policy_load, scorer_load = loading(args, made.meta)
-    notices: list[str] = []
-    rows = load_rows(args, form, args.dataset_split, baselines, prepare_dataset, notices, args.max_samples)
-    train_rows, heldout_rows = split_heldout(rows, args.heldout_samples, args.seed)
-    if left := len(rows) - len(train_rows) - len(heldout_rows):
-        notices.append(f"{left} of {len(rows)} rows are not trained on: their prompts are those of held-out rows")
-    eval_rows = None
-    if args.eval_split:
-        eval_rows = load_rows(args, form, args.eval_split, baselines, prepare_dataset, notices)
-        trained = set(map(prompt_key, train_rows["prompt"]))
-        if seen := sum(prompt_key(prompt) in trained for prompt in eval_rows["prompt"]):
-            of = f"{seen} of {len(eval_rows)} rows of --eval_split {args.eval_split}"
-            notices.append(f"{of} have prompts that are trained on")
-    without_unsloth = "--no_unsloth" if args.no_unsloth else import_unsloth()
-    config, asked, defaults = grpo_config(args, rest, batches)
-    config.eval_on_start = config.eval_on_start and checkpoint is None
-    check_batch(len(train_rows), config)
-    if config.push_to_hub:
-        check_hub(config)
-    if is_first():
-        print("".join(f"{notice}\n" for notice in notices), end="", file=sys.stderr)
-    sampling = replace(sampling, max_new_tokens=config.max_completion_length)
-    return Job(
-        args, command, checkpoint, settings, sampling, baselines, column_meta, policy_load, scorer_load, train_rows,
-        heldout_rows, eval_rows, without_unsloth, config, asked, defaults,
-    )  # fmt: skip
+    def _load_rows(self, split: str, drawn: argparse.Namespace | None = None):
+        """A split's rows as `prepare_dataset` makes them, examples left out. How many it left out is noted.
+
+        drawn: flags that say how many rows are used, and which are drawn from them to be shown to the scorer.
+        Raises `InputError` if one has no baseline and needs it, or one that is another text's.
+        """
+        dataset = load_split(self.dataset_name, self._config_name, split, text_columns=self._columns[:3])
+        columns = find_columns(dataset.column_names, *self._columns)
+        if drawn is not None:
+            first = self._prepare(dataset.select(range(min(FIRST, len(dataset)))), columns, self._form)
+            self._shown = cli.shown_rows(drawn, zip(first["prompt"], first["reference"], strict=True))
+            if drawn.max_samples is not None:
+                dataset = dataset.select(range(min(drawn.max_samples, len(dataset))))
+        rows = self._prepare(dataset, columns, self._form)
+        if not len(rows):
+            raise InputError(f"split {split!r} of data set {self.dataset_name!r} holds no row with a prompt")
+        if len(rows) < len(dataset):
+            left_out = f"{len(dataset) - len(rows)} of {len(dataset)} rows of split {split!r} are left out"
+            why = "no prompt" + (", or no text behind it" if self._form.prompt_sentences else "")
+            self._notices.append(f"{left_out}: {why}")
+        if set(self.reward.baseline_columns) & set(dataset.column_names) & set(rows.column_names):
+            unedited = prepare_rows(dataset, columns, self._form)
+            prompts = dict(zip(unedited["id"], unedited["prompt"], strict=True))
+            for index, (row_id, prompt) in enumerate(zip(rows["id"], rows["prompt"], strict=True)):
+                if prompts.get(row_id, prompt) != prompt:
+                    raise BaselineError(
+                        f"row {index}, id {row_id!r:.40}: prepare_dataset changed the prompt, and the columns baseline_"
+                        f"... of {self.dataset_name} are of the unchanged one: compute baselines of the changed rows, "
+                        "or drop the columns"
+                    )
+        shown = {prompt_key(prompt) for prompt, _ in self._shown["examples"]}
+        rows = rows.select([index for index, one in enumerate(rows["prompt"]) if prompt_key(one) not in shown])
+        references, needed = None, self.reward.missing == "error"
+        if self.reward.target == "reference":
+            references = rows["reference"]
+            check_references(rows, columns, self._form, blank_is_wrong=needed)
+        if self.baselines is not None:
+            self.baselines.check_coverage(rows["id"], rows["prompt"], references, needed=needed)
+        return rows
 
 
 def check_output(folder: str) -> None:
@@ -166,12 +194,12 @@ def check_hub(config) -> None:
         ) from error
 
 
-def push_command(config) -> str:
-    """The command that pushes a run's folder as --push_to_hub does."""
+def push_command(config, folder: str | None = None) -> str:
+    """The command that pushes a run's folder as --push_to_hub does. folder: its name where the command is called."""
     options = ["--private"] if config.hub_private_repo else []
     options += ["--revision", config.hub_revision] if config.hub_revision else []
     name = config.hub_model_id or Path(config.output_dir).absolute().name
-    return shlex.join(["hf", "upload", name, config.output_dir, ".", "--exclude", "checkpoint-*", *options])
+    return shlex.join(["hf", "upload", name, folder or config.output_dir, ".", "--exclude", "checkpoint-*", *options])
 
 
 def check_batch(rows: int, config) -> None:
@@ -182,47 +210,3 @@ def check_batch(rows: int, config) -> None:
             f"{rows} rows are left to train on, and one batch samples completions for {prompts} prompts: lower "
             "--per_device_train_batch_size, --gradient_accumulation_steps or --heldout_samples, or bring more rows"
         )
-
-
-def load_rows(
-    args: argparse.Namespace,
-    form: PromptForm,
-    split: str,
-    baselines: Baselines | None,
-    prepare_dataset: Callable,
-    notices: list[str],
-    most: int | None = None,
-):
-    """A split's first rows as `prepare_dataset` makes them. How many it left out is added to the notices.
-
-    Raises `InputError` if one has no baseline and needs it, or one that is another text's.
-    """
-    dataset = load_split(args.dataset_name, args.dataset_config, split, text_columns=cli.column_options(args)[:3])
-    if most is not None:
-        dataset = dataset.select(range(min(most, len(dataset))))
-    columns = find_columns(dataset.column_names, *cli.column_options(args))
-    rows = prepare_dataset(dataset, columns, form)
-    if not len(rows):
-        raise InputError(f"split {split!r} of data set {args.dataset_name!r} holds no row with a prompt")
-    if len(rows) < len(dataset):
-        left_out = f"{len(dataset) - len(rows)} of {len(dataset)} rows of split {split!r} are left out"
-        notices.append(f"{left_out}: no prompt" + (", or no text behind it" if form.prompt_sentences else ""))
-    if set(BASELINE_COLUMNS) & set(dataset.column_names) & set(rows.column_names):
-        _check_unedited(rows, prepare_rows(dataset, columns, form), args.dataset_name)
-    references = rows["reference"] if args.target == "reference" else None
-    if references is not None:
-        check_references(rows, columns, form, blank_is_wrong=args.missing == "error")
-    if baselines is not None:
-        baselines.check_coverage(rows["id"], rows["prompt"], references, needed=args.missing == "error")
-    return rows
-
-
-def _check_unedited(rows, as_they_came, name: str) -> None:
-    """The data set's own baselines are of its own prompts."""
-    prompts = dict(zip(as_they_came["id"], as_they_came["prompt"], strict=True))
-    for index, (row_id, prompt) in enumerate(zip(rows["id"], rows["prompt"], strict=True)):
-        if prompts.get(row_id, prompt) != prompt:
-            raise BaselineError(
-                f"row {index}, id {row_id!r:.40}: prepare_dataset changed the prompt, and the columns baseline_... of "
-                f"{name} are of the unchanged one: compute baselines of the changed rows, or drop the columns"
-            )

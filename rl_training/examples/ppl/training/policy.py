@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import torch
 
 from ..data import Text, message_text
 from ..errors import InputError
-from ..models import add_lora, load_model, train_text_only
+from ..models import add_lora, load_model, train_text_only, where
 from ..processes import is_first
 from ..prompts import render_prompt
 from ..scoring.frozen import frozen
@@ -50,19 +51,22 @@ def save_merged(model, tokenizer, adapter: str | Path, folder: str | Path) -> No
     plain.load_state_dict(_plain_weights(base, plain, dtype), strict=False, assign=True)
     plain.tie_weights()
     plain.generation_config = base.generation_config
+
+    def refusal(reason: str) -> InputError:
+        return InputError(f"--save_merged: {reason}: the adapter is saved unmerged in {adapter}")
+
     if unfilled := [name for name, parameter in plain.named_parameters() if parameter.is_meta]:
-        raise InputError(
-            f"--save_merged: no weights for {unfilled[0]} and {len(unfilled) - 1} more in {type(base).__name__} with "
-            f"this adapter: it is saved unmerged in {adapter}"
-        )
+        others = f"{unfilled[0]} and {len(unfilled) - 1} more"
+        raise refusal(f"no weights for {others} in {type(base).__name__} with this adapter")
     try:
         merged = PeftModel.from_pretrained(plain, adapter).merge_and_unload()
     except Exception as error:  # PEFT has kinds of adapters that it cannot merge, and says so in many ways
-        raise InputError(
-            f"--save_merged: PEFT cannot merge this adapter ({type(error).__name__}: {error}): it is saved unmerged in "
-            f"{adapter}"
-        ) from error
-    _check_same(model, merged, adapter)
+        raise refusal(f"PEFT cannot merge this adapter ({type(error).__name__}: {error})") from error
+    if not (difference := _difference(model, merged)) <= MOST_NATS:
+        raise refusal(
+            f"the merged model's log-probabilities are {difference:.2f} nats off the trained one's, more than 16 bit "
+            "loses (an adapter on tied embeddings?)"
+        )
 
     partial = Path(f"{folder}.part")
     shutil.rmtree(partial, ignore_errors=True)
@@ -73,28 +77,17 @@ def save_merged(model, tokenizer, adapter: str | Path, folder: str | Path) -> No
     os.replace(partial, folder)
 
 
-def _check_same(model, merged, adapter) -> None:
-    """Raises `InputError` unless both give the same log-probabilities, up to what 16 bit loses.
+def _difference(model, merged) -> float:
+    """The mean difference of both models' log-probabilities, in nats.
 
-    They do not where an adapter is on an embedding that the LM head shares: merged, it would change the head, too.
+    It is large where an adapter is on an embedding that the LM head shares: merged, it changes the head, too.
     """
     ids = torch.linspace(0, merged.get_input_embeddings().weight.shape[0] - 1, 12).long()[None]
     with frozen(model, adapters=True):
         trained = model(input_ids=ids.to(model.device)).logits.float().cpu().log_softmax(-1)
     with frozen(merged):
         of_merged = merged(input_ids=ids).logits.float().log_softmax(-1)
-    apart = (of_merged - trained).abs().masked_fill(of_merged == trained, 0.0)  # two infinities are equal
-    if not (difference := float(apart.mean())) <= MOST_NATS:
-        raise InputError(
-            f"--save_merged: the merged model's log-probabilities are {difference:.2f} nats off the trained one's, "
-            f"more than 16 bit loses (an adapter on tied embeddings?): the adapter is saved unmerged in {adapter}"
-        )
-
-
-def _without_wrappers(name: str) -> str:
-    for wrapper in (".base_layer.", ".original_module.", ".token_adapter."):
-        name = name.replace(wrapper, ".")
-    return name
+    return float((of_merged - trained).abs().masked_fill(of_merged == trained, 0.0).mean())  # two infinities are equal
 
 
 def _plain_weights(base, plain, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -110,7 +103,7 @@ def _plain_weights(base, plain, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     for name, value in [*base.named_parameters(), *base.named_buffers()]:
         if any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_")):
             continue
-        owner, _, last = _without_wrappers(name).rpartition(".")
+        owner, _, last = re.sub(r"(?<=\.)(base_layer|original_module|token_adapter)\.", "", name).rpartition(".")
         if isinstance(value, torch.nn.Parameter):
             quantized = not value.is_floating_point()
             value = dequantize_bnb_weight(value)
@@ -133,42 +126,44 @@ class Loaded(NamedTuple):
 
 def load_policy_and_scorer(job: Job) -> tuple[Loaded, Loaded]:
     """(what is trained, what scores). Raises `InputError` for prompts that the chat template refuses."""
-    args, reason = job.args, job.without_unsloth
+    asked, reason = job.models, job.without_unsloth
+    full_finetuning = asked.lora is None
     if reason:
         check_trl(reason)
     if is_first():
-        options = ", ".join(f"{key}={value}" for key, value in job.policy_load.items())
-        print(f"Loading {args.model_name} ({options}) ...")
-    common = {name: getattr(args, name) for name in ("device", "max_seq_length", "chat_template_path")}
-    model, tokenizer, refused = load_model(
-        args.model_name,
-        unsloth=reason is None,
-        full_finetuning=args.full_finetuning,
-        **common,
-        **job.policy_load,
-    )
+        options = ", ".join(f"{name}={asked.policy_load[name]}" for name in ("load_in_4bit", "dtype"))
+        print(f"Loading {asked.name} ({options}) ...", flush=True)
+    options = {**asked.policy_load, "full_finetuning": full_finetuning}
+    model, tokenizer, refused = load_model(asked.name, unsloth=reason is None, **options)
     if refused:
         check_trl(refused)
     reason = reason or refused
     if is_first():
-        way = f"Training with transformers and PEFT: {reason}" if reason else "Training with Unsloth"
-        print(way, flush=True)
-    if args.full_finetuning:
+        way = f"transformers and PEFT: {reason}" if reason else "Unsloth"
+        print(f"{where(asked.name, model)}. Training with {way}", flush=True)
+    if full_finetuning:
         train_text_only(model)
     else:
-        model = add_lora(model, args.lora_r, args.lora_alpha, args.seed, unsloth=reason is None)
+        model = add_lora(model, **asked.lora, unsloth=reason is None)
     policy = scorer = Loaded(model, tokenizer)  # its adapter is off while it scores
-    if args.scorer_url:
+    name = asked.scorer or asked.name
+    if asked.scorer_url:
         from ..scoring.server import connect
 
-        scorer = Loaded(*connect(args.scorer_url, args.scorer_model or args.model_name, args.chat_template_path))
-    elif args.full_finetuning or args.scorer_model:
-        name = args.scorer_model or args.model_name
-        scorer = Loaded(*load_model(name, unsloth=reason is None, **common, **job.scorer_load)[:2])
+        scorer = Loaded(*connect(asked.scorer_url, name, asked.scorer_load["chat_template_path"]))
+    elif full_finetuning or asked.scorer:
+        scorer = Loaded(*load_model(name, unsloth=reason is None, **asked.scorer_load)[:2])
         scorer.model.requires_grad_(False)
-    for rows in filter(None, (job.train_rows, job.heldout_rows, job.eval_rows)):
-        check_prompts(rows["prompt"], policy, scorer, job)
-    check_padding(policy, job)
+    config, group = job.config, job.config.num_generations
+    evaluated = config.per_device_eval_batch_size // (config.num_generations_eval or group)
+    splits = (
+        (job.train_rows, config.generation_batch_size // group),
+        (job.heldout_rows, 1),
+        (job.eval_rows, evaluated),
+    )
+    for rows, at_once in splits:
+        if rows is not None:
+            check_prompts(rows["prompt"], policy, scorer, job, at_once)
     return policy, scorer
 
 
@@ -178,7 +173,6 @@ def check_trl(reason: str) -> None:
     Its 1.15.0 has one implementation of log-probabilities, in Triton, which needs a GPU; the versions before and after
     have another. reason: why Unsloth is not used.
     """
-    import torch
     import trl
 
     if trl.__version__.startswith("1.15.") and not torch.cuda.is_available():
@@ -188,43 +182,29 @@ def check_trl(reason: str) -> None:
         )
 
 
-def check_prompts(prompts: Sequence[Text], policy: Loaded, scorer: Loaded, job: Job) -> None:
-    """Raises `InputError` for a prompt that a chat template refuses, or that leaves no room for a completion."""
+def check_prompts(prompts: Sequence[Text], policy: Loaded, scorer: Loaded, job: Job, at_once: int = 1) -> None:
+    """Raises `InputError` for a prompt that a chat template refuses, or that leaves no room for a completion, and for
+    prompts of several lengths in one batch of a policy that reads padding: TRL pads them on the left, to sample and to
+    train. at_once: prompts in a batch."""
     if scorer.tokenizer is not policy.tokenizer:
         for prompt in prompts:
             render_prompt(prompt, scorer.tokenizer, **job.chat)
     window, longest = SurprisalScorer(policy.model).window, job.config.max_completion_length
-    for index, ids in enumerate(prompt_ids(list(prompts), policy.tokenizer, **job.chat)):
-        if window is not None and len(ids) + longest > window:
+    lengths = [len(ids) for ids in prompt_ids(list(prompts), policy.tokenizer, **job.chat)]
+    for prompt, length in zip(prompts, lengths, strict=True):
+        if window is not None and length + longest > window:
             raise InputError(
-                f"a prompt of {len(ids)} tokens, {message_text(prompts[index])!r:.60}, and a completion of up to "
-                f"{longest} are more than the model's {window} positions: shorten or drop it, lower --max_new_tokens, "
-                "or raise --max_seq_length if the model has more"
+                f"a prompt of {length} tokens, {message_text(prompt)!r:.60}, and a completion of up to {longest} are "
+                f"more than the model's {window} positions: shorten or drop it, lower --max_new_tokens, or raise "
+                "--max_seq_length if the model has more"
             )
-
-
-def check_padding(policy: Loaded, job: Job) -> None:
-    """Raises `InputError` for a policy that reads padding, if batches hold prompts of several lengths: TRL pads them on
-    the left, to sample and to train."""
-    config = job.config
-    batches = [(job.train_rows, config.generation_batch_size // config.num_generations)]
-    if job.eval_rows is not None:
-        of_eval = config.num_generations_eval or config.num_generations
-        batches.append((job.eval_rows, config.per_device_eval_batch_size // of_eval))
-    for rows, prompts in batches:
-        lengths = set(map(len, prompt_ids(list(rows["prompt"]), policy.tokenizer, **job.chat)))
-        if prompts > 1 and len(lengths) > 1 and not ignores_padding(policy.model):
-            raise InputError(
-                f"{policy.model.config.model_type} reads the padding before a prompt, and a batch has {prompts} of "
-                f"{min(lengths)} to {max(lengths)} tokens: train with one prompt a batch "
-                f"(--per_device_train_batch_size {config.num_generations} --gradient_accumulation_steps 1), with "
-                "prompts of equal length, or with another model"
-            )
-
-
-def save(trainer, job: Job) -> None:
-    """What was trained and its tokenizer. Several processes must all call."""
-    trainer.save_model(str(job.output), _internal_call=True)  # not pushed yet: the report is not finished
+    if at_once > 1 and len(set(lengths)) > 1 and not ignores_padding(policy.model):
+        raise InputError(
+            f"{policy.model.config.model_type} reads the padding before a prompt, and a batch has {at_once} of "
+            f"{min(lengths)} to {max(lengths)} tokens: train with one prompt a batch (--per_device_train_batch_size "
+            f"{job.config.num_generations} --gradient_accumulation_steps 1), with prompts of equal length, or with "
+            "another model"
+        )
 
 
 def publish(trainer, job: Job) -> bool:
@@ -247,5 +227,7 @@ def publish(trainer, job: Job) -> bool:
 
 def merge(job: Job, policy: Loaded) -> None:
     """The merged model that --save_merged asks for; last of all, so that nothing else is lost if it cannot be had."""
-    if job.args.save_merged and is_first():
-        save_merged(policy.model, policy.tokenizer, job.output, job.output / "merged")
+    if job.models.save_merged and is_first():
+        folder = job.output / "merged"
+        save_merged(policy.model, policy.tokenizer, job.output, folder)
+        print(f"Merged model, in 16 bits: {folder}")

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from ..baselines.file import Baselines, check_meta
-from ..config import LEVELS, Sampling
+from ..config import Sampling
 from ..data import Text
 from ..errors import InputError
 from ..reward.function import MultiLevelPPLRewardFunction
 from ..scoring.calculator import MultiLevelPPLCalculator
 from ..scoring.sampling import prompt_ids
-from .diagnostics import Diagnostics
 from .job import Job
 
 Reward = tuple[Any, float]  # a function in TRL's calling convention, and its weight
@@ -35,7 +34,7 @@ def weighted(job: Job, rewards: Sequence[Reward]) -> list[Reward]:
             "--multi_objective_aggregation normalize_then_sum normalises the loop guard, too, which then guarantees "
             "nothing: add --per_level, whose veto holds, or turn the guard off with --loop_penalty 0"
         )
-    if job.baselines is None and not job.args.allow_baseline_mismatch:
+    if job.baselines is None and not job.reward.allow_baseline_mismatch:
         check_meta(job.column_meta, first.identity)
     prompt, made = job.train_rows["prompt"][0], job.baselines or job.column_meta
     if notice := other_sampling(made, job.sampling):
@@ -43,7 +42,6 @@ def weighted(job: Job, rewards: Sequence[Reward]) -> list[Reward]:
     notice = other_beginning(made, prompt, first.calculator)
     if notice and first.policy.shares_ids([prompt])[0]:  # otherwise texts are scored, as those of the baselines were
         print(notice, file=sys.stderr)
-    first.observer = Diagnostics()
     functions = [function for function, _ in rewards]
     check_reward_weights(job.config.reward_weights, names)
     job.config.reward_weights = job.config.reward_weights or [weight for _, weight in rewards]
@@ -51,12 +49,13 @@ def weighted(job: Job, rewards: Sequence[Reward]) -> list[Reward]:
 
 
 def perplexity_rewards(rewards: Sequence[Reward]) -> list[MultiLevelPPLRewardFunction]:
-    """The reward that stands first, or its three levels (`per_level`). Raises `InputError` if another one does."""
+    """The reward that stands first, or its levels (`per_level`). Raises `InputError` if another one does."""
     functions = [function for function, _ in rewards]
     if isinstance(functions[0], MultiLevelPPLRewardFunction) and functions[0].level is None:
         return functions[:1]
-    if [getattr(function, "level", None) for function in functions[: len(LEVELS)]] == list(LEVELS):
-        return functions[: len(LEVELS)]
+    levels = functions[0].config.levels if isinstance(functions[0], MultiLevelPPLRewardFunction) else (None,)
+    if tuple(getattr(function, "level", None) for function in functions[: len(levels)]) == levels:
+        return functions[: len(levels)]
     first = name_of(functions[0])
     raise InputError(f"the first reward is {first}, expected the perplexity reward, or its three levels: put it first")
 

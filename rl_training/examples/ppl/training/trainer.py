@@ -1,9 +1,13 @@
 """TRL's GRPOTrainer, with what a resumed run needs to go on as if it had never stopped. Import Unsloth before this."""
 
+import contextlib
+import io
 import json
+import math
 import os
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,23 +17,26 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from ..config import LEVELS
+from ..config import ALL_LEVELS
 from ..errors import InputError
 from ..files import write_text
 from ..scoring.sampling import GivenIds, own_settings, prompt_ids, settings_kept
-from .diagnostics import in_one_line
+from .diagnostics import Diagnostics, in_one_line
 from .job import Job
 from .rewards import Reward, perplexity_rewards
 from .settings import STATE_FILE, resume_command
 
-# --- trainer ---------------------------------------------------------------------------------------------------------
+
+class EvaluationStopped(Exception):
+    """Ends an evaluation between two batches, after Ctrl-C."""
 
 
 class ResumableGRPOTrainer(GRPOTrainer):
-    """Seven differences: prompts are read as the scorer reads them, of the model's generation_config.json only the
+    """Eight differences: prompts are read as the scorer reads them, of the model's generation_config.json only the
     special tokens act on the sampling and all of it is saved, reward functions get the `prompt_ids` that the policy was
     given, adapters keep their precision, an epoch's order follows from its number, a resumed run with `beta` takes up
-    the trained adapter, too, the model card says what the run was.
+    the trained adapter, too, the model card says what the run was, an evaluation can be stopped and
+    leaves the random state of training as it was.
 
     chat: what the chat template is given, keywords of `ppl.prompts.render_prompt`. card: called with the trainer's
     state when TRL has written README.md into the output folder.
@@ -73,7 +80,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
             super()._save(output_dir, state_dict)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        super().create_model_card(*args, **kwargs)
+        with contextlib.redirect_stderr(io.StringIO()):  # Weights & Biases, asked for the address of an offline run
+            super().create_model_card(*args, **kwargs)
         if self.card is not None and self.is_world_process_zero():
             self.card(self.state)
 
@@ -84,6 +92,15 @@ class ResumableGRPOTrainer(GRPOTrainer):
         # are such folders, transformers loads from them alone: the adapter in training would begin anew.
         if "ref" in getattr(model, "peft_config", {}):
             model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+
+    def _evaluate(self, *args, **kwargs):
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=devices):  # the steps after it are the same, also if it is stopped
+                return super()._evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self._metrics["eval"].clear()  # of the batches until then
+            return defaultdict(lambda: math.nan)
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
@@ -106,17 +123,14 @@ class _OrderOfEpoch(RepeatSampler):
         return super().__iter__()
 
 
-# --- callbacks -------------------------------------------------------------------------------------------------------
-
-# What a long run needs beside TRL: a reward that resumes with the model, and an orderly end on a signal.
-
-
-def watch(trainer, job: Job, rewards: Sequence[Reward]) -> None:
-    """Give the trainer the callbacks of this file, and the reward's diagnostics."""
+def watch(trainer, job: Job, rewards: Sequence[Reward], kl: Callable) -> None:
+    """Give the trainer the callbacks of this file, and the reward's diagnostics. kl: of `HeldOutPrompts`."""
     for shown in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # in a notebook transformers has one of its own
         trainer.remove_callback(shown)
     functions = perplexity_rewards(rewards)
-    for callback in (RewardState(functions, job.checkpoint), functions[0].observer, SafeStops(), OneLineProgress):
+    diagnostics = Diagnostics(functions[0], kl)
+    state = RewardState(functions, diagnostics, job.checkpoint)
+    for callback in (state, diagnostics, SafeStops(), OneLineProgress):
         trainer.add_callback(callback)
 
 
@@ -137,23 +151,23 @@ class OneLineProgress(ProgressCallback):
         if self.training_bar is None:
             return
         for prefix in ("", "eval_"):
-            if f"{prefix}reward" in logs:
-                improved = {level: logs[f"{prefix}reward_{level}"] for level in LEVELS}
-                levels = ", ".join(
-                    f"{level} none" if value is None else f"{level} {value:+.1f} %" for level, value in improved.items()
-                )
-                # Unsloth's trainer on a GPU computes none.
-                entropy = f", entropy {logs[f'{prefix}entropy']:.2f}" if f"{prefix}entropy" in logs else ""
-                # None where rows were skipped: the mean of none, the spread of one.
-                reward, spread = (
-                    "none" if (value := logs[f"{prefix}{name}"]) is None else f"{value:.3f}"
-                    for name in ("reward", "reward_std")
-                )
+            of = {name.removeprefix(prefix): value for name, value in logs.items() if name.startswith(prefix)}
+            if "reward" in of:
+                reward, spread = (_told(of[name], "{:.3f}") for name in ("reward", "reward_std"))
+                levels = [level for level in ALL_LEVELS if f"reward_{level}" in of]
+                told = [f"{level} {_told(of[f'reward_{level}'], '{:+.1f} %')}" for level in levels]
+                told.append(f"{of['completions/mean_length']:.0f} tokens")
+                if "entropy" in of:  # Unsloth's trainer on a GPU computes none
+                    told.append(f"entropy {of['entropy']:.2f}")
                 self.training_bar.write(
                     f"step {state.global_step}{', eval' if prefix else ''}: reward {reward} (spread {spread}), "
-                    f"{levels}, {logs[f'{prefix}completions/mean_length']:.0f} tokens{entropy}"
-                    f"{in_one_line(logs, prefix)}"
+                    f"{', '.join(told)}{in_one_line(of)}"
                 )
+
+
+def _told(value: float | None, form: str) -> str:
+    """None where rows were skipped: the mean of none, the spread of one."""
+    return "none" if value is None else form.format(value)
 
 
 class RewardState(TrainerCallback):
@@ -164,12 +178,14 @@ class RewardState(TrainerCallback):
     has the same state.
     """
 
-    def __init__(self, functions: Sequence, resume_from: str | None = None) -> None:
-        self.functions = functions
+    def __init__(self, functions: Sequence, diagnostics: Diagnostics, resume_from: str | None = None) -> None:
+        self.functions, self.diagnostics = functions, diagnostics
         if resume_from is not None:
             state = json.loads(Path(resume_from, STATE_FILE).read_text(encoding="utf-8"))
             for function in functions:
                 function.load_state_dict(state)
+            if "diagnostics" in state:
+                diagnostics.load_state_dict(state["diagnostics"])
             if "wandb_run" in state:
                 os.environ.setdefault("WANDB_RUN_ID", state["wandb_run"])
                 os.environ.setdefault("WANDB_RESUME", "allow")
@@ -177,20 +193,20 @@ class RewardState(TrainerCallback):
     def on_save(self, args, state, control, **kwargs) -> None:
         if not state.is_world_process_zero:
             return
-        content = self.functions[0].state_dict()
+        content = {**self.functions[0].state_dict(), "diagnostics": self.diagnostics.state_dict()}
         wandb = sys.modules.get("wandb")
         if wandb is not None and wandb.run is not None:
             content["wandb_run"] = wandb.run.id
-        path = Path(args.output_dir, f"checkpoint-{state.global_step}", STATE_FILE)
-        write_text(path, json.dumps(content))
+        write_text(Path(args.output_dir, f"checkpoint-{state.global_step}", STATE_FILE), json.dumps(content))
 
 
 class SafeStops(TrainerCallback):
     """Saves where a run can go on exactly, and after SIGTERM or Ctrl-C saves and stops at the next such place.
 
-    Completions are sampled for `steps_per_generation` x `num_iterations` batches at once and are not part of a
-    checkpoint: one that is due in between waits for the next sampling. A second signal ends the process at once.
-    Must come after the trainer's own callbacks. With several processes, a signal to one of them stops all.
+    An evaluation ends between two batches. Completions are sampled for `steps_per_generation` x `num_iterations`
+    batches at once and are not part of a checkpoint: one that is due in between waits for the next sampling. A second
+    signal ends the process at once. Must come after the trainer's own callbacks. With several processes, a signal to
+    one of them stops all.
 
     received: the signal's number, None without one.
     """
@@ -222,17 +238,34 @@ class SafeStops(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self._batches += 1
-        if torch.distributed.is_initialized():
-            anywhere = torch.tensor([self.received or 0], device=args.device)
-            torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
-            self.received = int(anywhere) or None
+        self._tell_all(args)
+        control.should_evaluate &= self.received is None
         if control.should_training_stop:
             return
         self._save_is_due |= control.should_save or self.received is not None
-        safe = self._batches % (args.steps_per_generation * args.num_iterations) == 0
-        control.should_save = self._save_is_due and safe
+        control.should_save = self._save_is_due and self._is_safe(args)
         if control.should_save:
             self._save_is_due = False
             # What was measured since the last entry is logged: the next process would begin to count anew.
             control.should_log |= self.received is not None
             control.should_training_stop = self.received is not None
+
+    def on_prediction_step(self, args, state, control, **kwargs) -> None:
+        self._tell_all(args)
+        if self.received is None:
+            return
+        control.should_evaluate = False  # as at the end of one
+        # The step before it has ended. Where that is no safe place, the next steps come to one.
+        if state.global_step > 0 and self._is_safe(args):
+            control.should_save = control.should_training_stop = True
+        raise EvaluationStopped
+
+    def _is_safe(self, args) -> bool:
+        return self._batches % (args.steps_per_generation * args.num_iterations) == 0
+
+    def _tell_all(self, args) -> None:
+        """Let all processes know of a signal to one of them."""
+        if torch.distributed.is_initialized():
+            anywhere = torch.tensor([self.received or 0], device=args.device)
+            torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
+            self.received = int(anywhere) or None
