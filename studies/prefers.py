@@ -289,17 +289,25 @@ def separates(seen: dict[tuple, dict], talk) -> None:
 # --- plans and summaries ---------------------------------------------------------------------------------------------
 
 
+def yardsticks(true: list[str], words: int, name: str = "") -> dict[str, list[list[str]]]:
+    """What a perfect writer could say: so many key words of each row's true text, and its first sentence; the same of
+    another row's."""
+    own = {
+        "key words": [[key_words(one, words)] for one in true],
+        "first sentence": [[first_sentence(one)] for one in true],
+    }
+    kinds = {}
+    for kind, texts in own.items():
+        kinds |= {f"{kind}{name}": texts, f"{kind} of another row's": following(texts)}
+    return kinds
+
+
 def plans(args: argparse.Namespace, bench: Bench, kept: Kept) -> None:
     def texts() -> dict:
         asked = [PLAN.format(prompt=row["prompt"]) for row in bench.rows]
         untrained = bench.samples(asked, 1.0, 2, 32, args.seed)
         true = [row["reference"] for row in bench.rows]
-        words = [[key_words(one, 8)] for one in true]
-        return {
-            "key words of the true continuation": words,
-            "key words of another row's": following(words),
-            "first sentence of the true continuation": [[first_sentence(one)] for one in true],
-            "first sentence of another row's": following([[first_sentence(one)] for one in true]),
+        return yardsticks(true, 8, " of the true continuation") | {
             "another row's true continuation (manner)": following([[one] for one in true]),
             "nonsense that training found": [[NONSENSE]] * len(true),
             "untrained plan": untrained,
@@ -318,12 +326,7 @@ def summaries(args: argparse.Namespace, bench: Bench, kept: Kept) -> None:
         asked = [SUMMARY.format(document=row["document"]) for row in bench.rows]
         untrained = bench.samples(asked, 1.0, 2, 32, args.seed)
         documents = [row["document"] for row in bench.rows]
-        words = [[key_words(one, 12)] for one in documents]
-        return {
-            "key words": words,
-            "key words of another row's": following(words),
-            "first sentence": [[first_sentence(one)] for one in documents],
-            "first sentence of another row's": following([[first_sentence(one)] for one in documents]),
+        return yardsticks(documents, 12) | {
             "nonsense that training found": [[NONSENSE]] * len(documents),
             "untrained summary": untrained,
             "another row's untrained summary": following(untrained),

@@ -142,6 +142,13 @@ def test_other_rows_are_the_same_for_a_group_whatever_the_order_and_never_ones_o
         assert rows == other.others_of(prompt) and len(set(rows)) == 2 and prompt not in [p for p, _ in rows]
 
 
+def test_a_row_whose_chat_is_read_as_text_is_no_other_row_of_itself(tokenizer):
+    ask = [{"role": "user", "content": "Go on: " + OTHERS[0][0]}]
+    contexts = Contexts(tokenizer, (), others=OTHERS, contrast=3, without_chat=True, form="Go on: {prompt}")
+    assert contexts.others_of(ask, " It ran.", 1) == contexts.others_of(OTHERS[0][0], " It ran.", 1)
+    assert OTHERS[0] not in contexts.others_of(ask, " It ran.", 1)
+
+
 def test_references_of_other_rows_are_taken_off_with_a_floor(model, tokenizer):
     """R = D(z; i) - mean_j max(D(z; j), -0.2), D in nats a token, each by brute force."""
     references = [" It found a crow.", " Nobody laughed at it."]

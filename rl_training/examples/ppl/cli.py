@@ -177,7 +177,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="of compute_baselines_trl.py (default: each prompt's first completions)")  # fmt: skip
     _add_reward_flags(add, "both", "training")
     add("--per_level", action="store_true",
-        help="three rewards over one cache, each normalised within its group (GDPO); --weights weigh them")  # fmt: skip
+        help="a reward a level, over one cache, each normalised in its group (GDPO); --weights weigh them")  # fmt: skip
     add("--loop_penalty", type=float, default=LOOP_PENALTY, metavar="W", help="what loops and copies of the prompt "
         "cost, in ranges of the reward; with --per_level, one over the share that is vetoed; 0: nothing")  # fmt: skip
     add("--allow_copies", action="store_true", help="do not penalise copying, from the prompt or, with a --template "
@@ -213,7 +213,7 @@ def add_baseline_flags(parser: argparse.ArgumentParser) -> None:
     add("--output_path", default="baselines.pkl", help="file to make: .pkl or .json")
     add("--overwrite", action="store_true", help="replace what is there under that name")
     add("--output_dataset", metavar="DIR", help="also write the data set with the baselines as columns")
-    add("--plot", metavar="OUT.png", help="also draw the distribution of the three levels")
+    add("--plot", metavar="OUT.png", help="also draw the distribution of each level")
     _add_reward_flags(add, "both")
     add("--num_samples", type=positive_int, help="only the first rows with text (default: all)")
     add("--batch_size", type=positive_int, help="most texts in one forward pass (default: as many as fit)")

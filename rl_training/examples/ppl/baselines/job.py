@@ -277,7 +277,6 @@ def load_scorer(args: argparse.Namespace, job: Job, device: str | None) -> Score
         model, tokenizer, unsloth = _load_model(args, device)
 
     from ..scoring.calculator import MultiLevelPPLCalculator
-    from ..scoring.contexts import reference_context
     from ..scoring.identity import identity
     from ..scoring.sampling import sample
     from ..scoring.surprisal import as_scorer
@@ -309,7 +308,7 @@ def load_scorer(args: argparse.Namespace, job: Job, device: str | None) -> Score
         if job.scored == "prompt":
             pairs = [("", message_text(row.prompt)) for row in rows]
         elif config.target == "reference":
-            put = partial(reference_context, calculator, config.reference_context)
+            put = partial(calculator.contexts.before_reference, config.reference_context)
             pairs = [(put(row.prompt), message_text(row.reference)) for row in rows]
         else:
             pairs = [calculator.text(row.prompt, row.reference) for row in rows]

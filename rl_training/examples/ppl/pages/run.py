@@ -47,7 +47,7 @@ NOTES = {
     "distinct-2": "word pairs said once; 1: none twice",
     "repetition": "share of repeated word triples",
     "words": "a completion",
-    SWAPPED: "mean of the three levels; what only belongs to its prompt does nothing here",
+    SWAPPED: "mean of the levels; what only belongs to its prompt does nothing here",
     "loop penalty": "added to the reward",
 }
 

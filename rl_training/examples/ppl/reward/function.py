@@ -24,7 +24,6 @@ from ..errors import BaselineError, InputError
 from ..processes import from_all, of_this
 from ..prompts import Turn, Turns, chat_identity, refuse_begun
 from ..scoring.calculator import MultiLevelPPLCalculator
-from ..scoring.contexts import reference_context
 from ..scoring.identity import identity
 from ..scoring.sampling import given_by_trainer, refuse_appended
 from ..scoring.surprisal import Scorer, as_scorer, check_model, is_scorer
@@ -231,8 +230,8 @@ class MultiLevelPPLRewardFunction:
         return np.isnan(self._baselines(prompts, references, ids, rows)).any(axis=1).tolist()
 
     def per_level(self, veto: Veto | None = None) -> "list[MultiLevelPPLRewardFunction]":
-        """A reward function for each level, for trainers that normalise each by itself before they
-        add, so that a level with a large spread does not drown one with a small spread: TRL with
+        """A reward function for each level, for trainers that normalise each by itself before they add, so that a level
+        with a large spread does not drown one with a small spread: TRL with
         `multi_objective_aggregation="normalize_then_sum"` (GDPO, https://arxiv.org/abs/2601.05242).
 
         Each is this function with all the weight on its level. They share model and cache: what the first has scored
@@ -400,7 +399,7 @@ class MultiLevelPPLRewardFunction:
 
     def reference_context(self, prompt: Text | None, part: str = "") -> str:
         """What stands before a reference: examples, its prompt and what of a completion counts, put together."""
-        return reference_context(self.calculator, self.config.reference_context, prompt, part)
+        return self.calculator.contexts.before_reference(self.config.reference_context, prompt, part)
 
     def state_dict(self) -> dict:
         """What a resumed run needs: the zero-shot baselines recorded so far."""

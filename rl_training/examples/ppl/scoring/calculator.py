@@ -260,8 +260,8 @@ class MultiLevelPPLCalculator:
         levels, score also units alone."""
         all_views = [one if isinstance(one, Views) else Views([(one,)]) for one in texts]
         pairs = [pair for views in all_views for view in views for pair in view]
-        lasts = [end - len(views[-1]) for views, end in zip(all_views, accumulate(
-            sum(map(len, views)) for views in all_views), strict=True)]  # fmt: skip
+        # A text as it stands is its last view, of one pair.
+        lasts = [end - 1 for end in accumulate(sum(map(len, views)) for views in all_views)]
         turns = [pair if isinstance(pair, Turns) else (pair,) for pair in pairs]
         spans = list(pairwise(accumulate(map(len, turns), initial=0)))  # the turns of each pair
         encoded, targets = self.encoder.encode_pairs(list(chain(*turns)))

@@ -102,6 +102,7 @@ class Contexts:
     def others_of(self, prompt: Text | None, text: str = "", column: int = 0) -> list[Shown]:
         """`contrast` other rows, those of the likest length by a hash of the prompt: the same in each process, for each
         text of a group, and for baselines. column: of which of a row the length counts, 0 or 1. text: what it has."""
+        prompt = self._read(prompt)  # as other rows' are
         mine = prompt_key(prompt or "")
         length = len(text or message_text(prompt or ""))
         near = sorted(self._others.keys() - {mine}, key=lambda key: (abs(self._lengths[key][column] - length), key))
@@ -113,12 +114,8 @@ class Contexts:
         ask for. completion: the messages that the pair is made of."""
         own = self._read(prompt)
         if self._without_chat and isinstance(own, str) and own is not prompt:
-            said = (
-                [one for one in completion if one["role"] == "assistant"]
-                if isinstance(completion, list)
-                else completion
-            )
-            completion = message_text(said)
+            if not isinstance(completion, str):
+                completion = message_text([one for one in completion if one["role"] == "assistant"])
             pair = (own, joined(own, completion)[len(own) :])
         # The sentence level's view, then those of the levels further out.
         prompts = [[other for other, _ in self.others_of(own)] if "prompt" in self._views else [own]]
@@ -145,23 +142,22 @@ class Contexts:
             return Turns((context, text) for (context, _), (_, text) in zip(turns, pair, strict=True))
         return render_prompt(prompt, self._tokenizer, **self._chat), pair[1]
 
+    def before_reference(self, put, prompt: Text | None, part: str = "") -> str:
+        """What stands before a reference: examples, its prompt and what of a completion counts, put together.
+
+        put: `reference_context` of `ppl.config.RewardConfig`.
+        """
+        if put.reads_prompt:
+            return put.context(render_prompt(self.read(prompt), self._tokenizer, **self._chat), part)
+        shown = (put.context("") + message_text(reference) + BETWEEN for _, reference in self.examples)
+        return "".join(shown) + put.context("", part)
+
     def most_that_fit(self, excess: int) -> int:
         """How many of the examples are left if the last ones go, so that a text has `excess` tokens less."""
         own = "" if isinstance(self.examples[0][0], str) else [{"role": "user", "content": "a"}]
         cut = [self.behind_examples(own, most) for most in range(len(self.examples) + 1)]
         sizes = list(map(len, prompt_ids([one or " " for one in cut], self._tokenizer, **self._chat)))
         return max((most for most, size in enumerate(sizes) if sizes[-1] - size >= excess), default=0)
-
-
-def reference_context(calculator, put, prompt: Text | None, part: str = "") -> str:
-    """What stands before a reference: examples, its prompt and what of a completion counts, put together.
-
-    put: of `ppl.config.RewardConfig.reference_context`.
-    """
-    contexts = calculator.contexts
-    references = [] if put.reads_prompt else [reference for _, reference in contexts.examples]
-    before = "".join(put.context("") + message_text(reference) + BETWEEN for reference in references)
-    return before + put.context(calculator.render(contexts.read(prompt)) if put.reads_prompt else "", part)
 
 
 def joined(prompt: str, text: str) -> str:

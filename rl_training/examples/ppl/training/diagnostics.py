@@ -73,7 +73,7 @@ VERDICTS = {
     "improvement that the {worse} level pays for: {fall:+.0f} % from its baseline. Weigh the levels alike "
     "(--ppl_weights 1 1 1), let each be normalised by itself (--per_level), or hold the policy near its start (--beta "
     "0.04).",
-    "any row": "ANY ROW: since step {first} completions earn {rise:.1f} points more, and are found among {k} rows as "
+    "any row": "ANY ROW: {since}completions earn {rise:.1f} points more, and are found among {k} rows as "
     "theirs no better ({before:.0%} -> {after:.0%}): what is learned is a manner of writing, whatever it says. Show "
     "the scorer examples (--examples 3), compare with other rows (--contrast 2), and read the completions.",
     "not moved": "NOT MOVED: after {steps} steps the policy is {kl:.3f} nats a token from its start, less than "
@@ -268,7 +268,9 @@ class Diagnostics(TrainerCallback):
         (first, before, earned), (_, after, earns) = self.found[0], self.found[-1]
         if earns - earned <= LEAST_GAIN or after > before:
             return None
-        return VERDICTS["any row"].format(first=first, rise=earns - earned, k=k, before=before, after=after)
+        return VERDICTS["any row"].format(
+            since=f"since step {first} ", rise=earns - earned, k=k, before=before, after=after
+        )
 
     def _paying(self) -> tuple[str, str, float, float] | None:
         """(the level that rose most, the one that fell furthest, by how much, its improvement), if both count."""

@@ -67,20 +67,20 @@ def found_among(
     if k < 2:
         return None
     rows, each = len(prompts) - len(prompts) % k, len(groups[0])
-    calculator, blocks, pairs = reward_fn.calculator, [], []
-    for start in range(0, rows, k):
-        for row in range(start, start + k):
-            blocks += [(row * each + index, other) for index in range(each) for other in range(start, start + k)]
-            for text in groups[row]:
-                for other in range(start, start + k):
-                    if reward_fn.config.target == "reference":
-                        part, _ = reward_fn.config.reference_context.extracted(text)
-                        context = reward_fn.reference_context(prompts[other], part)
-                        pairs.append((context, message_text(references[other])))
-                    else:
-                        pairs.append(calculator.last(prompts[other], text))
+    texts = [text for group in groups[:rows] for text in group]
+    # Each text with the rows of its own row's block.
+    cells = [(at, at // each // k * k + other) for at in range(len(texts)) for other in range(k)]
+    calculator = reward_fn.calculator
+
+    def pair(text: str, row: int):
+        if reward_fn.config.target == "completion":
+            return calculator.last(prompts[row], text)
+        part, _ = reward_fn.config.reference_context.extracted(text)
+        return reward_fn.reference_context(prompts[row], part), message_text(references[row])
+
+    pairs = [pair(texts[at], other) for at, other in cells]
     seen = -calculator.mean_surprisals(reward_fn.model, pairs)
     seen[np.isnan(seen)] = np.min(seen, initial=0.0, where=~np.isnan(seen))  # a blank text goes with nothing
-    scores = np.zeros((rows * each, rows))
-    scores[tuple(zip(*blocks, strict=True))] = seen
+    scores = np.zeros((len(texts), rows))
+    scores[tuple(zip(*cells, strict=True))] = seen
     return k, found(scores, k)

@@ -19,7 +19,7 @@ from ..reward.function import row_baselines
 from ..scoring.sampling import GivenIds, end_tokens, prompt_ids, sample, up_to_end
 from ..scoring.surprisal import SurprisalScorer
 from ..scoring.tokens import Sampled, TextEncoder
-from .diagnostics import LEAST_GAIN, described
+from .diagnostics import LEAST_GAIN, VERDICTS, described
 from .found import found_among
 from .job import Job
 from .policy import Loaded
@@ -224,11 +224,8 @@ def gained_by_any(before: Mapping[str, float], after: Mapping[str, float]) -> st
     gain = sum(after[name] - before[name] for name in levels) / len(levels)
     if found is None or gain <= LEAST_GAIN or after[found] > before[found]:
         return None
-    return (
-        f"ANY ROW: completions earn {gain:.1f} points more, and are {found} rows as theirs no better than before "
-        f"({before[found]:.0%} -> {after[found]:.0%}): what was learned is a manner of writing, whatever it says. Show "
-        "the scorer examples (--examples 3), compare with other rows (--contrast 2), and read the completions."
-    )
+    k, shares = found.removeprefix(FOUND), {"before": before[found], "after": after[found]}
+    return VERDICTS["any row"].format(since="", rise=gain, k=k, **shares)
 
 
 def row_name(function) -> str:

@@ -5,7 +5,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,6 +127,11 @@ class Job:
             return {}
         return {"tokenizer": tokenizer, "chat": self.chat}
 
+    def _first_rows(self, dataset, columns) -> Iterator[Shown]:
+        """Those that examples and other rows are drawn from, made when they are asked for."""
+        rows = self._prepare(dataset.select(range(min(FIRST, len(dataset)))), columns, self._form)
+        yield from zip(rows["prompt"], rows["reference"], strict=True)
+
     def _load_rows(self, split: str, drawn: argparse.Namespace | None = None):
         """A split's rows as `prepare_dataset` makes them, examples left out. How many it left out is noted.
 
@@ -136,8 +141,7 @@ class Job:
         dataset = load_split(self.dataset_name, self._config_name, split, text_columns=self._columns[:3])
         columns = find_columns(dataset.column_names, *self._columns)
         if drawn is not None:
-            first = self._prepare(dataset.select(range(min(FIRST, len(dataset)))), columns, self._form)
-            self._shown = cli.shown_rows(drawn, zip(first["prompt"], first["reference"], strict=True))
+            self._shown = cli.shown_rows(drawn, self._first_rows(dataset, columns))
             if drawn.max_samples is not None:
                 dataset = dataset.select(range(min(drawn.max_samples, len(dataset))))
         rows = self._prepare(dataset, columns, self._form)
@@ -157,8 +161,8 @@ class Job:
                         f"... of {self.dataset_name} are of the unchanged one: compute baselines of the changed rows, "
                         "or drop the columns"
                     )
-        shown = {prompt_key(prompt) for prompt, _ in self._shown["examples"]}
-        rows = rows.select([index for index, one in enumerate(rows["prompt"]) if prompt_key(one) not in shown])
+        if shown := {prompt_key(prompt) for prompt, _ in self._shown["examples"]}:
+            rows = rows.select([index for index, one in enumerate(rows["prompt"]) if prompt_key(one) not in shown])
         references, needed = None, self.reward.missing == "error"
         if self.reward.target == "reference":
             references = rows["reference"]
