@@ -216,11 +216,11 @@ INSTALL_cpu = \
 	echo "1/2  $(TORCH), 180 MB to several GB to download (see TORCH_ARGS in the Makefile): 1 to 10 minutes" && \
 	$(PIP) install $(TORCH_ARGS) '$(TORCH)' && \
 	echo "2/2  $(REQUIREMENTS), about 130 packages, 350 MB to download: 1 to 5 minutes" && \
-	$(PIP) install --no-deps -r $(REQUIREMENTS) && $(INSTALL_ppl)
+	$(PIP) install --no-deps -r $(REQUIREMENTS) && $(INSTALL_package)
 
-# So that studies and benchmarks find ppl/; the scripts have it beside them.
-INSTALL_ppl = $(PIP) install --no-deps --no-build-isolation -e .
+# So that studies and benchmarks find mlppl/; the scripts have it beside them.
+INSTALL_package = $(PIP) install --no-deps --no-build-isolation -e .
 
 INSTALL_gpu = \
 	echo "1/1  $(REQUIREMENTS), several GB to download: 5 to 30 minutes" && $(PIP) install -r $(REQUIREMENTS) && \
-	$(INSTALL_ppl)
+	$(INSTALL_package)

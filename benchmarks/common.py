@@ -76,8 +76,8 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> float:
 
 def whole_rows():
     """The scorer's class with prefix sharing left out."""
-    from ppl.scoring.batching import Group
-    from ppl.scoring.surprisal import SurprisalScorer
+    from mlppl.scoring.batching import Group
+    from mlppl.scoring.surprisal import SurprisalScorer
 
     class WholeRows(SurprisalScorer):
         def groups(self, rows):
@@ -138,7 +138,7 @@ def grpo_step(
     of it were tensors; "perplexity", that of the first prompt's words under the starting model, asked after the
     training; "rewards", the seconds of one call of the reward on the last step's completions, by aggregation.
     """
-    from ppl.models import add_lora, import_unsloth, load_model
+    from mlppl.models import add_lora, import_unsloth, load_model
 
     if unsloth and (reason := import_unsloth()):
         raise RuntimeError(reason)
@@ -147,8 +147,8 @@ def grpo_step(
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from ppl.reward.function import MultiLevelPPLRewardFunction
-    from ppl.scoring.calculator import MultiLevelPPLCalculator
+    from mlppl.reward.function import MultiLevelPPLRewardFunction
+    from mlppl.scoring.calculator import MultiLevelPPLCalculator
 
     policy, tokenizer, refused = load_model(model, load_in_4bit=in_4bit, unsloth=unsloth, max_seq_length=2048)
     if refused:

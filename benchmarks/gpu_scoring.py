@@ -97,9 +97,9 @@ def matrix_rate(rows: Rows, side: int) -> float:
 def scoring_rows(rows: Rows, title: str, model, tokenizer, count: int, sizes: Sizes, rate: float, target=None) -> None:
     import numpy as np
 
-    from ppl.scoring.calculator import MultiLevelPPLCalculator
-    from ppl.scoring.surprisal import SurprisalScorer
-    from ppl.scoring.tokens import TextEncoder
+    from mlppl.scoring.calculator import MultiLevelPPLCalculator
+    from mlppl.scoring.surprisal import SurprisalScorer
+    from mlppl.scoring.tokens import TextEncoder
 
     lengths = [int(20 * 35 ** (n / (sizes.texts - 1))) for n in range(sizes.texts)]
     pairs = [("", text) for text in random_texts(tokenizer, lengths)]
@@ -138,8 +138,8 @@ def scoring_rows(rows: Rows, title: str, model, tokenizer, count: int, sizes: Si
 
 
 def memory_row(rows: Rows, title: str, model, tokenizer, sizes: Sizes) -> None:
-    from ppl.scoring.surprisal import SurprisalScorer
-    from ppl.scoring.tokens import TextEncoder
+    from mlppl.scoring.surprisal import SurprisalScorer
+    from mlppl.scoring.tokens import TextEncoder
 
     scorer = SurprisalScorer(model)
     length = min(sizes.long_text, scorer.window - 1)
@@ -153,8 +153,8 @@ def memory_row(rows: Rows, title: str, model, tokenizer, sizes: Sizes) -> None:
 
 def precision(rows: Rows, toy: bool, folder: str) -> None:
     """A trained model, the embedded one, on stories it has not seen: its random twin would be right about nothing."""
-    from ppl.models import load_model
-    from ppl.scoring.calculator import MultiLevelPPLCalculator
+    from mlppl.models import load_model
+    from mlppl.scoring.calculator import MultiLevelPPLCalculator
 
     stories = json.loads((EXAMPLES / "tiny_stories" / "test.json").read_text(encoding="utf-8"))
     pairs = [("", row["prompt"] + row["completion"]) for row in stories]

@@ -137,7 +137,7 @@ def ids_of(tokenizer, text: str):
 def mixed_texts(model, tokenizer, texts, rounds):
     import torch
 
-    from ppl.scoring.calculator import MultiLevelPPLCalculator
+    from mlppl.scoring.calculator import MultiLevelPPLCalculator
 
     calculator = MultiLevelPPLCalculator(tokenizer)
     rows = [ids_of(tokenizer, text)[:, :-1] for text in texts]
@@ -190,7 +190,7 @@ def bare(model, ids, head_rows: int = 128) -> None:
 
 
 def bare_with_our_products(model, rows) -> None:
-    from ppl.scoring.surprisal import fast_products
+    from mlppl.scoring.surprisal import fast_products
 
     with fast_products(model):
         for row in rows:
@@ -256,8 +256,8 @@ def check_equal(name: str, theirs, ours, tolerance: float) -> float:
 def shared_prompt(model, tokenizer, rounds, seed):
     import numpy as np
 
-    from ppl.scoring.surprisal import SurprisalScorer
-    from ppl.scoring.tokens import TextEncoder
+    from mlppl.scoring.surprisal import SurprisalScorer
+    from mlppl.scoring.tokens import TextEncoder
 
     prompt, *completions = stories(tokenizer, [PROMPT] + [COMPLETION] * GROUP, seed + 1)
     completions = [" " + completion for completion in completions]
@@ -301,9 +301,9 @@ def nested_levels(model, tokenizer, texts, rounds, seed):
     """The same texts scored with both aggregations, from text to perplexities: a group behind a prompt, and `texts`."""
     import numpy as np
 
-    from ppl.scoring.calculator import MultiLevelPPLCalculator
-    from ppl.scoring.surprisal import SurprisalScorer
-    from ppl.scoring.tokens import TextEncoder
+    from mlppl.scoring.calculator import MultiLevelPPLCalculator
+    from mlppl.scoring.surprisal import SurprisalScorer
+    from mlppl.scoring.tokens import TextEncoder
 
     prompt, *completions = stories(tokenizer, [PROMPT] + [COMPLETION] * GROUP, seed + 1)
     of_a_group = f"{GROUP} completions of {COMPLETION} tokens behind a prompt of {PROMPT}"
@@ -334,8 +334,8 @@ def outer_levels(tokenizer, rounds, seed):
     """A group behind a prompt: levels prompt and examples, with other rows and examples as long as the group's own."""
     import numpy as np
 
-    from ppl.scoring.calculator import MultiLevelPPLCalculator
-    from ppl.scoring.contexts import BETWEEN
+    from mlppl.scoring.calculator import MultiLevelPPLCalculator
+    from mlppl.scoring.contexts import BETWEEN
 
     model = random_gpt2(seed, window=4096)
     rows = EXAMPLES_SHOWN + OTHER_ROWS + 1
@@ -392,8 +392,8 @@ def peak_of_scoring(loop: bool, seed: int) -> int:
     """Bytes, in a process of its own."""
     import torch
 
-    from ppl.scoring.surprisal import SurprisalScorer
-    from ppl.scoring.tokens import Encoded
+    from mlppl.scoring.surprisal import SurprisalScorer
+    from mlppl.scoring.tokens import Encoded
 
     torch.set_grad_enabled(False)
     model = random_gpt2(seed)
@@ -411,8 +411,8 @@ def peak_of_scoring(loop: bool, seed: int) -> int:
 
 def text_work(tokenizer, texts, rounds):
     """Alignment is what `TextEncoder.encode` takes beyond the tokenization it does itself."""
-    from ppl.scoring.tokens import TextEncoder
-    from ppl.scoring.units import segment
+    from mlppl.scoring.tokens import TextEncoder
+    from mlppl.scoring.units import segment
 
     encoder, contexts = TextEncoder(tokenizer), [""] * len(texts)
     seconds = alternate(

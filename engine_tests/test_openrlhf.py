@@ -21,8 +21,8 @@ import yaml
 from openrlhf.utils.agent import SingleTurnAgentExecutor
 from transformers import AutoTokenizer
 
+from mlppl.models import load_model
 from multi_level_ppl_trl import MultiLevelPPLRewardFunction
-from ppl.models import load_model
 
 EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
 REWARD = str(EXAMPLES / "engines" / "reward.py")

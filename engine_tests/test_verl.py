@@ -26,9 +26,9 @@ from verl.trainer.ppo.core_algos import compute_gdpo_outcome_advantage
 from verl.trainer.ppo.reward import load_reward_manager
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
+from mlppl.config import LEVELS
+from mlppl.models import load_model
 from multi_level_ppl_trl import MultiLevelPPLRewardFunction
-from ppl.config import LEVELS
-from ppl.models import load_model
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "rl_training" / "examples"
@@ -156,7 +156,7 @@ def test_verls_workers_on_a_cluster_that_runs_already(configured, data, direct, 
     config = configured(f"reward.reward_manager.name={name}")
     options = OmegaConf.to_container(config.ray_kwargs.ray_init.runtime_env)
     options = {name: value for name, value in options.items() if value is not None}
-    if name == "remote":  # it pickles the function, and its workers import `ppl`, as after `pip install -e .`
+    if name == "remote":  # it pickles the function, and its workers import `mlppl`, as after `pip install -e .`
         options["env_vars"]["PYTHONPATH"] = str(EXAMPLES)
     ray.init(address=cluster, runtime_env=options, log_to_driver=False)
     try:

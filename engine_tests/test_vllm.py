@@ -16,15 +16,15 @@ import httpx
 import pytest
 from waiting import PATIENCE, wait_for
 
-import ppl.baselines.job
+import mlppl.baselines.job
 from compute_baselines_trl import parse_args
+from mlppl.config import AGGREGATIONS, LEVELS
+from mlppl.errors import InputError
+from mlppl.models import load_model
+from mlppl.scoring.server import connect
+from mlppl.scoring.surprisal import SurprisalScorer
+from mlppl.scoring.tokens import TextEncoder
 from multi_level_ppl_trl import MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
-from ppl.config import AGGREGATIONS, LEVELS
-from ppl.errors import InputError
-from ppl.models import load_model
-from ppl.scoring.server import connect
-from ppl.scoring.surprisal import SurprisalScorer
-from ppl.scoring.tokens import TextEncoder
 
 pytestmark = pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON is not set: `make vllm`")
 STORIES = Path(__file__).parent.parent / "rl_training" / "examples" / "tiny_stories"
@@ -129,7 +129,7 @@ def test_what_it_refuses_is_one_line(server):
 
 def test_two_clients_and_a_server_that_is_killed_under_load_and_started_again(tmp_path, monkeypatch):
     """The same file: the same rows, each with the numbers of the model here."""
-    monkeypatch.setattr(ppl.baselines.job, "WINDOW_ROWS", 64)
+    monkeypatch.setattr(mlppl.baselines.job, "WINDOW_ROWS", 64)
     rows = 600
     data = tmp_path / "rows.jsonl"
     # Each row a text of its own, so that no cache answers.
@@ -143,7 +143,7 @@ def test_two_clients_and_a_server_that_is_killed_under_load_and_started_again(tm
     def compute(name, *more):
         output = tmp_path / f"{name}.json"
         words = ["--dataset_name", data, "--output_path", output, "--no_unsloth", "--device", "cpu", *more]
-        results[name] = ppl.baselines.job.compute(parse_args(list(map(str, words)))), json.loads(output.read_text())
+        results[name] = mlppl.baselines.job.compute(parse_args(list(map(str, words)))), json.loads(output.read_text())
 
     try:
         clients = [threading.Thread(target=compute, args=(name, "--scorer_url", server.url)) for name in ("one", "two")]

@@ -17,8 +17,8 @@ from common import run_folder
 from stories import story_rows
 from training import SAVED, run_all
 
-from ppl import cli
-from ppl.files import write_text
+from mlppl import cli
+from mlppl.files import write_text
 
 GO_ON = "Here is the beginning of a story.\n\n{prompt}\n\nGo on with the story."
 PLAN = "Here is the beginning of a story.\n\n{prompt}\n\nSay in one sentence what happens next."

@@ -29,9 +29,9 @@ from measures import (
 )
 from prefers import first_sentence, key_words
 
-from ppl import cli
-from ppl.training.diagnostics import described
-from ppl.training.found import found
+from mlppl import cli
+from mlppl.training.diagnostics import described
+from mlppl.training.found import found
 
 K, COLD = 16, (0.8, 0.6)
 
@@ -49,8 +49,8 @@ class Bench:
     """Models, loaded once: the scorer of the runs, the judge of another family, the embedder."""
 
     def __init__(self, judges: Path) -> None:
-        from ppl.models import load_model
-        from ppl.scoring.calculator import MultiLevelPPLCalculator
+        from mlppl.models import load_model
+        from mlppl.scoring.calculator import MultiLevelPPLCalculator
 
         self.model, self.tokenizer, _ = load_model("smollm2")
         self.judge = load_model(str(gemma_file(judges)))[:2]
@@ -121,7 +121,7 @@ def references_of(output: Path, task: str, prompts) -> list[str]:
 
 def colder(bench: Bench, output: Path, task: str, seed: str, heldout: dict, temperature: float) -> list[list[str]]:
     """What the untrained model writes for the same prompts at another temperature, kept in a file."""
-    from ppl.scoring.sampling import sample_completions
+    from mlppl.scoring.sampling import sample_completions
 
     path = output / f"{task}_{seed}_T{temperature}.json"
     if not path.exists():

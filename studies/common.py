@@ -11,7 +11,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "rl_training" / "examples"
 
 def add_run_flags(parser: argparse.ArgumentParser, output_dir: str, kept: str, arms: Iterable[str], steps: int) -> None:
     """The flags of a study that trains. kept: what the output folder holds beside the runs."""
-    from ppl.cli import positive_int
+    from mlppl.cli import positive_int
 
     parser.add_argument("--output_dir", default=output_dir, help=f"{kept}, and a folder for each run")
     parser.add_argument("--arms", nargs="+", choices=arms, default=list(arms), help="what to compare")
@@ -47,14 +47,14 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 def write_json(path: Path, content: dict) -> None:
     """nan, which a policy that collapsed to a word or two has for a score, becomes null."""
-    from ppl.files import without_nan, write_text
+    from mlppl.files import without_nan, write_text
 
     text = json.dumps(without_nan(content), indent=1, ensure_ascii=False, allow_nan=False)
     write_text(path, text)
 
 
 def write_figure(path: Path, figure) -> None:
-    from ppl.files import write_atomically
+    from mlppl.files import write_atomically
 
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
 

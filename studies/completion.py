@@ -17,8 +17,8 @@ from pathlib import Path
 from common import log_scale, new_figure, print_table, run_folder, write_figure, write_json
 from training import cells_of, in_rows, mean_and_sd, parse_args, trained_and_measured
 
-from ppl import cli
-from ppl.training.diagnostics import described
+from mlppl import cli
+from mlppl.training.diagnostics import described
 
 WEIGHTS = "--ppl_weights 1 1 1"
 ARMS = {
@@ -115,8 +115,8 @@ def figure(kinds: dict[str, list[dict]], perplexities: list[str]):
 
 def colder(args: argparse.Namespace, output: Path, seed: int, folder: Path, temperature: float) -> dict:
     """{"prompts", "completions"}: what the untrained model writes for the held-out prompts of `folder`'s run."""
-    from ppl.models import load_model
-    from ppl.scoring.sampling import sample_completions
+    from mlppl.models import load_model
+    from mlppl.scoring.sampling import sample_completions
 
     heldout = json.loads((folder / "heldout.json").read_text("utf-8"))
     path = output / f"untrained_{temperature}_seed_{seed}.json"

@@ -4,9 +4,9 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
-import common  # noqa: F401 (with it, ppl is found)
+import common  # noqa: F401 (with it, mlppl is found)
 
-from ppl.scoring.units import segment
+from mlppl.scoring.units import segment
 
 _AROUND_WORD = re.compile(r"(\W*)(.*?)(\W*)", re.DOTALL)
 _AROUND_SENTENCE = re.compile(r"(\s*)(.*?)(\s*)", re.DOTALL)

@@ -14,11 +14,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import common  # noqa: F401 (with it, ppl is found)
+import common  # noqa: F401 (with it, mlppl is found)
 import numpy as np
 
-from ppl import cli
-from ppl.errors import InputError
+from mlppl import cli
+from mlppl.errors import InputError
 
 GEMMA = "gemma-3-270m-q4_k_m.gguf"
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -32,7 +32,7 @@ def gemma_file(folder: Path) -> Path:
 
     Raises `InputError` without the packages, and for a file whose SHA-256 is not the known one.
     """
-    from ppl.files import write_atomically
+    from mlppl.files import write_atomically
 
     path = folder / GEMMA
     if not path.exists():

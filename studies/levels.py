@@ -15,11 +15,11 @@ from pathlib import Path
 from common import new_figure, print_table, quiet_axes, write_figure, write_json
 from damage import DAMAGES, Damages
 
-from ppl import cli
-from ppl.config import AGGREGATIONS, DEFAULT_WEIGHTS, LEVELS, NATS_KNEE
-from ppl.data import PromptForm, find_columns, load_split, make_row, message_text
-from ppl.errors import InputError
-from ppl.prompts import render_prompt
+from mlppl import cli
+from mlppl.config import AGGREGATIONS, DEFAULT_WEIGHTS, LEVELS, NATS_KNEE
+from mlppl.data import PromptForm, find_columns, load_split, make_row, message_text
+from mlppl.errors import InputError
+from mlppl.prompts import render_prompt
 
 PAIRS = list(combinations(LEVELS, 2))
 CORRELATIONS = {"damages": "all damages", "within": "within a damage", "samples": "its own samples"}
@@ -62,7 +62,7 @@ def study(args: argparse.Namespace) -> int:
     if len(rows) < 2:
         raise InputError(f"{args.dataset_name} has {len(rows)} rows with text: a stranger's sentence needs at least 2")
 
-    from ppl.models import load_model
+    from mlppl.models import load_model
 
     model, tokenizer, _ = load_model(
         args.model_name, load_in_4bit=bool(args.load_in_4bit), dtype=args.dtype, device=args.device
@@ -103,7 +103,7 @@ def damaged_texts(args: argparse.Namespace, rows: list) -> list[tuple[int, str, 
 
 def sampled(args: argparse.Namespace, model, tokenizer, rows: list) -> list[tuple[int, str]]:
     """[(row, completion)]: what the model itself writes after each prompt, as in training."""
-    from ppl.scoring.sampling import sample_completions
+    from mlppl.scoring.sampling import sample_completions
 
     indices = [index for index, (prompt, _) in enumerate(rows) if message_text(prompt)]
     groups = sample_completions(
@@ -117,7 +117,7 @@ def log_perplexities(args: argparse.Namespace, model, tokenizer, pairs: list[tup
     """Per aggregation float64 [N, 3], ln PPL of (context, text) at each level."""
     import numpy as np
 
-    from ppl.scoring.calculator import MultiLevelPPLCalculator
+    from mlppl.scoring.calculator import MultiLevelPPLCalculator
 
     calculators = {
         name: MultiLevelPPLCalculator(tokenizer, language=args.language, aggregation=name) for name in AGGREGATIONS
@@ -129,7 +129,7 @@ def penalties(tokenizer, prompts: list, texts: list[str]):
     """float64 [N], what the loop guard takes from each text with the reward in nats."""
     import numpy as np
 
-    from ppl.reward.loop_guard import loop_guard
+    from mlppl.reward.loop_guard import loop_guard
 
     penalty, weight = loop_guard(form="nats", tokenizer=tokenizer)
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -238,7 +238,7 @@ def show(numbers: dict) -> None:
 
 def figure(numbers: dict):
     """A panel for each damage, in it a group for each aggregation, in it a dot for each level; at last correlations."""
-    from ppl.config import COLORS
+    from mlppl.config import COLORS
 
     aggregations = numbers["aggregations"]
     damages = list(aggregations["nested"]["damages"])

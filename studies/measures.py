@@ -4,11 +4,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
-import common  # noqa: F401 (with it, ppl is found)
+import common  # noqa: F401 (with it, mlppl is found)
 import numpy as np
 
-from ppl.config import LEVELS
-from ppl.data import Text, message_text
+from mlppl.config import LEVELS
+from mlppl.data import Text, message_text
 
 RUN = 4  # words
 COMMONEST = 100
@@ -141,7 +141,7 @@ def plain(prompt: Text, completion: str, form: str) -> tuple[str, str]:
 
 def judged(model, tokenizer, prompts: Sequence[Text], texts: Sequence[str]) -> dict[str, float]:
     """Geometric means over the texts of their nested levels under a model, and of their product, the perplexity."""
-    from ppl.scoring.calculator import MultiLevelPPLCalculator
+    from mlppl.scoring.calculator import MultiLevelPPLCalculator
 
     calculator = MultiLevelPPLCalculator(tokenizer, aggregation="nested")
     levels = calculator.compute_all_levels(model, list(texts), list(prompts))

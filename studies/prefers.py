@@ -22,7 +22,7 @@ from damage import BLAND
 from measures import talks
 from stories import story_rows
 
-from ppl import cli
+from mlppl import cli
 
 ASK = "Here is the beginning of a story.\n\n{prompt}\n\nGo on with the story."
 PLAN = "Here is the beginning of a story.\n\n{prompt}\n\nSay in one sentence what happens next."
@@ -121,9 +121,9 @@ class Bench:
     """The scorer, the rows that are scored, those that are examples, and those that are the other rows."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from ppl.errors import InputError
-        from ppl.models import load_model
-        from ppl.scoring.calculator import MultiLevelPPLCalculator
+        from mlppl.errors import InputError
+        from mlppl.models import load_model
+        from mlppl.scoring.calculator import MultiLevelPPLCalculator
 
         self.model, self.tokenizer, _ = load_model(args.model_name)
         self.calculator = MultiLevelPPLCalculator(self.tokenizer)
@@ -158,7 +158,7 @@ class Bench:
 
     def samples(self, prompts: Sequence[str], temperature: float, number: int, max_new_tokens: int, seed: int) -> list:
         """[prompts][number] texts that the model says to a user's messages."""
-        from ppl.scoring.sampling import sample_completions
+        from mlppl.scoring.sampling import sample_completions
 
         asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
         return sample_completions(
@@ -173,7 +173,7 @@ def following(groups: list) -> list:
 
 
 def first_sentence(text: str) -> str:
-    from ppl.data import split_sentences
+    from mlppl.data import split_sentences
 
     return split_sentences(text.strip(), 1, "en")[0]
 

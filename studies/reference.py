@@ -20,9 +20,9 @@ from pathlib import Path
 from common import add_run_flags, new_figure, print_table, quiet_axes, run_folder, write_figure, write_json
 from training import finished, resolved, train
 
-from ppl import cli
-from ppl.config import LEVELS
-from ppl.errors import InputError
+from mlppl import cli
+from mlppl.config import LEVELS
+from mlppl.errors import InputError
 
 PROMPT = "Here is the beginning of a story.\n\n{prompt}\n\nSay in one sentence what happens next."
 TEMPLATE = (
@@ -95,8 +95,8 @@ def study(args: argparse.Namespace) -> int:
 
 def write_rows(args: argparse.Namespace, output: Path) -> Path:
     """The data set with continuations of the first few sentences, as a file that the scripts read."""
-    from ppl.data import PromptForm, find_columns, load_split, message_text, prepare_rows, split_sentences
-    from ppl.files import write_text
+    from mlppl.data import PromptForm, find_columns, load_split, message_text, prepare_rows, split_sentences
+    from mlppl.files import write_text
 
     dataset = load_split(args.dataset_name)
     columns = find_columns(dataset.column_names, None, None, None, False)
@@ -131,10 +131,10 @@ class Heldout:
     """The held-out prompts of a run, their true continuations, and the perplexities of these behind other texts."""
 
     def __init__(self, args: argparse.Namespace, folder: Path, data: Path) -> None:
-        from ppl.config import ReferenceContext
-        from ppl.data import message_text
-        from ppl.models import load_model
-        from ppl.scoring.calculator import MultiLevelPPLCalculator
+        from mlppl.config import ReferenceContext
+        from mlppl.data import message_text
+        from mlppl.models import load_model
+        from mlppl.scoring.calculator import MultiLevelPPLCalculator
 
         self.model, self.tokenizer, _ = load_model(args.model_name)
         self.calculator, self.joined = MultiLevelPPLCalculator(self.tokenizer), ReferenceContext(template=TEMPLATE)
@@ -176,7 +176,7 @@ class Heldout:
 
 def controlled(args: argparse.Namespace, folder: Path, data: Path, seed: int) -> dict:
     """{name: improvement} of the held-out continuations behind each kind of text that stands where a plan does."""
-    from ppl.data import message_text
+    from mlppl.data import message_text
 
     path = folder / "controls.json"
     found = json.loads(path.read_text("utf-8")) if path.exists() else {}
@@ -253,7 +253,7 @@ def fine_tuned(args: argparse.Namespace, heldout: Heldout, folder: Path, seed: i
     from transformers.trainer_utils import set_seed
     from trl import SFTConfig, SFTTrainer
 
-    from ppl.models import add_lora, load_model
+    from mlppl.models import add_lora, load_model
 
     model, tokenizer, _ = load_model(args.model_name)
     others = [row for row in heldout.rows if row["reference"] not in heldout.references]
@@ -277,7 +277,7 @@ def fine_tuned(args: argparse.Namespace, heldout: Heldout, folder: Path, seed: i
 
 def write_plans(path: Path, prompts, references, before, after) -> None:
     """Ten prompts with what was planned before and after training, to be read."""
-    from ppl.files import write_text
+    from mlppl.files import write_text
 
     blocks = [
         f"{prompt}\n  TRUE    {reference}\n  BEFORE  {first[0]!r}\n  AFTER   {last[0]!r}\n"

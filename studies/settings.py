@@ -10,7 +10,7 @@ import sys
 
 from training import parse_args, study
 
-from ppl import cli
+from mlppl import cli
 
 ARMS = {
     "default": "",

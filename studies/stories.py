@@ -1,6 +1,6 @@
 """Rows for the studies: the beginning of a story, what comes next in it, and the whole of it."""
 
-import common  # noqa: F401 (with it, ppl is found)
+import common  # noqa: F401 (with it, mlppl is found)
 
 
 def story_rows(dataset_name: str, split: str = "train", begin: int = 2, follow: int = 2) -> list[dict[str, str]]:
@@ -15,7 +15,7 @@ def story_rows(dataset_name: str, split: str = "train", begin: int = 2, follow: 
     >>> rows[-1]["reference"]
     'From our field you can see something blue, far away. "It is a piece of sky that fell down," said my mother.'
     """
-    from ppl.data import PromptForm, find_columns, load_split, message_text, prepare_rows, split_sentences
+    from mlppl.data import PromptForm, find_columns, load_split, message_text, prepare_rows, split_sentences
 
     dataset = load_split(dataset_name, None, split)
     rows = []

@@ -33,9 +33,9 @@ from common import (
 )
 from measures import common_share, commonest_words, copied, judged, plain
 
-from ppl import cli
-from ppl.config import LEVELS
-from ppl.errors import InputError
+from mlppl import cli
+from mlppl.config import LEVELS
+from mlppl.errors import InputError
 
 DEMO = "--max_new_tokens 64 --learning_rate 2e-3 --per_device_train_batch_size 16"
 BASELINES = "--load_in_4bit --generate 4 --max_new_tokens 64"
@@ -255,9 +255,9 @@ def measuring(args: argparse.Namespace) -> Callable[[list, list[str]], dict]:
     their words are, and what each judge says of them, which is given the text of a chat without the chat."""
     import numpy as np
 
-    from ppl.data import load_split
-    from ppl.models import load_model
-    from ppl.scoring.calculator import MultiLevelPPLCalculator
+    from mlppl.data import load_split
+    from mlppl.models import load_model
+    from mlppl.scoring.calculator import MultiLevelPPLCalculator
 
     model, tokenizer, _ = load_model(args.model_name)
     calculator = MultiLevelPPLCalculator(tokenizer)
@@ -353,7 +353,7 @@ def cells_of(summary: dict, columns: dict[str, str]) -> list[str]:
 
 def figure(numbers: dict):
     """A panel for each question, a row for each arm, a dot for each seed."""
-    from ppl.config import COLORS
+    from mlppl.config import COLORS
 
     arms = list(numbers["arms"])
     made = new_figure(11, 1.4 + 0.42 * len(arms))

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from ppl.baselines.file import write_meta, write_records
-from ppl.files import write_atomically
+from mlppl.baselines.file import write_meta, write_records
+from mlppl.files import write_atomically
 
 
 def write(path: Path, records: Mapping, meta: Mapping) -> None:

@@ -1,7 +1,7 @@
 """A reward function that keeps what it last measured."""
 
+from mlppl.reward.terms import details_of, earned
 from multi_level_ppl_trl import MultiLevelPPLRewardFunction
-from ppl.reward.terms import details_of, earned
 
 
 class Heard(MultiLevelPPLRewardFunction):

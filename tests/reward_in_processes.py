@@ -11,7 +11,7 @@ import torch
 import toys
 from accelerate import PartialState
 
-from ppl.reward.function import MultiLevelPPLRewardFunction
+from mlppl.reward.function import MultiLevelPPLRewardFunction
 
 TOKENIZER = toys.byte_level()
 # Two groups of four and one prompt that comes alone; with two processes the first and the second group are split.

@@ -13,9 +13,9 @@ torch.set_num_threads(1)
 def main(where: str, *folders: str) -> None:
     if where == "beside":
         import unsloth  # noqa: F401  before what it patches
-    from ppl.models import add_lora, load_model
-    from ppl.scoring.surprisal import SurprisalScorer
-    from ppl.scoring.tokens import TextEncoder
+    from mlppl.models import add_lora, load_model
+    from mlppl.scoring.surprisal import SurprisalScorer
+    from mlppl.scoring.tokens import TextEncoder
 
     if where == "beside":
         policy, _, reason = load_model("tiny-stories", load_in_4bit=True, unsloth=True)

@@ -9,8 +9,8 @@ import torch
 import toys
 from torch.distributed.fsdp import fully_shard
 
-from ppl.scoring.surprisal import SurprisalScorer
-from ppl.scoring.tokens import TextEncoder
+from mlppl.scoring.surprisal import SurprisalScorer
+from mlppl.scoring.tokens import TextEncoder
 
 
 def main() -> None:

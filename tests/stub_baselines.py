@@ -10,9 +10,9 @@ import time
 import numpy as np
 
 import compute_baselines_trl
-from ppl import cli
-from ppl.baselines.job import Scorer, compute
-from ppl.scoring.levels import Scores
+from mlppl import cli
+from mlppl.baselines.job import Scorer, compute
+from mlppl.scoring.levels import Scores
 
 
 def load(args, job, device, pause=0.0):

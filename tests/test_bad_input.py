@@ -174,7 +174,7 @@ def test_is_refused_in_one_line(folder, capfd, case):
 
 
 def test_debug_shows_the_traceback(folder):
-    from ppl.errors import InputError
+    from mlppl.errors import InputError
 
     with pytest.raises(InputError):
         compute_baselines_trl.main(["--dataset_name", "twice.jsonl", "--debug"])

@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import compute_baselines_trl
-from ppl.baselines import safe_pickle
-from ppl.baselines.file import SUFFIXES, Baselines, check_meta, meta_path
-from ppl.config import LEVELS
-from ppl.data import PromptForm, stable_id
-from ppl.errors import BaselineError
+from mlppl.baselines import safe_pickle
+from mlppl.baselines.file import SUFFIXES, Baselines, check_meta, meta_path
+from mlppl.config import LEVELS
+from mlppl.data import PromptForm, stable_id
+from mlppl.errors import BaselineError
 
 RECORD = {"word": 45.25, "phrase": 47.5, "sentence": 51.125, "n_tokens": 12, "prompt_id": stable_id("Once")}
 META = {
@@ -88,7 +88,7 @@ def test_many_rows_in_pieces(tmp_path):
 
 def test_a_file_is_read_without_torch(tmp_path):
     write(tmp_path / "b.pkl", {"a": RECORD}, META)
-    code = "import sys; from ppl.baselines import file; file.Baselines.load('b.pkl'); sys.exit('torch' in sys.modules)"
+    code = "import sys; import mlppl.baselines.file as f; f.Baselines.load('b.pkl'); sys.exit('torch' in sys.modules)"
     folder = str(compute_baselines_trl.__file__).rpartition("/")[0]
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": folder}).returncode == 0
 

@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppl.scoring.batching import Group, Row, batches, packs, share_prefixes, windows
-from ppl.scoring.tokens import Encoded
+from mlppl.scoring.batching import Group, Row, batches, packs, share_prefixes, windows
+from mlppl.scoring.tokens import Encoded
 
 
 def encoded(total, context=1):

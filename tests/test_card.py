@@ -11,10 +11,10 @@ import warm
 from huggingface_hub import ModelCard, ModelCardData
 from training_runs import EXAMPLES, SHORT, refusal, run_code, train
 
-from ppl.baselines.file import Baselines
-from ppl.config import LEVELS
-from ppl.models import load_model
-from ppl.training import card
+from mlppl.baselines.file import Baselines
+from mlppl.config import LEVELS
+from mlppl.models import load_model
+from mlppl.training import card
 
 QUICK = [*SHORT, "--no_unsloth", "--no-load_in_4bit", "--max_steps", "2", "--save_steps", "1"]
 # The hub cannot run here: what would be uploaded is printed, with the files as they are at that moment.

@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerFast
 from waiting import PATIENCE
 
 import test_multilevel_ppl_trl as script
-from ppl.errors import InputError
-from ppl.models import check_vocabulary, load_model
-from ppl.reward import function, terms
-from ppl.reward.function import MultiLevelPPLRewardFunction
-from ppl.scoring.calculator import MultiLevelPPLCalculator
-from ppl.scoring.surprisal import Head
+from mlppl.errors import InputError
+from mlppl.models import check_vocabulary, load_model
+from mlppl.reward import function, terms
+from mlppl.reward.function import MultiLevelPPLRewardFunction
+from mlppl.scoring.calculator import MultiLevelPPLCalculator
+from mlppl.scoring.surprisal import Head
 
 EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
 NUMBER = r"[\d.]+e[+-]\d\d"
@@ -59,7 +59,7 @@ def check(capsys, monkeypatch):
     """Runs the script on a model in memory: (exit code, {check: "✓" or "✗"}, {check: what is said of it})."""
 
     def run(model, tokenizer, *flags):
-        monkeypatch.setattr("ppl.models.load_model", lambda *_, **__: (model, tokenizer, None))
+        monkeypatch.setattr("mlppl.models.load_model", lambda *_, **__: (model, tokenizer, None))
         code = script.main(["--device", "cpu", *flags])
         found = re.findall(r"^  ([✓✗]) (.*?)(?: \(|: )(.*)$", capsys.readouterr().out, re.MULTILINE)
         return code, {name: mark for mark, name, _ in found}, {name: said for _, name, said in found}

@@ -23,13 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from waiting import wait_for
 
 import compute_baselines_trl
-from ppl.baselines import job as baseline_run
-from ppl.baselines import parts
-from ppl.baselines.file import SUFFIXES, Baselines, check_meta, read_meta
-from ppl.baselines.job import plot_levels
-from ppl.config import LEVELS
-from ppl.data import Columns, PromptForm, load_split, prepare_rows, stable_id
-from ppl.errors import BaselineError, InputError
+from mlppl.baselines import job as baseline_run
+from mlppl.baselines import parts
+from mlppl.baselines.file import SUFFIXES, Baselines, check_meta, read_meta
+from mlppl.baselines.job import plot_levels
+from mlppl.config import LEVELS
+from mlppl.data import Columns, PromptForm, load_split, prepare_rows, stable_id
+from mlppl.errors import BaselineError, InputError
 
 SCRIPT = Path(compute_baselines_trl.__file__)
 STUB = Path(stub_baselines.__file__)
@@ -129,7 +129,7 @@ def test_the_pickle_is_a_plain_dict(toy):
 
 
 def test_the_reward_takes_the_file_of_its_own_model_and_no_other(toy):
-    from ppl.reward.function import MultiLevelPPLRewardFunction
+    from mlppl.reward.function import MultiLevelPPLRewardFunction
 
     write_rows("rows.jsonl", ROWS)
     assert run("--model_name", toy, "--dataset_name", "rows.jsonl", "--output_path", "b.json") == 0
@@ -269,7 +269,7 @@ def test_num_samples_counts_rows_with_text():
 
 @pytest.mark.parametrize("streaming", [[], ["--streaming"]])
 def test_output_dataset_is_one_that_the_reward_uses_as_it_is(streaming, capsys):
-    from ppl.reward.function import row_baselines
+    from mlppl.reward.function import row_baselines
 
     stale = {"baseline_word": 0.5}  # of an earlier time
     rows = [{"prompt": f"{n}", "completion": "Text.", **stale, "kept": n} for n in range(1500)]
@@ -626,7 +626,7 @@ def test_processes_see_who_died(tmp_path):
 
 def test_meta_of_the_dataset_matches_what_the_reward_expects(toy):
     """The meta file has every key that the reward compares, under the same name."""
-    from ppl.reward.function import MultiLevelPPLRewardFunction
+    from mlppl.reward.function import MultiLevelPPLRewardFunction
 
     write_rows("rows.jsonl", ROWS)
     assert run("--model_name", toy, "--dataset_name", "rows.jsonl", "--output_dataset", "folder") == 0

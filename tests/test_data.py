@@ -7,8 +7,8 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
-from ppl.data import load_split, prompt_key, split_heldout
-from ppl.errors import InputError
+from mlppl.data import load_split, prompt_key, split_heldout
+from mlppl.errors import InputError
 
 LETTERS = list("abcdefghij")
 

@@ -11,15 +11,15 @@ from training_runs import SHORT, refusal, train
 from transformers import AutoModelForCausalLM
 
 import compute_baselines_trl
+from mlppl.data import Columns, PromptForm, prepare_rows
+from mlppl.errors import BaselineError, InputError
+from mlppl.models import load_model, model_path
+from mlppl.scoring.sampling import prompt_ids, sample
+from mlppl.scoring.tokens import TextEncoder
+from mlppl.training.job import check_batch
+from mlppl.training.policy import Loaded, check_prompts, check_trl, save_merged
+from mlppl.training.settings import grpo_config, plan_batches
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
-from ppl.data import Columns, PromptForm, prepare_rows
-from ppl.errors import BaselineError, InputError
-from ppl.models import load_model, model_path
-from ppl.scoring.sampling import prompt_ids, sample
-from ppl.scoring.tokens import TextEncoder
-from ppl.training.job import check_batch
-from ppl.training.policy import Loaded, check_prompts, check_trl, save_merged
-from ppl.training.settings import grpo_config, plan_batches
 from train_grpo_multilevel_unsloth import parse_args
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------

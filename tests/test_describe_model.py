@@ -14,14 +14,14 @@ from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from training_runs import EXAMPLES
 from transformers import LlamaForCausalLM
 
-from ppl.baselines.file import Baselines
-from ppl.data import TINY_STORIES
-from ppl.errors import BaselineError, InputError
-from ppl.models import load_model
-from ppl.reward.function import MultiLevelPPLRewardFunction
-from ppl.scoring.differences import FLOAT32_NATS, PROBE_NATS, differences
-from ppl.scoring.identity import describe_model
-from ppl.scoring.surprisal import SurprisalScorer, as_scorer
+from mlppl.baselines.file import Baselines
+from mlppl.data import TINY_STORIES
+from mlppl.errors import BaselineError, InputError
+from mlppl.models import load_model
+from mlppl.reward.function import MultiLevelPPLRewardFunction
+from mlppl.scoring.differences import FLOAT32_NATS, PROBE_NATS, differences
+from mlppl.scoring.identity import describe_model
+from mlppl.scoring.surprisal import SurprisalScorer, as_scorer
 
 
 def weights(model) -> str:
@@ -90,7 +90,7 @@ def test_4bit_weights_repacked_for_a_cpu_are_the_same_weights(in_4bit):
 @pytest.mark.slow
 def test_unsloth_and_transformers_make_the_same_4bit_model(in_4bit):
     asked = (
-        "import json; from ppl.models import *; from ppl.scoring.surprisal import as_scorer; "
+        "import json; from mlppl.models import *; from mlppl.scoring.surprisal import as_scorer; "
         "model, tokenizer, _ = load_model('tiny-stories', load_in_4bit=True, unsloth=True); "
         "print(json.dumps(as_scorer(model, tokenizer).identity))"
     )

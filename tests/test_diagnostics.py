@@ -10,9 +10,9 @@ import pytest
 import torch
 from training_runs import train
 
-from ppl.data import TINY_STORIES
-from ppl.reward.function import MultiLevelPPLRewardFunction
-from ppl.training.diagnostics import START, WINDOW, Diagnostics, in_one_line
+from mlppl.data import TINY_STORIES
+from mlppl.reward.function import MultiLevelPPLRewardFunction
+from mlppl.training.diagnostics import START, WINDOW, Diagnostics, in_one_line
 
 STATE = types.SimpleNamespace(is_world_process_zero=True, global_step=0)
 WORDS = ["fox", "mill", "river", "stone", "bread", "crow", "cheese", "winter", "lamp", "garden", "boat", "song"]

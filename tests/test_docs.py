@@ -19,8 +19,8 @@ import warm
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from waiting import PATIENCE
 
-from ppl.scoring.levels import level_perplexities
-from ppl.scoring.units import segment
+from mlppl.scoring.levels import level_perplexities
+from mlppl.scoring.units import segment
 
 ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -111,7 +111,7 @@ def test_readme_and_maps_name_every_module():
     examples = ROOT / "rl_training" / "examples"
     for path in [*examples.glob("*.py"), *(examples / "engines").glob("*.py")]:
         assert re.search(rf"\b{re.escape(path.name)}\b", readme), f"the README does not name {path.name}"
-    for folder in [examples / "ppl", *(path.parent for path in (examples / "ppl").glob("*/__init__.py"))]:
+    for folder in [examples / "mlppl", *(path.parent for path in (examples / "mlppl").glob("*/__init__.py"))]:
         assert f"({folder.relative_to(ROOT)}/__init__.py)" in readme
         text = (folder / "__init__.py").read_text(encoding="utf-8")
         for path in folder.glob("*.*"):

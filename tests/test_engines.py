@@ -23,12 +23,12 @@ import torch
 import yaml
 from waiting import PATIENCE
 
-import ppl.reward.configured
+import mlppl.reward.configured
+from mlppl.config import LEVELS
+from mlppl.errors import InputError
+from mlppl.models import load_model
+from mlppl.reward.terms import bent
 from multi_level_ppl_trl import MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
-from ppl.config import LEVELS
-from ppl.errors import InputError
-from ppl.models import load_model
-from ppl.reward.terms import bent
 
 EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
 ENGINE_REWARD = EXAMPLES / "engines" / "reward.py"
@@ -65,7 +65,7 @@ def configure(tmp_path, monkeypatch):
             loads.append(args)
             return load_model(*args, **kwargs)
 
-        monkeypatch.setattr(ppl.reward.configured, "load_model", counted)
+        monkeypatch.setattr(mlppl.reward.configured, "load_model", counted)
         return loads
 
     return write
@@ -185,7 +185,7 @@ def test_calls_that_come_meanwhile_take_one_pass_of_the_scorer_and_get_the_same_
     module = by_path("custom_module", True)
     rows = verl_rows(PROMPTS)
     alone = [module.compute_score(**row) for row in rows]
-    reward = ppl.reward.configured.reward_from_config()
+    reward = mlppl.reward.configured.reward_from_config()
     sizes, begun, go_on, compute = [], threading.Event(), threading.Event(), reward.compute_rewards
 
     def counted(texts, *args, **kwargs):
@@ -229,7 +229,7 @@ def test_verl_does_not_go_on_with_a_begun_answer(configure):
 def test_verl_may_give_the_prompt_as_chat_messages_in_an_array(configure, tmp_path):
     configure(target="reference")
     module = by_path("custom_module", True)
-    reward = ppl.reward.configured.reward_from_config()
+    reward = mlppl.reward.configured.reward_from_config()
     reward.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     chats = [np.array([{"role": "user", "content": prompt}], dtype=object) for prompt in PROMPTS]
     plain = [result["score"] for result in naive(module.compute_score, verl_rows(PROMPTS))]
@@ -282,7 +282,7 @@ def test_a_prompt_that_its_tokenizer_or_a_limit_changed_gets_the_reward_of_its_c
 
 def test_the_example_files_point_to_what_is_there():
     engines = EXAMPLES / "engines"
-    assert ppl.reward.configured.read_settings(engines / "reward.yaml")["target"] == "reference"
+    assert mlppl.reward.configured.read_settings(engines / "reward.yaml")["target"] == "reference"
     function = yaml.safe_load((engines / "verl.yaml").read_text())["reward"]["custom_reward_function"]
     assert f"def {function['name']}(" in ENGINE_REWARD.read_text()
     for script in ("openrlhf.sh", "verl.sh"):
@@ -354,4 +354,4 @@ def test_a_policy_that_is_another_model_is_named_in_the_file(configure, tmp_path
     assert [of_openrlhf[f"reward_{level}"].item() for level in LEVELS] == pytest.approx(expected, rel=1e-4)
     (tmp_path / "other.yaml").write_text("model_name: tiny-stories\npolicy: ./nowhere\n")
     with pytest.raises(InputError, match=r"other.yaml: cannot load model '.*nowhere': no such folder here"):
-        ppl.reward.configured.reward_from_config(tmp_path / "other.yaml")
+        mlppl.reward.configured.reward_from_config(tmp_path / "other.yaml")

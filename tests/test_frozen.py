@@ -10,11 +10,11 @@ import toys
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
+from mlppl.errors import InputError
+from mlppl.scoring.frozen import base_parameters, frozen
+from mlppl.scoring.surprisal import SurprisalScorer
+from mlppl.scoring.tokens import TextEncoder
 from multi_level_ppl_trl import MultiLevelPPLCalculator
-from ppl.errors import InputError
-from ppl.scoring.frozen import base_parameters, frozen
-from ppl.scoring.surprisal import SurprisalScorer
-from ppl.scoring.tokens import TextEncoder
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 IDS = torch.tensor([[5, 6, 7, 8]])

@@ -16,11 +16,11 @@ import toys
 import warm
 from training_runs import EXAMPLES, SHORT, train
 
-from ppl import gguf
-from ppl.errors import InputError
-from ppl.models import load_model, model_path
-from ppl.scoring.differences import differences
-from ppl.scoring.identity import describe_model, tokenizer_fingerprint
+from mlppl import gguf
+from mlppl.errors import InputError
+from mlppl.models import load_model, model_path
+from mlppl.scoring.differences import differences
+from mlppl.scoring.identity import describe_model, tokenizer_fingerprint
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.smollm2

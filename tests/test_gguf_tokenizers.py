@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from ppl.errors import InputError
-from ppl.gguf import read_tokenizer
-from ppl.models import load_model
-from ppl.scoring.calculator import MultiLevelPPLCalculator
+from mlppl.errors import InputError
+from mlppl.gguf import read_tokenizer
+from mlppl.models import load_model
+from mlppl.scoring.calculator import MultiLevelPPLCalculator
 
 pytestmark = pytest.mark.smollm2
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 
-from ppl.scoring.surprisal import Head
+from mlppl.scoring.surprisal import Head
 
 
 class Base(torch.nn.Module):

@@ -8,9 +8,9 @@ import pytest
 import toys
 from chromium import Chromium
 
-from ppl.config import LEVELS
-from ppl.scoring import heatmap
-from ppl.scoring.calculator import MultiLevelPPLCalculator
+from mlppl.config import LEVELS
+from mlppl.scoring import heatmap
+from mlppl.scoring.calculator import MultiLevelPPLCalculator
 
 TEXT = (
     "  Once upon a time there was a <script>window.hacked = 1</script> fox & an <b>owl</b>.\r\n"

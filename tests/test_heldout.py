@@ -11,11 +11,10 @@ import story_model
 import toys
 from datasets import Dataset
 
-from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
-from ppl.errors import InputError
-from ppl.training.diagnostics import distinct
-from ppl.training.found import found, found_among
-from ppl.training.heldout import (
+from mlppl.errors import InputError
+from mlppl.training.diagnostics import distinct
+from mlppl.training.found import found, found_among
+from mlppl.training.heldout import (
     SWAPPED,
     HeldOut,
     HeldOutPrompts,
@@ -27,7 +26,8 @@ from ppl.training.heldout import (
     read_before,
     write_heldout,
 )
-from ppl.training.policy import Loaded
+from mlppl.training.policy import Loaded
+from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
 
 PROMPTS = ["Once upon a time", "The fox said: ", "The fox said: "]
 COMPLETIONS = [" there was a small fox.", "I am hungry; I want to eat.", "they walked home"]

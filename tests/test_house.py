@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-PPL = Path(__file__).parent.parent / "rl_training" / "examples" / "ppl"
+PPL = Path(__file__).parent.parent / "rl_training" / "examples" / "mlppl"
 ROOT = "the root"
 # What a wing may import beside itself and the root; the root imports no wing.
 ALLOWED = {
@@ -31,13 +31,13 @@ def room(path: Path) -> str:
 
 
 def imported(path: Path) -> set[Path]:
-    """The modules of ppl that one imports, also within its functions and under `if TYPE_CHECKING`."""
+    """The modules of mlppl that one imports, also within its functions and under `if TYPE_CHECKING`."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            folder = ["ppl", *path.relative_to(PPL).parts]
+            folder = ["mlppl", *path.relative_to(PPL).parts]
             start = ".".join(folder[: len(folder) - node.level]) if node.level else ""
             module = ".".join(filter(None, [start, node.module]))
             names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
@@ -45,7 +45,7 @@ def imported(path: Path) -> set[Path]:
             continue
         for name in names:
             top, *parts = name.split(".")
-            if top == "ppl":
+            if top == "mlppl":
                 found |= {
                     module
                     for module in (PPL.joinpath(*parts).with_suffix(".py"), PPL.joinpath(*parts, "__init__.py"))
@@ -99,7 +99,7 @@ def test_no_module_imports_a_script():
 
 def test_scoring_imports_no_page_before_one_is_asked_for():
     """A page needs libraries that scoring does not."""
-    code = "import sys, ppl.scoring.calculator; print('ppl.scoring.heatmap' in sys.modules)"
+    code = "import sys, mlppl.scoring.calculator; print('mlppl.scoring.heatmap' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PPL.parent)
     assert done.stdout.strip() == "False", done.stderr
 
@@ -152,7 +152,7 @@ def test_files_are_written_in_one_place():
             assert calls == writers.get(path, set()), path
 
 
-@pytest.mark.parametrize("module", ["ppl.training.job", "ppl.baselines.job"])
+@pytest.mark.parametrize("module", ["mlppl.training.job", "mlppl.baselines.job"])
 def test_unsloth_can_come_first(module):
     """It patches trl, transformers and peft, so what runs before it is imported must not import them."""
     code = f"import sys, {module}; print({{'trl', 'transformers', 'peft'}} & set(sys.modules))"
@@ -170,7 +170,7 @@ def test_a_job_is_read_before_unsloth_is_imported_and_imports_nothing_that_it_pa
     code = f"""
 import sys
 import train_grpo_multilevel_unsloth as script
-from ppl.training import job
+from mlppl.training import job
 def import_unsloth():
     print({{"trl", "transformers", "peft"}} & set(sys.modules))
     sys.exit()
@@ -197,7 +197,7 @@ def test_help_is_instant(script):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "--model_name" in done.stdout
     names = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
-    assert {"ppl", "argparse"} <= names
+    assert {"mlppl", "argparse"} <= names
     slow = {"numpy", "torch", "transformers", "datasets", "trl", "peft", "unsloth", "pandas", "matplotlib", "sentencex"}
     assert not names & slow
 
@@ -226,7 +226,7 @@ def test_nothing_but_our_line_is_printed_until_a_model_is_there(flags):
     """In a fresh process, with what libraries print when they are imported."""
     code = (
         "import sys, logging, warnings\n"
-        "from ppl.models import import_unsloth, load_model, where\n"
+        "from mlppl.models import import_unsloth, load_model, where\n"
         "unsloth = not sys.argv[1:]\n"
         "assert not unsloth or import_unsloth() is None\n"
         "model, *_ = load_model('tiny-stories', load_in_4bit=True, unsloth=unsloth)\n"

@@ -4,9 +4,9 @@ import pytest
 import sentencex
 from langcodes.registry_parser import parse_registry
 
+from mlppl.config import checked_language
+from mlppl.errors import InputError
 from multi_level_ppl_trl import MultiLevelPPLCalculator, main
-from ppl.config import checked_language
-from ppl.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlppl.config import AGGREGATIONS
+from mlppl.scoring.levels import level_perplexities, unit_sums
+from mlppl.scoring.surprisal import SurprisalScorer
+from mlppl.scoring.tokens import TextEncoder
+from mlppl.scoring.units import segment
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator
-from ppl.config import AGGREGATIONS
-from ppl.scoring.levels import level_perplexities, unit_sums
-from ppl.scoring.surprisal import SurprisalScorer
-from ppl.scoring.tokens import TextEncoder
-from ppl.scoring.units import segment
 
 TEXT = 'Once upon a time, there was a small fox. It said: "I am hungry!"\nThe end.'
 

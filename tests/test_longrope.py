@@ -10,8 +10,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppl.scoring.surprisal import SurprisalScorer
-from ppl.scoring.tokens import Encoded
+from mlppl.scoring.surprisal import SurprisalScorer
+from mlppl.scoring.tokens import Encoded
 
 ORIGINAL, LONGEST = 16, 64
 ROPE = {

@@ -15,15 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.rewards import get_repetition_penalty_reward
 from written_down import TOKENIZER
 
-from ppl.config import LOOP_PENALTY
-from ppl.data import TINY_STORIES
-from ppl.errors import InputError
-from ppl.reward.function import MultiLevelPPLRewardFunction
-from ppl.reward.loop_guard import NGRAM, RepeatedShare, loop_guard, loop_veto
-from ppl.reward.terms import normalized
-from ppl.scoring.sampling import sample_completions
-from ppl.scoring.units import segment
-from ppl.training.rewards import check_reward_weights
+from mlppl.config import LOOP_PENALTY
+from mlppl.data import TINY_STORIES
+from mlppl.errors import InputError
+from mlppl.reward.function import MultiLevelPPLRewardFunction
+from mlppl.reward.loop_guard import NGRAM, RepeatedShare, loop_guard, loop_veto
+from mlppl.reward.terms import normalized
+from mlppl.scoring.sampling import sample_completions
+from mlppl.scoring.units import segment
+from mlppl.training.rewards import check_reward_weights
 
 LENGTHS = (64, 128, 256)
 
@@ -287,7 +287,7 @@ def test_what_the_reward_skips_the_guard_skips(tmp_path):
     from datasets import Dataset
     from trl import GRPOConfig
 
-    from ppl.training.trainer import ResumableGRPOTrainer
+    from mlppl.training.trainer import ResumableGRPOTrainer
 
     prompts = ["The fox ran", "The crow sat"]
     baselines = {prompts[0]: dict.fromkeys(("word", "phrase", "sentence"), 1e9)}  # which anything is better than

@@ -9,13 +9,13 @@ import toys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppl.cli import reward_config
-from ppl.config import LOOP_PENALTY
-from ppl.config import NATS_KNEE as KNEE
-from ppl.errors import InputError
-from ppl.reward.function import MultiLevelPPLRewardFunction
-from ppl.reward.loop_guard import loop_guard
-from ppl.reward.terms import bent, nats
+from mlppl.cli import reward_config
+from mlppl.config import LOOP_PENALTY
+from mlppl.config import NATS_KNEE as KNEE
+from mlppl.errors import InputError
+from mlppl.reward.function import MultiLevelPPLRewardFunction
+from mlppl.reward.loop_guard import loop_guard
+from mlppl.reward.terms import bent, nats
 from train_grpo_multilevel_unsloth import parse_args
 
 perplexities = st.lists(st.floats(1, 1e6), min_size=3, max_size=3)

@@ -10,11 +10,11 @@ import toys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppl.config import LEVELS
-from ppl.errors import InputError
-from ppl.reward.function import MultiLevelPPLRewardFunction
-from ppl.scoring.calculator import MultiLevelPPLCalculator
-from ppl.scoring.surprisal import SurprisalScorer
+from mlppl.config import LEVELS
+from mlppl.errors import InputError
+from mlppl.reward.function import MultiLevelPPLRewardFunction
+from mlppl.scoring.calculator import MultiLevelPPLCalculator
+from mlppl.scoring.surprisal import SurprisalScorer
 
 TEXTS = [
     *toys.SENTENCES,

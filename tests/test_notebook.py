@@ -14,10 +14,10 @@ from chromium import Chromium
 from nbclient import NotebookClient
 from waiting import PATIENCE
 
-from ppl import cli
-from ppl.config import LEVELS
-from ppl.scoring.calculator import MultiLevelPPLCalculator
-from ppl.scoring.heatmap import Framed, number
+from mlppl import cli
+from mlppl.config import LEVELS
+from mlppl.scoring.calculator import MultiLevelPPLCalculator
+from mlppl.scoring.heatmap import Framed, number
 
 EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
 NOTEBOOK = EXAMPLES / "multi_level_ppl.ipynb"
@@ -29,7 +29,7 @@ MORE = {
     "a typo": 'score(["--texd", "x"])',
     "run": '%run multi_level_ppl_trl.py --text "The fox ran home."',
     "progress": "from transformers.trainer import DEFAULT_PROGRESS_CALLBACK\nprint(DEFAULT_PROGRESS_CALLBACK.__name__)",
-    "async": "from ppl.training.rewards import call_as_trl\n"
+    "async": "from mlppl.training.rewards import call_as_trl\n"
     "async def length(completions, **columns):\n    return [float(len(text)) for text in completions]\n"
     'print(*call_as_trl([length], ["a"], ["four"], [[1]], {}, None))',
 }

@@ -9,12 +9,12 @@ import torch
 import toys
 from transformers.models.llama import modeling_llama
 
-from ppl.models import load_model
-from ppl.scoring import packing
-from ppl.scoring.sampling import sample_completions
-from ppl.scoring.surprisal import SurprisalScorer
-from ppl.scoring.tokens import TextEncoder
-from ppl.training.trainer import OneLineProgress
+from mlppl.models import load_model
+from mlppl.scoring import packing
+from mlppl.scoring.sampling import sample_completions
+from mlppl.scoring.surprisal import SurprisalScorer
+from mlppl.scoring.tokens import TextEncoder
+from mlppl.training.trainer import OneLineProgress
 
 PROMPT = " ".join(toys.SENTENCES)
 PAIRS = [*((PROMPT, f" {text}") for text in toys.SENTENCES), *(("", text) for text in toys.SENTENCES)]

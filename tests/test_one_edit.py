@@ -15,7 +15,7 @@ def edited(folder, old: str, new: str):
     """The scripts in a folder of their own, config.py with an edit."""
     copy = folder / "examples"
     shutil.copytree(EXAMPLES, copy, ignore=shutil.ignore_patterns("__pycache__", "output*", "*.ipynb"))
-    config = copy / "ppl" / "config.py"
+    config = copy / "mlppl" / "config.py"
     text = config.read_text(encoding="utf-8")
     assert text.count(old) == 1
     config.write_text(text.replace(old, new), encoding="utf-8")
@@ -42,7 +42,7 @@ def test_a_new_nested_level(tmp_path):
     found = python(copy, """
 import json, math
 import multi_level_ppl_trl as project
-from ppl.models import load_model
+from mlppl.models import load_model
 from train_grpo_multilevel_unsloth import parse_args
 model, tokenizer, _ = load_model("tiny-stories", load_in_4bit=False)
 options = {"aggregation": "nested", "levels": ["word", "title"]}
@@ -67,9 +67,9 @@ def test_a_new_setting_and_its_flag(tmp_path):
     found = python(copy, """
 import json, subprocess, sys
 from pathlib import Path
-from ppl.reward.configured import NAMES
+from mlppl.reward.configured import NAMES
 from train_grpo_multilevel_unsloth import parse_args
-from ppl import cli
+from mlppl import cli
 Path("run.yaml").write_text("patience: 5\\n")
 flags = ([], ["--patience", "4"], ["--config", "run.yaml"])
 asked = [cli.reward_config(parse_args(words)[0]).patience for words in flags]

@@ -8,9 +8,9 @@ import toys
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from ppl.scoring import surprisal
-from ppl.scoring.surprisal import SurprisalScorer, fast_products
-from ppl.scoring.tokens import TextEncoder
+from mlppl.scoring import surprisal
+from mlppl.scoring.surprisal import SurprisalScorer, fast_products
+from mlppl.scoring.tokens import TextEncoder
 
 
 def on(monkeypatch, cpu, instructions):

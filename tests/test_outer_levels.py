@@ -9,14 +9,14 @@ import pytest
 import torch
 import toys
 
-from ppl.config import LEVELS, RewardConfig
-from ppl.errors import InputError
-from ppl.reward.function import MultiLevelPPLRewardFunction
-from ppl.reward.terms import Measured, earned
-from ppl.scoring.calculator import MultiLevelPPLCalculator
-from ppl.scoring.contexts import Contexts
-from ppl.scoring.levels import nested_perplexities
-from ppl.scoring.sampling import prompt_ids
+from mlppl.config import LEVELS, RewardConfig
+from mlppl.errors import InputError
+from mlppl.reward.function import MultiLevelPPLRewardFunction
+from mlppl.reward.terms import Measured, earned
+from mlppl.scoring.calculator import MultiLevelPPLCalculator
+from mlppl.scoring.contexts import Contexts
+from mlppl.scoring.levels import nested_perplexities
+from mlppl.scoring.sampling import prompt_ids
 
 ALL = ("word", "phrase", "sentence", "prompt", "examples")
 EXAMPLES = [("A crow sat down.", " It sang."), ("The mill is old.", "Nobody came. It rained.")]
@@ -228,7 +228,7 @@ def test_baselines_made_with_other_examples_are_refused(model, tokenizer):
     shown = MultiLevelPPLRewardFunction(model, tokenizer, examples=EXAMPLES).identity
     nested = MultiLevelPPLRewardFunction(model, tokenizer, **NESTED).identity
     fewer = MultiLevelPPLRewardFunction(model, tokenizer, **{**NESTED, "others": OTHERS[:3]}).identity
-    from ppl.scoring.differences import differences
+    from mlppl.scoring.differences import differences
 
     assert set(differences(plain, shown)) == {"examples"} == set(differences(shown, plain))
     assert {"levels", "contrast", "others", "examples"} <= set(differences(plain, nested))

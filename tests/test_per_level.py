@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from training_runs import SHORT, log_history, refusal, train
 from written_down import MODEL, TOKENIZER, levels, reward
 
+from mlppl.config import DEFAULT_THRESHOLDS, NATS_KNEE
+from mlppl.errors import InputError
+from mlppl.reward.loop_guard import loop_veto
+from mlppl.training.diagnostics import Diagnostics
+from mlppl.training.rewards import perplexity_rewards
+from mlppl.training.trainer import RewardState
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLRewardFunction
-from ppl.config import DEFAULT_THRESHOLDS, NATS_KNEE
-from ppl.errors import InputError
-from ppl.reward.loop_guard import loop_veto
-from ppl.training.diagnostics import Diagnostics
-from ppl.training.rewards import perplexity_rewards
-from ppl.training.trainer import RewardState
 
 TEXTS = [" fox", " mill", " the old crow laughed", ""]
 ROWS = {"id": ["x"] * len(TEXTS)}

@@ -11,11 +11,11 @@ import toys
 from datasets import Dataset
 from heard import Heard
 
-from ppl import cli
-from ppl.baselines.file import Baselines
-from ppl.baselines.job import read_rows
-from ppl.config import LEVELS
-from ppl.data import (
+from mlppl import cli
+from mlppl.baselines.file import Baselines
+from mlppl.baselines.job import read_rows
+from mlppl.config import LEVELS
+from mlppl.data import (
     Columns,
     PromptForm,
     check_references,
@@ -27,15 +27,15 @@ from ppl.data import (
     refuse_unscored,
     stable_id,
 )
-from ppl.errors import InputError
-from ppl.prompts import chat_identity, completion_turns, read_template, read_tools, render_prompt, say_once
-from ppl.reward.function import MultiLevelPPLRewardFunction
-from ppl.scoring.calculator import MultiLevelPPLCalculator
-from ppl.scoring.sampling import prompt_ids, sample
-from ppl.scoring.tokens import Sampled
-from ppl.scoring.units import segment
-from ppl.training.heldout import evaluate
-from ppl.training.rewards import other_beginning
+from mlppl.errors import InputError
+from mlppl.prompts import chat_identity, completion_turns, read_template, read_tools, render_prompt, say_once
+from mlppl.reward.function import MultiLevelPPLRewardFunction
+from mlppl.scoring.calculator import MultiLevelPPLCalculator
+from mlppl.scoring.sampling import prompt_ids, sample
+from mlppl.scoring.tokens import Sampled
+from mlppl.scoring.units import segment
+from mlppl.training.heldout import evaluate
+from mlppl.training.rewards import other_beginning
 
 USER = {"role": "user", "content": "Tell me about the fox."}
 CALL = {"type": "function", "function": {"name": "look", "arguments": "{}"}}
@@ -479,7 +479,7 @@ def grpo(kind, tmp_path, prompts, reward_fn, tokenizer=None, **options):
 
 def test_the_policy_reads_what_the_scorer_reads(model, chat, tmp_path):
     """GRPOTrainer opens a new turn behind a prompt that began the answer, and passes on the keys that a table added."""
-    from ppl.training.trainer import ResumableGRPOTrainer
+    from mlppl.training.trainer import ResumableGRPOTrainer
 
     options = {"chat_template_kwargs": {"enable_thinking": False}, "tools": [CALL]}
     reward_fn = Heard(model, chat, **options)
@@ -504,7 +504,7 @@ def test_a_begun_answer_is_refused_where_the_policy_does_not_go_on_with_it(model
 def test_a_column_that_is_called_prompt_ids_is_not_what_the_policy_was_given(model, chat, tmp_path):
     from trl import GRPOTrainer
 
-    from ppl.training.trainer import ResumableGRPOTrainer
+    from mlppl.training.trainer import ResumableGRPOTrainer
 
     def trained(kind):
         trainer = grpo(kind, tmp_path, [[USER]], Heard(model, chat))
@@ -526,7 +526,7 @@ def rolled_out(prompts, trainer):
 
 @pytest.mark.parametrize("rollout", [None, rolled_out])
 def test_what_is_scored_stands_behind_the_ids_that_the_policy_was_given(chat, tmp_path, rollout):
-    from ppl.training.trainer import ResumableGRPOTrainer
+    from mlppl.training.trainer import ResumableGRPOTrainer
 
     class Kept(Heard):
         def __call__(self, prompts, completions, **columns):
@@ -553,7 +553,7 @@ def test_what_is_scored_stands_behind_the_ids_that_the_policy_was_given(chat, tm
 
 
 def test_sampling_renders_as_the_scorer_does(model, chat, monkeypatch):
-    from ppl.scoring import sampling
+    from mlppl.scoring import sampling
 
     seen = []
     monkeypatch.setattr(
@@ -635,7 +635,7 @@ def test_completions_and_baselines_are_scored_behind_the_same_context(appending,
 def test_the_trainer_asks_its_policy_with_those_ids(tmp_path):
     from trl import GRPOTrainer
 
-    from ppl.training.trainer import ResumableGRPOTrainer
+    from mlppl.training.trainer import ResumableGRPOTrainer
 
     class Kept(MultiLevelPPLRewardFunction):
         def __call__(self, prompts, completions, **columns):

@@ -8,11 +8,11 @@ import toys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppl.baselines.file import Baselines
-from ppl.config import ReferenceContext
-from ppl.errors import BaselineError, InputError
-from ppl.reward.function import MultiLevelPPLRewardFunction
-from ppl.scoring.calculator import MultiLevelPPLCalculator
+from mlppl.baselines.file import Baselines
+from mlppl.config import ReferenceContext
+from mlppl.errors import BaselineError, InputError
+from mlppl.reward.function import MultiLevelPPLRewardFunction
+from mlppl.scoring.calculator import MultiLevelPPLCalculator
 
 DOCUMENTED = r".*In summary[:,]\s*(.*?)\s*$"
 PLAN = "Let me think.\nIn summary: the fox runs\nhome."

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from training_runs import EXAMPLES, SHORT, log_history, refusal, train
 from waiting import PATIENCE
 
-from ppl.cli import LATEST
-from ppl.errors import InputError
-from ppl.training.settings import STATE_FILE, find_checkpoint, resume_command
+from mlppl.cli import LATEST
+from mlppl.errors import InputError
+from mlppl.training.settings import STATE_FILE, find_checkpoint, resume_command
 
 STEPS = 18
 # Five prompts, each of them two optimizer steps from one sampling: an epoch is ten steps. Without baselines, the first
@@ -118,7 +118,7 @@ def test_checkpoints_wait_for_the_next_sampling(undisturbed):
 
 
 def test_the_settings_beside_the_model_give_the_same_run(undisturbed):
-    from ppl.training.settings import BatchPlan, grpo_config
+    from mlppl.training.settings import BatchPlan, grpo_config
     from train_grpo_multilevel_unsloth import parse_args
 
     asked, ours = [], []
@@ -233,7 +233,7 @@ def test_resuming_from_nothing_is_refused(tmp_path):
 # Ctrl-C in the first batch of an evaluation, and how many batches it had.
 STOPPED = """
 import signal, sys
-from ppl.training import trainer
+from mlppl.training import trainer
 import train_grpo_multilevel_unsloth
 
 batches, own = [], trainer.SafeStops.on_prediction_step

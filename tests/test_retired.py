@@ -11,11 +11,11 @@ from written_down import MODEL, TOKENIZER, levels
 import compute_baselines_trl
 import multi_level_ppl_trl
 import train_grpo_multilevel_unsloth
+from mlppl.baselines.file import Baselines, check_meta
+from mlppl.baselines.job import prepare
+from mlppl.errors import BaselineError, InputError
+from mlppl.reward.configured import read_settings
 from multi_level_ppl_trl import MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
-from ppl.baselines.file import Baselines, check_meta
-from ppl.baselines.job import prepare
-from ppl.errors import BaselineError, InputError
-from ppl.reward.configured import read_settings
 
 SCRIPTS = [compute_baselines_trl, train_grpo_multilevel_unsloth, multi_level_ppl_trl]
 TRAINING = train_grpo_multilevel_unsloth

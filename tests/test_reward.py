@@ -11,9 +11,9 @@ import toys
 from heard import Heard
 from written_down import COLUMNS, MODEL, TOKENIZER, baseline_of, levels, reward
 
+from mlppl.data import stable_id
+from mlppl.errors import BaselineError, InputError
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLRewardFunction
-from ppl.data import stable_id
-from ppl.errors import BaselineError, InputError
 
 # --- where a baseline comes from, in order ---------------------------------------------------------------------------
 

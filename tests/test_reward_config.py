@@ -11,10 +11,10 @@ import pytest
 from waiting import PATIENCE
 
 import multi_level_ppl_trl
+from mlppl.errors import InputError
+from mlppl.models import load_model
+from mlppl.reward.configured import multi_level_ppl, read_settings, reward_from_config
 from multi_level_ppl_trl import MultiLevelPPLRewardFunction
-from ppl.errors import InputError
-from ppl.models import load_model
-from ppl.reward.configured import multi_level_ppl, read_settings, reward_from_config
 
 EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
 ROWS = [

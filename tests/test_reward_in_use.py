@@ -14,9 +14,9 @@ import toys
 from baseline_files import write
 from written_down import COLUMNS, MODEL, TOKENIZER, baseline_of, levels, reward
 
+from mlppl.errors import BaselineError
+from mlppl.reward.loop_guard import loop_guard
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
-from ppl.errors import BaselineError
-from ppl.reward.loop_guard import loop_guard
 
 # --- a reward of one's own -------------------------------------------------------------------------------------------
 

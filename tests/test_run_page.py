@@ -12,11 +12,11 @@ from chromium import Chromium
 from psutil import AccessDenied
 from test_heatmap import contrast
 
-from ppl.pages import charts, run
-from ppl.pages.run import Completion, RunPage, command_line, explain_heldout
-from ppl.reward.function import MultiLevelPPLRewardFunction
-from ppl.training.heldout import HeldOut
-from ppl.training.settings import launched
+from mlppl.pages import charts, run
+from mlppl.pages.run import Completion, RunPage, command_line, explain_heldout
+from mlppl.reward.function import MultiLevelPPLRewardFunction
+from mlppl.training.heldout import HeldOut
+from mlppl.training.settings import launched
 
 NAN = math.nan
 HOSTILE = [
@@ -177,7 +177,7 @@ def test_under_a_launcher_the_command_is_the_launchers(monkeypatch, parent, expe
 
     monkeypatch.setattr("sys.argv", ["train.py"])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("ppl.training.settings.Process.parent", lambda self: Parent() if parent else None)
+    monkeypatch.setattr("mlppl.training.settings.Process.parent", lambda self: Parent() if parent else None)
     assert command_line(launched(["--x", "2"])) == f"{expected} train.py --x 2"
 
 

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import compute_baselines_trl
+from mlppl.baselines.file import Baselines
+from mlppl.scoring.sampling import end_tokens, prompt_ids, sample
+from mlppl.scoring.tokens import Decoding, Sampled, TextEncoder
+from mlppl.training.heldout import evaluate, kl_scorers
+from mlppl.training.rewards import other_beginning
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator
-from ppl.baselines.file import Baselines
-from ppl.scoring.sampling import end_tokens, prompt_ids, sample
-from ppl.scoring.tokens import Decoding, Sampled, TextEncoder
-from ppl.training.heldout import evaluate, kl_scorers
-from ppl.training.rewards import other_beginning
 
 PROMPTS = ["Once upon a time", "The fox said: ", "They walked home together,"]
 CHATS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]

@@ -12,13 +12,13 @@ from training_runs import SHORT, refusal, train
 from transformers import GenerationConfig
 
 import compute_baselines_trl
+from mlppl.baselines.file import Baselines, read_meta
+from mlppl.config import GENERATION_KWARGS, Sampling
+from mlppl.errors import InputError
+from mlppl.scoring.sampling import ignores_padding, sample
+from mlppl.scoring.tokens import Sampled
+from mlppl.training.rewards import other_sampling
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator
-from ppl.baselines.file import Baselines, read_meta
-from ppl.config import GENERATION_KWARGS, Sampling
-from ppl.errors import InputError
-from ppl.scoring.sampling import ignores_padding, sample
-from ppl.scoring.tokens import Sampled
-from ppl.training.rewards import other_sampling
 
 PROMPTS = ["Once upon a time", "The fox said: ", "They walked home together,"]
 EVERY_KWARG = {
@@ -33,7 +33,7 @@ def grpo(tmp_path, tokenizer, model=None, reward=lambda completions, **_: [0.0] 
     """The project's trainer over the toy Llama, two completions a step."""
     from trl import GRPOConfig
 
-    from ppl.training.trainer import ResumableGRPOTrainer
+    from mlppl.training.trainer import ResumableGRPOTrainer
 
     config = GRPOConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=2, num_generations=2,

@@ -15,9 +15,9 @@ from transformers.utils import logging as transformers_logging
 from waiting import PATIENCE
 
 import multi_level_ppl_trl
+from mlppl.models import load_model
+from mlppl.scoring.calculator import MultiLevelPPLCalculator
 from multi_level_ppl_trl import main
-from ppl.models import load_model
-from ppl.scoring.calculator import MultiLevelPPLCalculator
 
 EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
 TEXT = 'Mr. Brown said: "Come in!" The fox, who was [very] hungry, ran home.\nThe end — 中文 😀'
@@ -255,7 +255,7 @@ def test_what_is_wrong_with_the_input_is_said_in_one_line(capsys, tmp_path):
 
 
 def test_where_no_page_can_be_written_it_says_so_before_a_model_is_loaded(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("ppl.models.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("mlppl.models.load_model", lambda *_, **__: pytest.fail("it was loaded"))
     at = str(tmp_path)
     assert "does not exist" in refused(capsys, "--text", "a", "--html", f"{at}/none/page.html")
     assert f"{at} is a folder" in refused(capsys, "--text", "a", "--html", at)

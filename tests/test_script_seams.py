@@ -92,7 +92,7 @@ def test_an_edited_prompt_never_meets_the_unedited_ones_baseline(tmp_path):
 
 def test_another_trainer(tmp_path):
     text = SCRIPT.read_text(encoding="utf-8")
-    old = text[text.index("    from ppl.training.trainer import Resum") : text.index("\n\n@script")]
+    old = text[text.index("    from mlppl.training.trainer import Resum") : text.index("\n\n@script")]
     script = edited(tmp_path, old, textwrap.indent(shown_edit("make_trainer"), "    ") + "\n")
     printed = run(script, *QUICK, "--output_dir", tmp_path / "out").stdout
     assert "8 completions of 2 prompts" in printed

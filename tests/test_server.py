@@ -21,18 +21,18 @@ import yaml
 from training_runs import SHORT, log_history, refusal, train
 from waiting import PATIENCE
 
-import ppl.baselines.job
+import mlppl.baselines.job
 from compute_baselines_trl import parse_args
+from mlppl.config import AGGREGATIONS, LEVELS
+from mlppl.errors import BaselineError, InputError
+from mlppl.models import load_model
+from mlppl.reward.configured import reward_from_config
+from mlppl.reward.loop_guard import loop_guard, loop_veto
+from mlppl.scoring.differences import PROBE_NATS, differences
+from mlppl.scoring.server import PROBE, ServerScorer, connect
+from mlppl.scoring.surprisal import SurprisalScorer, as_scorer, is_scorer
+from mlppl.scoring.tokens import TextEncoder
 from multi_level_ppl_trl import MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
-from ppl.config import AGGREGATIONS, LEVELS
-from ppl.errors import BaselineError, InputError
-from ppl.models import load_model
-from ppl.reward.configured import reward_from_config
-from ppl.reward.loop_guard import loop_guard, loop_veto
-from ppl.scoring.differences import PROBE_NATS, differences
-from ppl.scoring.server import PROBE, ServerScorer, connect
-from ppl.scoring.surprisal import SurprisalScorer, as_scorer, is_scorer
-from ppl.scoring.tokens import TextEncoder
 
 STORIES = Path(__file__).parent.parent / "rl_training" / "examples" / "tiny_stories"
 ROWS = json.loads((STORIES / "train.json").read_text())
@@ -329,7 +329,7 @@ def test_baselines_through_it_are_those_of_the_model_here(server, tmp_path, more
     here, arguments = baselines(tmp_path / "here", None, *more)
     there, of_server = baselines(tmp_path / "there", server.url, *more)
     for words in (arguments, of_server):
-        assert ppl.baselines.job.compute(parse_args(words)) == 0
+        assert mlppl.baselines.job.compute(parse_args(words)) == 0
     expected, found = (json.loads(path.read_text()) for path in (here, there))
     assert list(found) == list(expected)
     for key, record in found.items():
@@ -350,7 +350,7 @@ def test_baselines_through_it_are_those_of_the_model_here(server, tmp_path, more
 
 @pytest.mark.slow
 def test_two_clients_and_a_server_that_is_killed_and_started_again_give_the_same_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(ppl.baselines.job, "WINDOW_ROWS", 10)
+    monkeypatch.setattr(mlppl.baselines.job, "WINDOW_ROWS", 10)
     (tmp_path / "server").mkdir()
     server = vllm_stand_in.Server(tmp_path / "server")
     results = {}
@@ -358,7 +358,7 @@ def test_two_clients_and_a_server_that_is_killed_and_started_again_give_the_same
     def compute(name):
         (tmp_path / name).mkdir()
         output, words = baselines(tmp_path / name, server.url, rows=100)
-        results[name] = (ppl.baselines.job.compute(parse_args(words)), json.loads(output.read_text()))
+        results[name] = (mlppl.baselines.job.compute(parse_args(words)), json.loads(output.read_text()))
 
     try:
         compute("undisturbed")
@@ -386,9 +386,9 @@ def test_two_clients_and_a_server_that_is_killed_and_started_again_give_the_same
 
 
 def test_a_server_that_stays_away_is_one_line_and_what_is_finished_is_kept(server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ppl.baselines.job, "WINDOW_ROWS", 8)
+    monkeypatch.setattr(mlppl.baselines.job, "WINDOW_ROWS", 8)
     output, words = baselines(tmp_path, server.url)
-    write, calls = ppl.baselines.job.Parts.write, []
+    write, calls = mlppl.baselines.job.Parts.write, []
 
     def write_and_go(parts, *rest):
         write(parts, *rest)
@@ -396,15 +396,15 @@ def test_a_server_that_stays_away_is_one_line_and_what_is_finished_is_kept(serve
         if len(calls) == 2:
             server.misbehave("busy")
 
-    monkeypatch.setattr(ppl.baselines.job.Parts, "write", write_and_go)
+    monkeypatch.setattr(mlppl.baselines.job.Parts, "write", write_and_go)
     monkeypatch.setattr(
         ServerScorer.__init__, "__kwdefaults__", {**ServerScorer.__init__.__kwdefaults__, "patience": 1}
     )
     with pytest.raises(InputError, match="does not answer"):
-        ppl.baselines.job.compute(parse_args(words))
+        mlppl.baselines.job.compute(parse_args(words))
     assert not output.exists()
     server.behave()
-    assert ppl.baselines.job.compute(parse_args(words)) == 0
+    assert mlppl.baselines.job.compute(parse_args(words)) == 0
     assert calls == [0, 1, 2]
     assert len(json.loads(output.read_text())) == 24
     server.behave()

@@ -11,9 +11,9 @@ import toys
 import warm
 from waiting import PATIENCE
 
-from ppl.processes import is_sharded
-from ppl.scoring.surprisal import SurprisalScorer
-from ppl.scoring.tokens import TextEncoder
+from mlppl.processes import is_sharded
+from mlppl.scoring.surprisal import SurprisalScorer
+from mlppl.scoring.tokens import TextEncoder
 
 HERE = Path(__file__).parent
 TEXTS = [["The fox said nothing at all.", "Mr. Brown paid 1,000 dollars for a house.", "The end."], ["It was far."]]

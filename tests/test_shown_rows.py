@@ -9,10 +9,10 @@ import yaml
 from training_runs import SHORT, log_history, refusal, train
 
 from compute_baselines_trl import main as baselines
-from ppl.data import FIRST, TINY_STORIES, draw, prompt_key, read_shown
-from ppl.errors import InputError
-from ppl.models import load_model
-from ppl.reward.configured import reward_from_config
+from mlppl.data import FIRST, TINY_STORIES, draw, prompt_key, read_shown
+from mlppl.errors import InputError
+from mlppl.models import load_model
+from mlppl.reward.configured import reward_from_config
 
 STORIES = TINY_STORIES / "train.json"
 LEVELS = ["--aggregation", "nested", "--levels", "word", "prompt", "examples", "--examples", "1", "--contrast", "2"]

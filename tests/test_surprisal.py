@@ -23,14 +23,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 from transformers.generation import ContinuousBatchingConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ppl.errors import InputError
-from ppl.scoring import packing, surprisal
-from ppl.scoring.batching import Group
-from ppl.scoring.calculator import MultiLevelPPLCalculator
-from ppl.scoring.differences import differences
-from ppl.scoring.frozen import base_of
-from ppl.scoring.surprisal import Head, SurprisalScorer, difference
-from ppl.scoring.tokens import TextEncoder
+from mlppl.errors import InputError
+from mlppl.scoring import packing, surprisal
+from mlppl.scoring.batching import Group
+from mlppl.scoring.calculator import MultiLevelPPLCalculator
+from mlppl.scoring.differences import differences
+from mlppl.scoring.frozen import base_of
+from mlppl.scoring.surprisal import Head, SurprisalScorer, difference
+from mlppl.scoring.tokens import TextEncoder
 
 PROMPT = (
     "Once upon a time there was a small fox, and it lived near the old mill. Mr. Brown paid 1,000 dollars for a house. "

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from written_down import MODEL, TOKENIZER, levels, of_improvement, reward
 
+from mlppl.config import LEVELS, checked_weights
+from mlppl.reward.terms import normalized, threshold_rewards
 from multi_level_ppl_trl import DEFAULT_THRESHOLDS, MultiLevelPPLRewardFunction
-from ppl.config import LEVELS, checked_weights
-from ppl.reward.terms import normalized, threshold_rewards
 
 # --- from improvement to reward --------------------------------------------------------------------------------------
 

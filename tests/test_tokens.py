@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import models
 from transformers import ByT5Tokenizer
 
-from ppl.scoring.tokens import TextEncoder
+from mlppl.scoring.tokens import TextEncoder
 
 
 def encode(tokenizer, target, context=""):

@@ -10,10 +10,10 @@ import sys
 import pytest
 from training_runs import EXAMPLES, train
 
-from ppl.cli import grpo_fields, reward_config
-from ppl.config import LOOP_PENALTY
-from ppl.errors import InputError
-from ppl.training.settings import config_text, grpo_config, plan_batches
+from mlppl.cli import grpo_fields, reward_config
+from mlppl.config import LOOP_PENALTY
+from mlppl.errors import InputError
+from mlppl.training.settings import config_text, grpo_config, plan_batches
 from train_grpo_multilevel_unsloth import parse_args
 
 
@@ -236,8 +236,8 @@ def test_a_remedy_that_is_proposed_is_taken(tmp_path):
 def test_one_file_is_read_by_both_scripts_and_the_names_are_those_of_a_rewards_file(tmp_path, monkeypatch):
     """What only the other script knows is passed over, and what neither knows is refused by both."""
     from compute_baselines_trl import parse_args as parse_baselines
-    from ppl.cli import sampling
-    from ppl.reward.configured import read_settings
+    from mlppl.cli import sampling
+    from mlppl.reward.configured import read_settings
 
     reward = "form: nats\naggregation: nested\nweights: [1, 2, 3]\nmax_phrase_words: 3\nlanguage: de-AT\n"
     path = tmp_path / "run.yaml"
@@ -290,7 +290,7 @@ def test_weights_and_biases_without_a_key_are_refused_before_anything_is_loaded(
 
     (tmp_path / "netrc").write_text("machine wandb.example login user password secret")
     known = {"WANDB_BASE_URL": "https://wandb.example", "NETRC": str(tmp_path / "netrc")}
-    code = "from ppl.training.settings import check_reporters; check_reporters(['wandb'])"
+    code = "from mlppl.training.settings import check_reporters; check_reporters(['wandb'])"
     for more in ({"WANDB_API_KEY": "0" * 40}, known, {"WANDB_MODE": "offline"}, {"WANDB_MODE": "disabled"}):
         command = [sys.executable, "-c", code]
         subprocess.run(command, cwd=EXAMPLES, env={**os.environ, **quiet, **more}, check=True)

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppl.errors import InputError
-from ppl.training.settings import plan_batches
+from mlppl.errors import InputError
+from mlppl.training.settings import plan_batches
 
 
 @pytest.mark.parametrize(

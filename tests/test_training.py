@@ -13,7 +13,7 @@ import warm
 from chromium import Chromium
 from training_runs import EXAMPLES, SHORT, log_history, refusal, staircase, train
 
-from ppl.config import LEVELS
+from mlppl.config import LEVELS
 
 STEPS = 6
 

@@ -10,8 +10,8 @@ from peft import PeftModel
 from training_runs import EXAMPLES, SHORT, log_history, refusal, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration, pipeline
 
-from ppl import models
-from ppl.errors import InputError
+from mlppl import models
+from mlppl.errors import InputError
 
 TINY = EXAMPLES / "tiny_stories"
 STEP = [*SHORT, "--learning_rate", "1e-2", "--save_steps", "1", "--heldout_samples", "1"]

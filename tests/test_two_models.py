@@ -14,15 +14,15 @@ from test_sampled import CHATS, PROMPTS, generate
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from mlppl.baselines.file import Baselines
+from mlppl.config import RewardConfig, Sampling
+from mlppl.models import load_model
+from mlppl.scoring.sampling import GivenIds, end_tokens, prompt_ids
+from mlppl.scoring.tokens import Sampled
+from mlppl.training.heldout import evaluate
+from mlppl.training.policy import Loaded
+from mlppl.training.rewards import weighted
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
-from ppl.baselines.file import Baselines
-from ppl.config import RewardConfig, Sampling
-from ppl.models import load_model
-from ppl.scoring.sampling import GivenIds, end_tokens, prompt_ids
-from ppl.scoring.tokens import Sampled
-from ppl.training.heldout import evaluate
-from ppl.training.policy import Loaded
-from ppl.training.rewards import weighted
 from train_grpo_multilevel_unsloth import make_rewards
 
 # Those that decode a prompt to itself, so that what is written behind it can be told by hand.
@@ -342,7 +342,7 @@ def test_a_real_step_of_training_scores_what_the_policy_wrote(story, tiny, tmp_p
 
     from trl import GRPOConfig
 
-    from ppl.training.trainer import ResumableGRPOTrainer
+    from mlppl.training.trainer import ResumableGRPOTrainer
 
     calls = []
 

@@ -7,8 +7,8 @@ import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppl.config import LEVELS
-from ppl.scoring.units import code_points, segment, starts_segment
+from mlppl.config import LEVELS
+from mlppl.scoring.units import code_points, segment, starts_segment
 
 
 def cut(text, level, language="en", max_phrase_words=4):

@@ -10,10 +10,10 @@ import torch
 import toys
 import zoo
 
-from ppl.errors import InputError
-from ppl.files import write_text
-from ppl.scoring.surprisal import SurprisalScorer
-from ppl.scoring.tokens import Encoded
+from mlppl.errors import InputError
+from mlppl.files import write_text
+from mlppl.scoring.surprisal import SurprisalScorer
+from mlppl.scoring.tokens import Encoded
 
 PARTS = 6
 RANDOM = np.random.default_rng(0)

@@ -63,7 +63,7 @@ class Server:
 def serve(folder, port):
     import torch
 
-    from ppl.models import load_model
+    from mlppl.models import load_model
 
     torch.set_num_threads(1)
     model, tokenizer, _ = load_model("tiny-stories")

@@ -154,8 +154,8 @@ class Fuzz:
         return path
 
     def _baselines(self, suffix: str, content: bytes, meta: bytes | None = None) -> None:
-        from ppl.baselines.file import Baselines, check_meta
-        from ppl.training.settings import models
+        from mlppl.baselines.file import Baselines, check_meta
+        from mlppl.training.settings import models
 
         path = self.file(f"b{suffix}", content)
         Path(f"{path}.meta.json").unlink(missing_ok=True)
@@ -190,17 +190,17 @@ class Fuzz:
         training_checks(["--config", str(self.file("config.yaml", content))])
 
     def reward(self) -> None:
-        from ppl.reward.configured import read_settings
+        from mlppl.reward.configured import read_settings
 
         read_settings(self.file("reward.yaml", damaged_bytes(self.rng, as_text(damaged(self.rng, REWARD)))))
 
     def tools(self) -> None:
-        from ppl.prompts import read_tools
+        from mlppl.prompts import read_tools
 
         read_tools(str(self.file("tools.json", damaged_bytes(self.rng, as_text(damaged(self.rng, [SCHEMA] * 2))))))
 
     def template(self) -> None:
-        from ppl.prompts import read_template, render_prompt
+        from mlppl.prompts import read_template, render_prompt
 
         if self.tokenizer is None:
             from transformers import AutoTokenizer
@@ -212,13 +212,13 @@ class Fuzz:
         render_prompt([{"role": "user", "content": "a"}], self.tokenizer)
 
     def heldout(self) -> None:
-        from ppl.training.heldout import read_before
+        from mlppl.training.heldout import read_before
 
         content = damaged_bytes(self.rng, as_text(damaged(self.rng, HELDOUT)))
         read_before(self.file("heldout.json", content), {"prompt": ["a"]}, {"seed": 1}, {})
 
     def data(self) -> None:
-        from ppl.data import PromptForm, find_columns, load_split, prepare_rows
+        from mlppl.data import PromptForm, find_columns, load_split, prepare_rows
 
         rows = [{"id": str(n), "prompt": f"The fox {n}", "completion": " ran."} for n in range(3)]
         form = self.rng.choice(("jsonl", "json", "csv"))
@@ -245,7 +245,7 @@ class Fuzz:
         import compute_baselines_trl
         import multi_level_ppl_trl
         import train_grpo_multilevel_unsloth
-        from ppl.cli import grpo_fields
+        from mlppl.cli import grpo_fields
 
         if not hasattr(self, "names"):
             self.names = [f"--{name}" for name in sorted(grpo_fields())]
@@ -274,9 +274,9 @@ def training_args(argv):
 def training_checks(argv: list[str]) -> None:
     """What the training script checks before it reads data and models."""
     import train_grpo_multilevel_unsloth
-    from ppl import cli
-    from ppl.reward.loop_guard import check_weight
-    from ppl.training.settings import check_reporters, find_checkpoint, models, plan_batches
+    from mlppl import cli
+    from mlppl.reward.loop_guard import check_weight
+    from mlppl.training.settings import check_reporters, find_checkpoint, models, plan_batches
 
     args, _ = train_grpo_multilevel_unsloth.parse_args(argv)
     for part in (cli.reward_config, cli.sampling, cli.prompt_form, cli.chat_options):
@@ -290,7 +290,7 @@ def training_checks(argv: list[str]) -> None:
 
 def baselines_checks(argv: list[str]) -> None:
     import compute_baselines_trl
-    from ppl.baselines.job import prepare
+    from mlppl.baselines.job import prepare
 
     args = compute_baselines_trl.parse_args(argv)
     args.dataset_name = "missing.jsonl"  # what is made up is the flags
@@ -299,8 +299,8 @@ def baselines_checks(argv: list[str]) -> None:
 
 def text_checks(argv: list[str]) -> None:
     import multi_level_ppl_trl
-    from ppl import cli
-    from ppl.models import model_path
+    from mlppl import cli
+    from mlppl.models import model_path
 
     args = multi_level_ppl_trl.parse_args(argv)
     model_path(args.model_name)
@@ -310,7 +310,7 @@ def text_checks(argv: list[str]) -> None:
 
 def report_checks(argv: list[str]) -> None:
     import test_multilevel_ppl_trl
-    from ppl.models import model_path
+    from mlppl.models import model_path
 
     model_path(test_multilevel_ppl_trl.parse_args(argv).model_name)
 
@@ -329,7 +329,7 @@ def too_long(*_) -> None:
 
 def fuzz(count: int, seed: int = 0, progress: bool = False) -> tuple[Counter, list[str]]:
     """(how many of each kind were read and refused, what went wrong with the inputs that did)."""
-    from ppl.errors import InputError
+    from mlppl.errors import InputError
 
     watching = False
 

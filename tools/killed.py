@@ -75,7 +75,7 @@ def trained(output: Path) -> dict:
 
 def computed(output: Path) -> dict:
     sys.path.insert(0, str(EXAMPLES))
-    from ppl.baselines.file import Baselines
+    from mlppl.baselines.file import Baselines
 
     loaded = Baselines.load(output)
     left = [path.name for path in output.parent.iterdir() if path.name not in (output.name, f"{output.name}.meta.json")]

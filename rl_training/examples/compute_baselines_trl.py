@@ -10,9 +10,9 @@ compute_baselines_trl.py ...; in several processes on a CPU: torchrun --nproc_pe
 import argparse
 import sys
 
-from ppl import cli
-from ppl.cli import script
-from ppl.training.settings import parse
+from mlppl import cli
+from mlppl.cli import script
+from mlppl.training.settings import parse
 
 
 def parse_args(argv) -> argparse.Namespace:
@@ -28,7 +28,7 @@ def main(argv) -> int:
 
 
 def _compute(args: argparse.Namespace) -> int:
-    from ppl.baselines.job import compute
+    from mlppl.baselines.job import compute
 
     return compute(args)
 

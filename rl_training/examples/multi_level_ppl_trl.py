@@ -15,12 +15,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ppl import cli
-from ppl.cli import script
-from ppl.data import read_shown
-from ppl.errors import InputError
-from ppl.files import without_nan, writable_file, write_text
-from ppl.models import check_reachable, model_path, where
+from mlppl import cli
+from mlppl.cli import script
+from mlppl.data import read_shown
+from mlppl.errors import InputError
+from mlppl.files import without_nan, writable_file, write_text
+from mlppl.models import check_reachable, model_path, where
 
 _EXPORTS = {
     "MultiLevelPPLCalculator": "scoring.calculator",
@@ -36,7 +36,7 @@ def _configured_reward():
 
     A name that is wrong in the file is said now, before the trainer loads a model.
     """
-    from ppl.reward.configured import multi_level_ppl, read_settings
+    from mlppl.reward.configured import multi_level_ppl, read_settings
 
     read_settings()
     return multi_level_ppl
@@ -50,7 +50,7 @@ def __getattr__(name: str):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"ppl.{_EXPORTS[name]}"), name)
+    return getattr(import_module(f"mlppl.{_EXPORTS[name]}"), name)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -91,9 +91,9 @@ def score(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     with Console(stderr=True, force_jupyter=False).status(f"Loading {args.model_name} ..."):
-        from ppl.models import load_model
-        from ppl.scoring.calculator import MultiLevelPPLCalculator
-        from ppl.scoring.surprisal import SurprisalScorer
+        from mlppl.models import load_model
+        from mlppl.scoring.calculator import MultiLevelPPLCalculator
+        from mlppl.scoring.surprisal import SurprisalScorer
 
         model, tokenizer, _ = load_model(
             args.model_name, load_in_4bit=bool(args.load_in_4bit), dtype=args.dtype, device=args.device
@@ -204,7 +204,7 @@ def read_texts(file: str, context: str) -> list[tuple[str, str]]:
 
 def print_lines(calculator, scorer, texts: Sequence[tuple[str, str]], at_once: int = 256) -> None:
     """One line a text: its levels' perplexities, and the text; a dash where no token of it can be scored."""
-    from ppl.scoring.heatmap import one_line
+    from mlppl.scoring.heatmap import one_line
 
     for start in range(0, len(texts), at_once):
         part, contexts = zip(*texts[start : start + at_once], strict=True)
@@ -239,7 +239,7 @@ def print_tables(explained, perplexities, top: int = 5) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ppl.scoring.heatmap import most_surprising, number, one_line
+    from mlppl.scoring.heatmap import most_surprising, number, one_line
 
     levels = Table("Level", box=box.SIMPLE_HEAD)
     for name in ("Perplexity", "Units", "Tokens"):
@@ -264,7 +264,7 @@ def print_tables(explained, perplexities, top: int = 5) -> None:
 
 
 def write_page(path: Path, args, model, text: str, explained, perplexities) -> None:
-    from ppl.scoring import heatmap
+    from mlppl.scoring import heatmap
 
     fragment = heatmap.heatmap(explained, text, perplexities, context=args.context, language=args.language)
     facts = {

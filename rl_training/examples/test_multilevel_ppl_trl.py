@@ -10,10 +10,10 @@ import math
 import sys
 from collections.abc import Sequence
 
-from ppl import cli
-from ppl.cli import script
-from ppl.config import DEFAULT_THRESHOLDS, LEVELS
-from ppl.models import check_reachable, model_path
+from mlppl import cli
+from mlppl.cli import script
+from mlppl.config import DEFAULT_THRESHOLDS, LEVELS
+from mlppl.models import check_reachable, model_path
 
 TEXT = "The quick brown fox jumps over the lazy dog..."
 LINE = "=" * 60
@@ -38,8 +38,8 @@ def report(args: argparse.Namespace) -> int:
     print(f"Multi-Level PPL Reward Function Test (TRL)\n{LINE}\nModel: {args.model_name}\nDevice: {device}\n")
     print("Loading model...", flush=True)
 
-    from ppl.models import load_model
-    from ppl.scoring.calculator import MultiLevelPPLCalculator
+    from mlppl.models import load_model
+    from mlppl.scoring.calculator import MultiLevelPPLCalculator
 
     model, tokenizer, _ = load_model(
         args.model_name, load_in_4bit=bool(args.load_in_4bit), dtype=args.dtype, device=args.device
@@ -110,7 +110,7 @@ class CheckFailed(AssertionError):
 
 
 def tolerance(model) -> float:
-    from ppl.scoring.identity import precision
+    from mlppl.scoring.identity import precision
 
     made = precision(model)
     allowed = TOLERANCES.get(made["dtype"], TOLERANCES["float32"])
@@ -118,7 +118,7 @@ def tolerance(model) -> float:
 
 
 def batch_equals_one_by_one(model, tokenizer) -> str:
-    from ppl.scoring.calculator import MultiLevelPPLCalculator
+    from mlppl.scoring.calculator import MultiLevelPPLCalculator
 
     pairs = [*SAMPLES, *((PROMPT, completion) for completion in COMPLETIONS)]
     contexts, texts = zip(*pairs, strict=True)
@@ -130,7 +130,7 @@ def batch_equals_one_by_one(model, tokenizer) -> str:
 
 
 def fast_path_equals_brute_force(model, tokenizer) -> str:
-    from ppl.scoring.calculator import MultiLevelPPLCalculator
+    from mlppl.scoring.calculator import MultiLevelPPLCalculator
 
     calculator = MultiLevelPPLCalculator(tokenizer)
     fast = [calculator.compute_all_levels(model=model, texts=text, contexts=context) for context, text in SAMPLES]
@@ -143,8 +143,8 @@ def fast_path_equals_brute_force(model, tokenizer) -> str:
 
 
 def units_partition_the_tokens(model, tokenizer) -> str:
-    from ppl.models import check_vocabulary
-    from ppl.scoring.calculator import MultiLevelPPLCalculator
+    from mlppl.models import check_vocabulary
+    from mlppl.scoring.calculator import MultiLevelPPLCalculator
 
     check_vocabulary(model, tokenizer, getattr(tokenizer, "name_or_path", ""))
     calculator = MultiLevelPPLCalculator(tokenizer)
@@ -169,8 +169,8 @@ def units_partition_the_tokens(model, tokenizer) -> str:
 
 def rewards_on_known_baselines(model, tokenizer) -> str:
     """Baselines that the text is x % better than: x on each threshold, just below it, 0, and worse."""
-    from ppl.reward.function import MultiLevelPPLRewardFunction
-    from ppl.scoring.calculator import MultiLevelPPLCalculator
+    from mlppl.reward.function import MultiLevelPPLRewardFunction
+    from mlppl.scoring.calculator import MultiLevelPPLCalculator
 
     _, text = SAMPLES[0]
     reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, baselines=None)
@@ -196,7 +196,7 @@ def trl_calling_convention(model, tokenizer) -> str:
     """Called as GRPOTrainer calls a reward function."""
     import torch
 
-    from ppl.reward.function import MultiLevelPPLRewardFunction
+    from mlppl.reward.function import MultiLevelPPLRewardFunction
 
     easy = dict.fromkeys(LEVELS, 1e12)  # whatever is scored is better
     reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, baselines={"a": easy}, missing="skip")
@@ -288,7 +288,7 @@ def _brute_force(model, tokenizer, context: str, text: str) -> list[tuple[int, f
     """(character, surprisal in nats) of each scored token, from the model's own logits, one forward pass a token."""
     import torch
 
-    from ppl.scoring.frozen import frozen
+    from mlppl.scoring.frozen import frozen
 
     ids, indices = _scored_tokens(tokenizer, context, text)
     scored = []

@@ -9,10 +9,10 @@ They are listed at https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig
 import argparse
 import sys
 
-from ppl import cli
-from ppl.cli import script
-from ppl.data import prepare_rows
-from ppl.training.settings import parse
+from mlppl import cli
+from mlppl.cli import script
+from mlppl.data import prepare_rows
+from mlppl.training.settings import parse
 
 
 def parse_args(argv) -> tuple[argparse.Namespace, list[str]]:
@@ -34,8 +34,8 @@ def prepare_dataset(dataset, columns, form):
     `rows.to_json("rows.jsonl")` writes here. What --prompt_template, --chat and --prompt_sentences can say needs no
     edit and is the same in compute_baselines_trl.py.
 
-    dataset: a `datasets.Dataset`. columns: `ppl.data.Columns`, which of its columns holds what. form:
-    `ppl.data.PromptForm`, what the flags say of prompts.
+    dataset: a `datasets.Dataset`. columns: `mlppl.data.Columns`, which of its columns holds what. form:
+    `mlppl.data.PromptForm`, what the flags say of prompts.
     """
     return prepare_rows(dataset, columns, form)
 
@@ -46,7 +46,7 @@ def make_rewards(job, policy, scorer):
     Edit this function to add one. It is called as TRL calls it, with prompts, completions (behind chat prompts: lists
     of messages), completion_ids and the data set's columns, and returns a number a completion, or None to skip it:
 
-        from ppl.data import message_text
+        from mlppl.data import message_text
 
         def brevity(completions, **columns):
             return [-len(message_text(one).split()) / 100 for one in completions]
@@ -55,11 +55,11 @@ def make_rewards(job, policy, scorer):
 
     The log and the held-out table have a row of its name.
 
-    job: `ppl.training.job.Job`. policy: the model that is trained and its tokenizer, whose ids the completions are.
+    job: `mlppl.training.job.Job`. policy: the model that is trained and its tokenizer, whose ids the completions are.
     scorer: the frozen model and its tokenizer.
     """
-    from ppl.reward.function import MultiLevelPPLRewardFunction
-    from ppl.reward.loop_guard import copy_guard, loop_guard, loop_veto
+    from mlppl.reward.function import MultiLevelPPLRewardFunction
+    from mlppl.reward.loop_guard import copy_guard, loop_guard, loop_veto
 
     asked, guard, of_prompts = job.reward, job.loop_penalty, job.guarded_prompts(policy.tokenizer)
     perplexity = MultiLevelPPLRewardFunction(
@@ -92,10 +92,10 @@ def make_trainer(job, policy, rewards):
         functions = [function for function, _ in rewards]
         return RLOOTrainer(policy.model, functions, config, job.train_rows, job.eval_rows, policy.tokenizer)
 
-    job: `ppl.training.job.Job`. policy: the model that is trained and its tokenizer. rewards: of `make_rewards`.
+    job: `mlppl.training.job.Job`. policy: the model that is trained and its tokenizer. rewards: of `make_rewards`.
     """
-    from ppl.training.card import complete_card
-    from ppl.training.trainer import ResumableGRPOTrainer
+    from mlppl.training.card import complete_card
+    from mlppl.training.trainer import ResumableGRPOTrainer
 
     return ResumableGRPOTrainer(
         model=policy.model,
@@ -116,16 +116,16 @@ def main(argv) -> int:
 
 
 def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
-    from ppl.training.job import Job
+    from mlppl.training.job import Job
 
     job = Job(args, rest, command, prepare_dataset)  # imports Unsloth: what imports TRL has to come after it
 
-    from ppl.pages.run import finish_report, start_report
-    from ppl.training.card import print_use
-    from ppl.training.heldout import HeldOutPrompts
-    from ppl.training.policy import NOT_PUSHED, load_policy_and_scorer, merge, publish
-    from ppl.training.rewards import perplexity_rewards, weighted
-    from ppl.training.trainer import stopped_by, watch
+    from mlppl.pages.run import finish_report, start_report
+    from mlppl.training.card import print_use
+    from mlppl.training.heldout import HeldOutPrompts
+    from mlppl.training.policy import NOT_PUSHED, load_policy_and_scorer, merge, publish
+    from mlppl.training.rewards import perplexity_rewards, weighted
+    from mlppl.training.trainer import stopped_by, watch
 
     policy, scorer = load_policy_and_scorer(job)
     rewards = weighted(job, make_rewards(job, policy, scorer))

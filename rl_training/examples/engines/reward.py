@@ -3,7 +3,7 @@
     --reward.remote_url .../engines/reward.py                     OpenRLHF (up to 0.9: --remote_rm_url)
     reward.custom_reward_function.path=.../engines/reward.py      verl (up to 0.6: custom_reward_function.path)
 
-The environment variable PPL_REWARD_CONFIG names the YAML file that describes the reward (`ppl.reward.configured`): it
+The environment variable PPL_REWARD_CONFIG names the YAML file that describes the reward (`mlppl.reward.configured`): it
 is read here on import, the model is loaded at the first call, once a process. Calls may come from any number of
 threads: those that come while others are scored are scored together.
 """
@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engines.coalescing import Coalescing
 from engines.query import completion_of
-from ppl.data import Text, message_text, stable_id
-from ppl.errors import InputError
-from ppl.prompts import refuse_begun
-from ppl.reward.configured import config_path, read_settings, reward_from_config
+from mlppl.data import Text, message_text, stable_id
+from mlppl.errors import InputError
+from mlppl.prompts import refuse_begun
+from mlppl.reward.configured import config_path, read_settings, reward_from_config
 
 
 def _check(settings: dict) -> None:

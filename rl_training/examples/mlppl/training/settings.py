@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..models import model_path
 
 CONFIG_FILE = "training_config.yaml"
-STATE_FILE = "reward_state.json"  # of `ppl.training.trainer.RewardState`: the last file of a checkpoint
+STATE_FILE = "reward_state.json"  # of `mlppl.training.trainer.RewardState`: the last file of a checkpoint
 SCRIPT = "train_grpo_multilevel_unsloth.py"
 _NOT_KEPT = ("debug", "config", "resume_from_checkpoint", "overwrite")  # of one call, not of the run
 _OF_THE_MACHINE = ("bf16", "fp16", "use_cpu")  # told in the file, chosen again where it is used
@@ -134,7 +134,7 @@ def config_text(ours: Mapping, asked: Mapping, defaults: Mapping) -> str:
 
 
 class Models(NamedTuple):
-    """What is trained and what scores it, by names that `ppl.models.load_model` takes."""
+    """What is trained and what scores it, by names that `mlppl.models.load_model` takes."""
 
     name: str
     scorer: str | None  # None: the model itself as it was before training

@@ -37,7 +37,7 @@ def prompt_ids(prompts: Sequence[Text], tokenizer, **chat) -> list[list[int]]:
     """The ids that a policy is given for each prompt, in training and here: without padding.
 
     Before a text stands what the tokenizer puts there; what it puts behind one (EOS, [SEP]) is left out, which a
-    warning says once: nobody writes behind its own end. chat: keywords of `ppl.prompts.render_prompt`.
+    warning says once: nobody writes behind its own end. chat: keywords of `mlppl.prompts.render_prompt`.
     """
     if not prompts:
         return []
@@ -63,7 +63,7 @@ def refuse_appended(prompts: Sequence[Text], tokenizer) -> None:
     if any(isinstance(prompt, str) for prompt in prompts) and (behind := added_ids(tokenizer)[1]):
         raise InputError(
             f"the tokenizer puts {tokenizer.decode(behind)} behind a text, so GRPOTrainer has the policy write behind "
-            "its own end: train with ppl.training.trainer.ResumableGRPOTrainer, or set tokenizer.add_eos_token = False"
+            "its end: train with mlppl.training.trainer.ResumableGRPOTrainer, or set tokenizer.add_eos_token = False"
         )
 
 
@@ -123,8 +123,8 @@ def sample(
     """Per prompt `num_generations` completions, as GRPOTrainer samples them.
 
     Seeded on its own: the caller's random state, and the model's train/eval flags, are left as they were.
-    progress: label of a progress bar; None: no bar. chat_template_kwargs, tools: see `ppl.prompts.render_prompt`.
-    sampling: fields of `ppl.config.Sampling`.
+    progress: label of a progress bar; None: no bar. chat_template_kwargs, tools: see `mlppl.prompts.render_prompt`.
+    sampling: fields of `mlppl.config.Sampling`.
     """
     tokenizer, settings = of_text(tokenizer), asdict(Sampling(**sampling))
     settings |= settings.pop("generation_kwargs") or {}
@@ -235,7 +235,7 @@ def ignores_padding(model) -> bool:
             ]
         logits = (torch.stack([step[-1].float() for step in output.logits]) for output in outputs)
         beside, alone = (one - one.mean(-1, keepdim=True) for one in logits)
-        # As two lengths of a text are compared before anything is scored (`ppl.scoring.surprisal`).
+        # As two lengths of a text are compared before anything is scored (`mlppl.scoring.surprisal`).
         quantized = getattr(model.config, "quantization_config", None) is not None
         rounding = torch.finfo(torch.bfloat16 if quantized else model.dtype).eps
         _IGNORES_PADDING[model] = bool((beside - alone).norm() <= max(1e-3, 12 * rounding) * alone.norm())

@@ -91,7 +91,7 @@ class Columns(NamedTuple):
 
 
 class PromptForm(NamedTuple):
-    """What is made of the texts of a data set: see the flags of `ppl.cli.add_prompt_flags`.
+    """What is made of the texts of a data set: see the flags of `mlppl.cli.add_prompt_flags`.
 
     prompt_template: holds `{prompt}` once. chat: the prompt becomes a user's message, after system_prompt if there is
     one; or, after user_prompt, what the assistant has said so far. prompt_sentences: the prompt is the first so many
@@ -191,7 +191,7 @@ def make_row(example: Mapping, index: int, columns: Columns, form: PromptForm) -
 # What GRPOTrainer reads from a row, or calls a reward function with under a name of its own.
 TRL_COLUMNS = (
     *("prompts", "completion", "completions", "completion_ids", "image", "images", "environment", "environments"),
-    *("trainer_state", "log_extra", "log_metric", "prompt_ids"),  # the last of `ppl.training.trainer`
+    *("trainer_state", "log_extra", "log_metric", "prompt_ids"),  # the last of `mlppl.training.trainer`
 )
 
 

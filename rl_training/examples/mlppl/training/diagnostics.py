@@ -140,7 +140,7 @@ class Diagnostics(TrainerCallback):
 
     kl: of prompts and what was written for them (ids or texts), gives the policy's distance from its start in nats a
     token, or None; asked every `WINDOW` steps until it is far. As often the last completions are looked for among their
-    rows (`ppl.training.found`), under the reward's own scorer.
+    rows (`mlppl.training.found`), under the reward's own scorer.
     """
 
     def __init__(self, reward_fn, kl: Callable[[list, list], float | None] | None = None) -> None:
@@ -158,7 +158,7 @@ class Diagnostics(TrainerCallback):
         reward_fn.listen(self.observe)
 
     def observe(self, call) -> None:
-        """call: `ppl.reward.function.Call`."""
+        """call: `mlppl.reward.function.Call`."""
         measured, earned, completion_ids = call.measured, call.earned, call.columns.get("completion_ids")
         log_metric = call.columns.get("log_metric")
         local = [

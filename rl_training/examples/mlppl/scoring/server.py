@@ -36,7 +36,7 @@ _AGAIN = (429, 500, 502, 503, 504)  # answers of a server that is too busy, or i
 
 
 class ServerScorer:
-    """Token surprisals from a server of vLLM. A `ppl.scoring.surprisal.Scorer`.
+    """Token surprisals from a server of vLLM. A `mlppl.scoring.surprisal.Scorer`.
 
     url: the server's, such as http://127.0.0.1:8000. tokenizer: that of the model it serves. generation_config: that
     model's, if it is at hand, for its end tokens. timeout: seconds that one request may take. patience: seconds for

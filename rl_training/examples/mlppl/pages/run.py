@@ -194,7 +194,7 @@ class RunPage(TrainerCallback):
     grow below the cell.
 
     title: of the page. facts: names and values below it. command: as `command_line` gives it. config: the file of
-    settings that `ppl.training.job.Job.write_config` writes. before: held-out prompts before the first step. shown:
+    settings that `mlppl.training.job.Job.write_config` writes. before: held-out prompts before the first step. shown:
     what `explain_heldout` gives of them.
     """
 

@@ -44,9 +44,9 @@ def loop_guard(
 
     weight: 0 or more. normalized_over: completions in one call of a reward with `normalize=True`, else None.
     tokenizer: the policy's, whose ids the completions are; None: copies of the prompt are free. chat: keywords of
-    `ppl.prompts.render_prompt`. skips: `MultiLevelPPLRewardFunction.skips` of the reward beside it: a row that it skips
-    gets None, so that no 0 of the guard's counts as its reward. Raises `InputError` for a weight that is not finite or
-    below 0.
+    `mlppl.prompts.render_prompt`. skips: `MultiLevelPPLRewardFunction.skips` of the reward beside it: a row that it
+    skips gets None, so that no 0 of the guard's counts as its reward. Raises `InputError` for a weight that is not
+    finite or below 0.
 
     >>> penalty, weight = loop_guard()
     >>> [weight * share for share in penalty(completion_ids=[list(range(20)), [1, 2, 3, 4] * 5])]
@@ -125,7 +125,7 @@ def copy_guard(highest: float, tokenizer, skips: Callable | None = None) -> tupl
     The penalty is minus the share of the completion's runs of `QUOTED` tokens that stand in the reference. The weight
     is `highest`, the most that a completion can earn: what is quoted throughout earns nothing in sum.
 
-    highest: of `ppl.config.RewardConfig`. tokenizer: any. skips: as for `loop_guard`.
+    highest: of `mlppl.config.RewardConfig`. tokenizer: any. skips: as for `loop_guard`.
     """
     return CopyPenalty(tokenizer, skips), highest
 

@@ -74,13 +74,13 @@ class MultiLevelPPLRewardFunction:
     baselines: a file of compute_baselines_trl.py, a dict `{id or prompt: {"word", "phrase", "sentence"}}`, or None:
         the data set's columns `baseline_word`, ...; else, for references, their perplexity given the prompt alone; else
         each prompt's first completions, each compared with the mean of the others.
-    weights, reward_thresholds, normalize, settings: the fields of `ppl.config.RewardConfig`, which says what each is.
+    weights, reward_thresholds, normalize, settings: the fields of `mlppl.config.RewardConfig`, which says what each is.
         normalize shifts and scales each call's rewards to mean 0 and (sample) standard deviation 1.
     examples: (prompt, reference) of rows that the scorer reads before every prompt, in the form of the prompts; the
         policy never sees them. They must be in neither training nor held-out rows.
     others: (prompt, reference) of the rows that `contrast` draws from: all rows, or some hundred of them.
     device: moves the model there; None: it stays. use_cache: keep perplexities already computed, by content.
-    scorer: instead of a baseline_model, something that scores, such as `ppl.scoring.server.ServerScorer`; it may be
+    scorer: instead of a baseline_model, something that scores, such as `mlppl.scoring.server.ServerScorer`; it may be
         given as baseline_model, too.
     policy: (model, tokenizer) of what is trained, if it is another model than the scorer: its tokenizer says what the
         sampled ids are as text, and both say which of them end it. Its ids are scored if the scorer would make the same
@@ -151,7 +151,7 @@ class MultiLevelPPLRewardFunction:
         self.veto: Veto | None = None
 
     def listen(self, listener: Callable[[Call], None]) -> None:
-        """Have a function called with what each call of a trainer found: `ppl.training.diagnostics.Diagnostics`."""
+        """Have a function called with what each call of a trainer found: `mlppl.training.diagnostics.Diagnostics`."""
         self._listeners.append(listener)
 
     @property
@@ -205,7 +205,7 @@ class MultiLevelPPLRewardFunction:
     def _arguments(self, prompts, completions, columns: Mapping) -> dict:
         """What `compute_rewards` takes beside the texts, from TRL's columns."""
         if "trainer_state" in columns and not given_by_trainer(columns):
-            refuse_begun(prompts, "GRPOTrainer", "train with ppl.training.trainer.ResumableGRPOTrainer, or ")
+            refuse_begun(prompts, "GRPOTrainer", "train with mlppl.training.trainer.ResumableGRPOTrainer, or ")
             refuse_appended(prompts, self.policy.tokenizer)
         arguments = {"prompts": prompts, "references": columns.get("reference"), "ids": columns.get("id")}
         if any(not isinstance(one, str) and (len(one) > 1 or is_parsed(one)) for one in completions):
@@ -238,7 +238,7 @@ class MultiLevelPPLRewardFunction:
         the others look up (with use_cache=False each scores). Called for the same completions, each has the same first
         visits. Give `weights` to the trainer, too.
 
-        veto: of `ppl.reward.loop_guard.loop_veto`. What it says True of gets `config.vetoed` at each level, less than
+        veto: of `mlppl.reward.loop_guard.loop_veto`. What it says True of gets `config.vetoed` at each level, less than
         anything else. Normalising within a group keeps the order at each level, and so does a sum with weights that are
         not negative. So within its group a vetoed completion's advantage is below that of every one that is not vetoed,
         whatever the model makes of the texts, as long as a level has a weight and no further reward stands beside the
@@ -279,7 +279,7 @@ class MultiLevelPPLRewardFunction:
         `texts` are of, where there are several in one: only the assistant's are scored, each behind what stood before.
         completion_ids: what the policy sampled. Where they are the scorer's (see `policy`) and their text is that of
         `texts`, they are scored, up to the end token, behind `prompt_ids` (None: what GRPOTrainer makes of `prompts`).
-        vetoed: see `per_level`. record: gets what was measured and earned (`ppl.reward.terms`) as one more item.
+        vetoed: see `per_level`. record: gets what was measured and earned (`mlppl.reward.terms`) as one more item.
         details: "ppls" and "baselines", each `{level: float64 [B]}`, nan where there is none; "improvements",
         `{level or "avg": float64 [B]}` in percent, 0 for a completion without a scored token; "rewards", float64 [B],
         before `normalize`, of a level's function the levels' sum by `weights`; "level_rewards", `{level: float64 [B]}`,

@@ -114,10 +114,10 @@ def evaluate(
 
     With references as target there is one more score: what the completions of the next row do for a row's reference.
 
-    rewards: of `ppl.training.rewards.weighted`. The mean of the first one, before its `normalize`, is the score
+    rewards: of `mlppl.training.rewards.weighted`. The mean of the first one, before its `normalize`, is the score
     "reward", or of its three levels the sum's; the mean of each other one, and of a level, that of the function's name.
     rows: a data set of `prepare_dataset`. scorers: of `kl_scorers`, or None without a KL. state: the trainer's.
-    sampling: keywords of `ppl.scoring.sampling.sample`.
+    sampling: keywords of `mlppl.scoring.sampling.sample`.
     """
     reward_fn = perplexity_rewards(rewards)[0]
     chat = reward_fn.calculator.chat
@@ -293,7 +293,7 @@ def kl_by_text(
 
     The start's surprisal of a token minus the model's own, in nats. scorers: of `kl_scorers`; None: 0 of 0 tokens.
     completions: the ids that were written, without an end token, or texts. chat: keywords of
-    `ppl.prompts.render_prompt`.
+    `mlppl.prompts.render_prompt`.
     """
     if scorers is None:
         return [(0.0, 0)] * len(completions)

@@ -154,9 +154,9 @@ def tokenizer_fingerprint(tokenizer) -> str:
 def identity(scorer, tokenizer, config: RewardConfig, *, name: str, prompt: Mapping, shown: Mapping) -> dict:
     """What perplexities were computed with: the same keys in a baselines file's meta and in a reward.
 
-    scorer: a `ppl.scoring.surprisal.Scorer`. name: its model's, which is told but not compared; a server names its own.
+    scorer: a `mlppl.scoring.surprisal.Scorer`. name: its model's, told but not compared; a server names its own.
     prompt: how prompts are made of a data set's texts, and how chat messages become text, as far as it is known.
-    shown: of `ppl.scoring.contexts.Contexts`, the rows that stand before a text.
+    shown: of `mlppl.scoring.contexts.Contexts`, the rows that stand before a text.
     """
     return {
         "target": config.target,

@@ -15,7 +15,7 @@ BETWEEN = "\n\n"  # two rows that stand one behind the other as text
 
 
 class Views(tuple):
-    """One text behind several contexts: per view of `ppl.scoring.levels`, outward, the (context, target) pairs whose
+    """One text behind several contexts: per view of `mlppl.scoring.levels`, outward, the (context, target) pairs whose
     mean it is. The last view is the text as it stands."""
 
 
@@ -145,7 +145,7 @@ class Contexts:
     def before_reference(self, put, prompt: Text | None, part: str = "") -> str:
         """What stands before a reference: examples, its prompt and what of a completion counts, put together.
 
-        put: `reference_context` of `ppl.config.RewardConfig`.
+        put: `reference_context` of `mlppl.config.RewardConfig`.
         """
         if put.reads_prompt:
             return put.context(render_prompt(self.read(prompt), self._tokenizer, **self._chat), part)

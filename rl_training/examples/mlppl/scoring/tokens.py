@@ -194,7 +194,7 @@ class TextEncoder:
         tokenizer = of_text(tokenizer)
         if not hasattr(tokenizer, "is_fast"):
             raise InputError(
-                f"the tokenizer is {str(tokenizer)!r:.60}, expected a loaded one, as ppl.models.load_model(name) and "
+                f"the tokenizer is {str(tokenizer)!r:.60}, expected a loaded one, as mlppl.models.load_model(name) and "
                 "AutoTokenizer.from_pretrained(name) give it"
             )
         if not tokenizer.is_fast:

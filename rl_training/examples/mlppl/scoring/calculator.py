@@ -63,22 +63,22 @@ MOST_NATS = 709.0  # a token; exp of more is beyond float64
 class MultiLevelPPLCalculator:
     """Perplexity of a text at the level of its words, phrases and sentences, from one forward pass.
 
-    Where a method takes a `model`, it takes a `ppl.scoring.surprisal.Scorer` as well, such as one behind an address. A
-    model's adapters are off; `ppl.scoring.surprisal.SurprisalScorer(model, adapters=True)` is a scorer with them on.
+    Where a method takes a `model`, it takes a `mlppl.scoring.surprisal.Scorer` as well, such as one behind an address.
+    A model's adapters are off; `mlppl.scoring.surprisal.SurprisalScorer(model, adapters=True)` has them on.
 
     A unit's perplexity is exp(S_u / n_u), its surprisal in nats over its number of tokens. A level's is the geometric
     mean of its units' perplexities, exp(mean_u S_u / n_u). With `aggregation="nested"` each level is given something
-    else (`ppl.scoring.levels`): the product of all is the text's ordinary perplexity; all but the word's are ratios,
+    else (`mlppl.scoring.levels`): the product of all is the text's ordinary perplexity; all but the word's are ratios,
     mostly below 1.
 
     tokenizer: any fast tokenizer. max_phrase_words: most words of a phrase. language: the ISO 639 code that sentencex
     splits sentences by. batch_size, max_batch_tokens: limits of one forward pass (None: chosen for the device).
     chat_template_kwargs, tools: what the chat template is given beside the messages, as the policy's prompts are.
-    levels, contrast, score_without_chat: of `ppl.config.RewardConfig`. examples: (prompt, reference) of rows that stand
-    before every prompt, in the form of the prompts. others: (prompt, reference) of the rows that `contrast` draws from.
+    levels, contrast, score_without_chat: of `mlppl.config.RewardConfig`. examples: (prompt, reference) of rows that
+    stand before every prompt, in the form of the prompts. others: the same of the rows that `contrast` draws from.
     prompt_template: what chat prompts were made of, taken off where they are read as text.
 
-    >>> from ppl.models import load_model
+    >>> from mlppl.models import load_model
     >>> model, tokenizer, _ = load_model("tiny-stories")
     >>> calculator = MultiLevelPPLCalculator(tokenizer)
     >>> sorted(calculator.compute_all_levels(model=model, texts="Once there was a small fox."))
@@ -195,9 +195,9 @@ class MultiLevelPPLCalculator:
         (nats), perplexity. Units in which no token starts are left out. Its `perplexities` are the levels'. In a
         notebook it is shown as a page.
 
-        With nested levels also a, b, c, ..., the unit's sums in nats under each view of `ppl.scoring.levels`, outward;
-        its perplexity is that of what its level measures: exp of the mean of a, of b - a, of c - b, ... The units of
-        levels prompt and examples are the words.
+        With nested levels also a, b, c, ..., the unit's sums in nats under each view of `mlppl.scoring.levels`,
+        outward; its perplexity is that of what its level measures: exp of the mean of a, of b - a, of c - b, ... The
+        units of levels prompt and examples are the words.
         """
         check_text(text, "text")
         check_text("" if context is None else context, "context")
@@ -210,7 +210,7 @@ class MultiLevelPPLCalculator:
         own, [as_it_stands] = text[-1][0] if isinstance(text, Views) else text, views[-1]
         context, target = ("", self.encoder.encode_pairs([own])[1][0]) if isinstance(own, Sampled) else own
         explained = Explained(dict(zip(self.levels, values.tolist(), strict=True)), target, context, self.language)
-        # The views of `ppl.scoring.levels`, outward, each of one pair or more.
+        # The views of `mlppl.scoring.levels`, outward, each of one pair or more.
         inward = [[(as_it_stands.chars, one)] for one in as_it_stands.alone]
         inward += [[(pair.chars, pair.surprisals) for pair in view] for view in views]
         for level in self.levels:
@@ -249,7 +249,7 @@ class MultiLevelPPLCalculator:
             return np.array([one.surprisals.sum() / np.float64(len(one.chars)) for [[one]] in found])
 
     def restore_spaces(self, model, pairs: Sequence[Turn], decoding: Decoding) -> list[str]:
-        """The targets, each with the space that it may have lost when it was decoded alone: see `ppl.scoring.tokens`.
+        """The targets, each with the space that it may have lost when it was decoded alone: see `mlppl.scoring.tokens`.
 
         decoding: of the tokenizer that decoded them.
         """

@@ -38,7 +38,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
     the trained adapter, too, the model card says what the run was, an evaluation can be stopped and
     leaves the random state of training as it was.
 
-    chat: what the chat template is given, keywords of `ppl.prompts.render_prompt`. card: called with the trainer's
+    chat: what the chat template is given, keywords of `mlppl.prompts.render_prompt`. card: called with the trainer's
     state when TRL has written README.md into the output folder.
 
     On 4-bit weights TRL turns adapters into bfloat16, where a step of 5e-5 is lost beside a weight of 0.1, and where a

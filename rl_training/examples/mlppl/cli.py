@@ -296,12 +296,12 @@ def prompt_form(args: argparse.Namespace) -> PromptForm:
 
 
 def column_options(args: argparse.Namespace) -> tuple:
-    """What `ppl.data.find_columns` takes after the columns' names."""
+    """What `mlppl.data.find_columns` takes after the columns' names."""
     return args.prompt_column, args.reference_column, args.id_column, args.prompt_sentences is not None
 
 
 def chat_options(args: argparse.Namespace) -> dict:
-    """The keywords of `ppl.prompts.render_prompt` that `add_prompt_flags` sets. Raises `InputError` for a bad file."""
+    """The keywords of `mlppl.prompts.render_prompt` set by `add_prompt_flags`. Raises `InputError` for a bad file."""
     if args.chat_template_path is not None:
         read_template(args.chat_template_path)
     return {"chat_template_kwargs": args.chat_template_kwargs, "tools": read_tools(args.tools)}

@@ -19,7 +19,7 @@ from .errors import InputError, one_of, without_retired
 
 class Level(NamedTuple):
     """color: in plots; they are told apart by people who see red and green alike, and in grey. behind: for a level of
-    what stands before a text, the prompts that its view has, of `ppl.scoring.contexts.Contexts` and the text's own.
+    what stands before a text, the prompts that its view has, of `mlppl.scoring.contexts.Contexts` and the text's own.
     enough: how far below 0 the level is paid for, in nats a token; None: all the way."""
 
     color: str
@@ -27,7 +27,7 @@ class Level(NamedTuple):
     enough: float | None = None
 
 
-# Outward. A nested level is the difference of its view to the one before it (`ppl.scoring.levels`).
+# Outward. A nested level is the difference of its view to the one before it (`mlppl.scoring.levels`).
 TABLE = {
     "word": Level("#0072b2"),
     "phrase": Level("#e69f00"),
@@ -74,7 +74,7 @@ DEFAULT_SEED = 42
 
 
 def _setting(where: str, default, help: str, also: str = "", **of_flag) -> Any:
-    """A field: which scripts have its flag (`ppl.cli`), its default, the flag's help, another name of flag and YAML,
+    """A field: which scripts have its flag (`mlppl.cli`), its default, the flag's help, another name of flag and YAML,
     and what else `add_argument` takes."""
     return field(default=default, metadata={"where": where, "help": help, "also": also, "of_flag": of_flag})
 

@@ -250,7 +250,7 @@ class SurprisalScorer:
 
     @property
     def identity(self) -> dict:
-        """What tells the model from another: see `ppl.scoring.identity`; and, where its tokenizer is known, the
+        """What tells the model from another: see `mlppl.scoring.identity`; and, where its tokenizer is known, the
         surprisals of a fixed text, by one forward pass of the model's own.
 
         Raises `InputError` if they are NaN.
@@ -518,7 +518,7 @@ def _by_text(texts: list[Encoded], scored: list[tuple[list[Row], torch.Tensor]])
 class Scorer(Protocol):
     """Token ids -> the surprisal of each scored token: what calculator and reward know of a scorer.
 
-    `SurprisalScorer` is the one for a model in this process, `ppl.scoring.server.ServerScorer` for a server of vLLM.
+    `SurprisalScorer` is the one for a model in this process, `mlppl.scoring.server.ServerScorer` for a server of vLLM.
     """
 
     @property
@@ -527,8 +527,8 @@ class Scorer(Protocol):
 
     @property
     def identity(self) -> dict:
-        """What tells it from another scorer, the surprisals of a fixed text among it (`ppl.scoring.identity`): see
-        `ppl.scoring.identity.differences`."""
+        """What tells it from another scorer, the surprisals of a fixed text among it (`mlppl.scoring.identity`): see
+        `mlppl.scoring.identity.differences`."""
 
     def score(self, texts: list[Encoded]) -> list[np.ndarray]:
         """float64 [n] per text: -ln p(token | all before it) in nats, for its scored tokens in order."""
@@ -544,7 +544,7 @@ def check_model(model) -> None:
     if not isinstance(model, torch.nn.Module):
         raise InputError(
             f"the model is {str(model)!r:.60}, expected a loaded one: model, tokenizer, _ = "
-            "ppl.models.load_model(name), and the model comes before its tokenizer"
+            "mlppl.models.load_model(name), and the model comes before its tokenizer"
         )
 
 

@@ -33,9 +33,9 @@ class Job:
     """What the flags of a run ask for, by names. Raises `InputError` for what cannot be done.
 
     dataset_name, dataset_split, loop_penalty, per_level, allow_copies: the flags. models: what is trained and what
-    scores, `ppl.training.settings.Models`. reward: `ppl.config.RewardConfig`. sampling: `ppl.config.Sampling`. chat:
-    keywords of `ppl.prompts.render_prompt`, the same for policy, scorer and held-out sampling. baselines: None without
-    a file; column_meta: without rows, how the data set's columns `baseline_...` were made, if it says so. train_rows,
+    scores, `mlppl.training.settings.Models`. reward: `mlppl.config.RewardConfig`. sampling: `mlppl.config.Sampling`.
+    chat: keywords of `mlppl.prompts.render_prompt`, for policy, scorer and held-out sampling. baselines: None without a
+    file; column_meta: without rows, how the data set's columns `baseline_...` were made, if it says so. train_rows,
     heldout_rows, eval_rows (or None): data sets of `prepare_dataset`. checkpoint: to go on from, or None.
     without_unsloth: why, if it is not used. config: TRL's GRPOConfig; asked: its fields as they were asked for.
     command: the command line's words after the script's name. contexts: keywords of the calculator, rows that the
