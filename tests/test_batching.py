@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlppl.scoring.batching import Group, Row, batches, packs, share_prefixes, windows
+from mlppl.scoring.batching import Group, Row, batches, cut, packs, pasts, share_prefixes, windows
 from mlppl.scoring.tokens import Encoded
 
 
@@ -224,6 +224,48 @@ def test_rows_lie_end_to_end_behind_the_prefix_they_share():
     assert pack.spans == [(0, 2, 0, 0), (2, 4, 0, 2), (4, 5, 0, 2), (5, 7, 5, 0)]
     assert pack.read.tolist() == [2, 3, 4, 5, 6]
     assert pack.rows == [a, b, c]
+
+
+def test_what_all_begin_with_is_no_part_of_a_pack():
+    a, b, c = row(1, 2, 3, 4, read=[3]), row(1, 2, 3, 5), row(1, 2, 8, 9, read=[2, 3])
+    [pack] = packs([Group(3, [a, b]), Group(0, [c])], 100, 100, past=2)
+    assert pack.ids.tolist() == [3, 4, 5, 8, 9]
+    assert pack.positions.tolist() == [2, 3, 3, 2, 3]
+    assert pack.spans == [(0, 1, 0, 0), (1, 2, 0, 1), (2, 3, 0, 1), (3, 5, 3, 0)]
+    assert pack.read.tolist() == [1, 2, 3, 4]
+    assert (pack.past, pack.rows) == (2, [a, b, c])
+
+
+def test_what_groups_begin_with_runs_before_them():
+    one, two = (
+        Group(4, [row(1, 2, 3, 4, 5), row(1, 2, 3, 4, 6)]),
+        Group(5, [row(1, 2, 3, 7, 8, 9), row(1, 2, 3, 7, 8, 2)]),
+    )
+    alone, nothing = Group(0, [row(1, 2, 3, 6, read=[2, 3])]), np.array([], dtype=np.int64)
+
+    def found(*parts, kept=nothing, least=2):
+        return [(ids.tolist(), parts) for ids, parts in pasts(parts, kept, least)]
+
+    assert found(one, two) == [([1, 2, 3], [one, two])]
+    assert found(one, two, least=3) == [([], [one, two])]
+    assert found(one) == [([], [one])]
+    assert found(one, kept=np.array([1, 2, 3, 9])) == [([1, 2, 3], [one])]
+    assert found(one, alone) == [([], [one, alone])]  # two tokens, of which each saves no more than one that it costs
+    assert found(one, alone, least=1) == [([1, 2], [one, alone])]
+    assert found(one, kept=np.array([5, 6, 7])) == [([], [one])]
+
+
+@settings(max_examples=200)
+@given(reading_rows(), st.integers(1, 6), st.integers(1, 8), st.lists(st.integers(0, 1), max_size=8))
+def test_every_part_begins_with_what_runs_before_it_and_reads_nothing_of_that(rows, least, max_tokens, kept):
+    parts = cut(share_prefixes(rows, 1), max_tokens)
+    found = pasts(parts, np.array(kept, dtype=np.int64), least)
+    assert sorted(map(id, parts)) == sorted(id(part) for _, some in found for part in some)
+    for ids, some in found:
+        assert len(ids) >= least or not len(ids)
+        assert all(
+            (one.inputs[: len(ids)] == ids).all() and one.read[0] >= len(ids) for part in some for one in part.rows
+        )
 
 
 def pack_sizes(sizes, *limits):

@@ -1,5 +1,6 @@
 """The forward pass against the slow twin: architectures, windows, shared prefixes, adapters, dtypes, memory."""
 
+import copy
 import functools
 import json
 import logging
@@ -113,6 +114,8 @@ def test_every_architecture_equals_the_slow_twin(name, tokenizer, caplog):
     assert_close(together, twin(model, tokenizer, GROUP))
     assert_close(score(model, tokenizer, GROUP[1:2], scorer), together[1:2])
     assert_close(score(model, tokenizer, MIXED, scorer), twin(model, tokenizer, MIXED))
+    for pairs in [[(SHOWN[:150] + prompt, " ran.") for prompt in ("Tom", "Anna", one)] for one in ("Sam", "Lily")]:
+        assert_close(score(model, tokenizer, pairs, scorer), twin(model, tokenizer, pairs))
 
     prompt = len(tokenizer(PROMPT)["input_ids"])
     shares = ARCHITECTURES[name][1]
@@ -402,15 +405,69 @@ def test_a_shared_prompt_runs_once(tokenizer, attention):
     model = toys.llama()
     model.set_attn_implementation(attention)
     scorer = SurprisalScorer(model)
-    score(model, tokenizer, GROUP, scorer)  # the probes have run
+    score(
+        model, tokenizer, [(f"Lily! {PROMPT}", completion) for completion in COMPLETIONS], scorer
+    )  # the probes have run
     spy = Spy(model.model)
     score(model, tokenizer, GROUP, scorer)
     lengths = [len(tokenizer(completion)["input_ids"]) for completion in COMPLETIONS]
     prompt = len(tokenizer(PROMPT)["input_ids"])
     # BOS and the prompt; then each completion without its last token behind what is shared; padded to the longest
-    # where there is a cache, which goes on from the prompt's last token
-    packed, cached = [(1, 1 + prompt + sum(lengths) - 4)], [(1, prompt), (4, max(lengths))]
+    # where there is a cache, which goes on from the prompt's last token, and has BOS from the call before
+    packed, cached = [(1, 1 + prompt + sum(lengths) - 4)], [(1, prompt - 1), (4, max(lengths))]
     assert spy.shapes == (packed if attention == "sdpa" else cached)
+
+
+SHOWN = "Lily had a red hat. It was too big. She gave it to the dog. " * 12
+PROMPTS = [f"{SHOWN}{name} had a {thing}, and" for name in ("Tom", "Anna", "Sam") for thing in ("blue ball", "cat")]
+
+
+def behind_examples(*numbers):
+    return [(PROMPTS[number], completion) for number in numbers for completion in COMPLETIONS]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("limits", [{}, {"batch_size": 2}, {"max_batch_tokens": 40}, {"max_batch_tokens": 400}])
+def test_what_all_prompts_begin_with_runs_once_for_all_calls(tokenizer, limits, attention):
+    model = toys.llama(max_position_embeddings=2048)
+    calls = [behind_examples(0, 1), [*GROUP, *behind_examples(2)], behind_examples(3, 4, 5), behind_examples(5)[:1]]
+    expected = [score(model, tokenizer, pairs, WithoutSharing(model)) for pairs in calls]
+    model.set_attn_implementation(attention)
+    scorer, spy = SurprisalScorer(model, **limits), Spy(model.model)
+    examples = len(tokenizer(SHOWN)["input_ids"])
+    for number, (pairs, numbers) in enumerate(zip(calls, expected, strict=True)):
+        spy.shapes.clear()
+        assert_close(score(model, tokenizer, pairs, scorer), numbers)
+        if number == 2 or (number == 3 and attention == "sdpa"):  # a single row runs whole where it is padded
+            assert spy.tokens < examples
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_what_ran_before_is_forgotten_when_the_weights_change(tokenizer, attention, adapters):
+    model = toys.llama(max_position_embeddings=2048)
+    if adapters:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, init_lora_weights=False))
+    model.set_attn_implementation(attention)
+    scorer = SurprisalScorer(model, adapters=adapters)
+    before = score(model, tokenizer, behind_examples(0, 1), scorer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    after = score(model, tokenizer, behind_examples(0, 1), scorer)
+    assert_close(after, score(model, tokenizer, behind_examples(0, 1), WithoutSharing(model, adapters=adapters)))
+    assert np.abs(np.concatenate(after) - np.concatenate(before)).max() > 0.01
+
+
+def test_a_copy_of_a_scorer_has_nothing_of_what_ran_before(tokenizer):
+    model = toys.llama(max_position_embeddings=2048)
+    scorer = SurprisalScorer(model)
+    expected = score(model, tokenizer, behind_examples(0, 1), scorer)
+    copied = copy.deepcopy(scorer)
+    spy = Spy(copied.model.model)
+    assert_close(score(model, tokenizer, behind_examples(0, 1), copied), expected)
+    assert spy.tokens > len(tokenizer(SHOWN)["input_ids"])
 
 
 def test_a_pack_has_no_padding(tokenizer):

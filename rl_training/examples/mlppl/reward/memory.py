@@ -9,7 +9,7 @@ import numpy as np
 
 from ..data import stable_id
 from ..processes import from_all
-from ..scoring.frozen import base_parameters
+from ..scoring.frozen import base_parameters, weights_version
 
 
 class PerplexityCache:
@@ -37,13 +37,10 @@ class PerplexityCache:
 
     def forget_if_trained(self, model) -> None:
         """Drop what was computed before the scorer's own weights changed, and say so once if they are being trained."""
-        parameters = list(base_parameters(model))
-        # Optimizers of 8 bits write behind autograd's back, which counts no version then: of what may be trained, some
-        # values are looked at as well.
-        version = sum(parameter._version for parameter in parameters), tuple(map(_some, parameters))
+        version = weights_version(model)
         if self._weights_version is not None and version != self._weights_version:
             # When DDP starts it writes every parameter, with the same values: only one that is trained is worth a word.
-            trained = any(parameter.requires_grad for parameter in parameters)
+            trained = any(parameter.requires_grad for parameter in base_parameters(model))
             if trained and not self._warned_of_training:
                 warnings.warn(
                     "the scorer's own weights change during training, so its baselines lose their meaning: train "
@@ -63,14 +60,6 @@ class PerplexityCache:
     def __getstate__(self) -> dict:
         # A copy's parameters count their changes anew.
         return {**self.__dict__, "_weights_version": None}
-
-
-def _some(parameter) -> tuple:
-    """A few values of a parameter that may be trained, of a frozen one none."""
-    if not parameter.requires_grad:
-        return ()
-    values = parameter.detach().flatten()
-    return tuple(values[:: max(1, len(values) // 8)].tolist())
 
 
 def _key(text) -> bytes:

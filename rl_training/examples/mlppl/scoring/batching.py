@@ -74,10 +74,12 @@ class Pack(Pass):
     read:      as in a `Pass`; of a shared prefix one index may be read for several rows
     positions: int64 [T], the index of each token in its own row
     spans:     (start, end, prefix_start, prefix): tokens start .. end follow on tokens prefix_start .. + prefix
+    past:      tokens with which all rows begin, that went through the model before and are no part of this one
     """
 
     positions: np.ndarray
     spans: list[tuple[int, int, int, int]]
+    past: int
 
 
 def windows(encoded: Encoded, window: int | None, text: int, whole: bool = False) -> Iterator[Row]:
@@ -155,8 +157,14 @@ def _common_prefix(a: Row, b: Row, short: int) -> int:
     """Tokens both rows begin with, short of the last one, and in long rows of the first hidden state that is read."""
     least, most = sorted((len(a.inputs), len(b.inputs)))
     limit = least - 1 if most <= short else min(a.read[0], b.read[0])
-    differ = np.flatnonzero(a.inputs[:limit] != b.inputs[:limit])
-    return int(differ[0]) if len(differ) else int(limit)
+    return in_common(a.inputs[:limit], b.inputs[:limit])
+
+
+def in_common(a: np.ndarray, b: np.ndarray) -> int:
+    """Tokens that both begin with."""
+    least = min(len(a), len(b))
+    differ = np.flatnonzero(a[:least] != b[:least])
+    return int(differ[0]) if len(differ) else least
 
 
 def batches(group: Group, max_tokens: int, overhead: int, max_rows: int | None = None) -> Iterator[Pass]:
@@ -172,42 +180,73 @@ def batches(group: Group, max_tokens: int, overhead: int, max_rows: int | None =
         yield Pass([part], ids, np.concatenate(read))
 
 
-def packs(groups: Sequence[Group], max_tokens: int, enough: int, max_rows: int | None = None) -> list[Pack]:
+def pasts(parts: Sequence[Group], kept: np.ndarray, least: int) -> list[tuple[np.ndarray, list[Group]]]:
+    """(int64 [P], parts of groups that begin with these ids): what runs before them, once for all; nothing for those to
+    which it would save fewer than `least` tokens, which come first.
+
+    parts: groups that are run apart. kept: the ids of what ran before the call before, which may be had again.
+    """
+    # What a part has in common with others ends where it branches, or is read.
+    ends = [min(part.prefix or len(part.rows[0].inputs), *(row.read[0] for row in part.rows)) for part in parts]
+    ends.append(len(kept))
+    texts = [*(part.rows[0].inputs for part in parts), np.append(kept, 0)]
+    none = np.array([], dtype=np.int64)
+    rows = [
+        Row(text, np.array([end]), none, number, 0) for number, (text, end) in enumerate(zip(texts, ends, strict=True))
+    ]
+    found: list[tuple[np.ndarray, list[Group]]] = [(none, [])]
+    for group in share_prefixes(rows, least):
+        some = [parts[row.text] for row in group.rows if row.text < len(parts)]
+        if group.prefix < least:
+            found[0][1].extend(some)
+        elif some:
+            found.append((some[0].rows[0].inputs[: group.prefix], some))
+    return found if found[0][1] else found[1:]
+
+
+def packs(
+    groups: Sequence[Group], max_tokens: int, enough: int, max_rows: int | None = None, past: int = 0
+) -> list[Pack]:
     """Groups laid out in packs of at most `max_tokens` tokens and `max_rows` rows; a longer row stands alone.
 
     A group that is too large is cut, and each part has the prefix of its own. What is not one group is put together
-    up to `enough` tokens only.
+    up to `enough` tokens only. past: tokens with which all begin, and that are left out.
     """
-    parts = [part for group in groups for part in _cut(group, max_rows if group.prefix else 1, max_tokens)]
+    parts = cut(groups, max_tokens, max_rows, past)
     bins: list[tuple[int, int, list[Group]]] = []  # (tokens, number, parts), the emptiest first
-    for part in sorted(parts, key=lambda part: -part.tokens):
-        if bins and bins[0][0] + part.tokens <= min(enough, max_tokens):
+    for tokens, part in sorted(((part.tokens - past, part) for part in parts), key=lambda one: -one[0]):
+        if bins and bins[0][0] + tokens <= min(enough, max_tokens):
             held, number, together = bins[0]
             if max_rows is None or sum(len(one.rows) for one in [*together, part]) <= max_rows:
                 together.append(part)
-                heapq.heapreplace(bins, (held + part.tokens, number, together))
+                heapq.heapreplace(bins, (held + tokens, number, together))
                 continue
-        heapq.heappush(bins, (part.tokens, len(bins), [part]))
+        heapq.heappush(bins, (tokens, len(bins), [part]))
     # Largest first: if memory runs out, it does so on the first one.
-    return [lay_out(together) for _, _, together in sorted(bins, key=lambda one: (-one[0], one[1]))]
+    return [lay_out(together, past) for _, _, together in sorted(bins, key=lambda one: (-one[0], one[1]))]
 
 
-def lay_out(groups: list[Group]) -> Pack:
+def cut(groups: Sequence[Group], max_tokens: int, max_rows: int | None = None, past: int = 0) -> list[Group]:
+    """The groups of a pack in parts of at most `max_tokens` tokens behind the past and `max_rows` rows."""
+    return [part for group in groups for part in _cut(group, max_rows if group.prefix > past else 1, max_tokens + past)]
+
+
+def lay_out(groups: list[Group], past: int = 0) -> Pack:
+    """past: tokens with which all begin, and that are left out."""
     ids, positions, spans, read = [], [], [], []
     end = 0
     for group in groups:
-        shared = end
-        pieces = [(0, group.rows[0].inputs[: group.prefix])] if group.prefix else []
-        pieces += [(group.prefix, row.inputs[group.prefix :]) for row in group.rows]
-        for prefix, own in pieces:
+        shared, prefix = end, max(group.prefix, past)
+        pieces = [(past, group.rows[0].inputs[past:prefix])] if prefix > past else []
+        pieces += [(prefix, row.inputs[prefix:]) for row in group.rows]
+        for before, own in pieces:
             ids.append(own)
-            positions.append(np.arange(prefix, prefix + len(own)))
-            spans.append((end, end + len(own), shared, prefix))
+            positions.append(np.arange(before, before + len(own)))
+            spans.append((end, end + len(own), shared, before - past))
             end += len(own)
         for row, (start, *_) in zip(group.rows, spans[-len(group.rows) :], strict=True):
-            behind = row.read >= group.prefix
-            read.append(np.where(behind, start - group.prefix, shared) + row.read)
-    return Pack(groups, np.concatenate(ids), np.concatenate(read), np.concatenate(positions), spans)
+            read.append(np.where(row.read >= prefix, start - prefix, shared - past) + row.read)
+    return Pack(groups, np.concatenate(ids), np.concatenate(read), np.concatenate(positions), spans, past)
 
 
 def _cut(group: Group, max_rows: int | None, max_tokens: int, overhead: int | None = None) -> Iterator[Group]:

@@ -117,6 +117,22 @@ def base_parameters(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
     return iter({id(one): one for one in every}.values())
 
 
+def weights_version(model: torch.nn.Module) -> tuple:
+    """Another one after the model's own weights were changed."""
+    parameters = list(base_parameters(model))
+    # Optimizers of 8 bits write behind autograd's back, which counts no version then: of what may be trained, some
+    # values are looked at as well.
+    return sum(parameter._version for parameter in parameters), tuple(map(_some, parameters))
+
+
+def _some(parameter: torch.nn.Parameter) -> tuple:
+    """A few values of a parameter that may be trained, of a frozen one none."""
+    if not parameter.requires_grad:
+        return ()
+    values = parameter.detach().flatten()
+    return tuple(values[:: max(1, len(values) // 8)].tolist())
+
+
 def _tuner_layers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
     """(a layer with adapters, where it keeps the model's own one). By layer, since adapters that were injected in place
     come without a PeftModel around them."""

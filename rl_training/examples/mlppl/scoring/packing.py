@@ -4,6 +4,8 @@
     a2 sees     p1 p2 p3   a1 a2
     b3 sees     p1 p2 p3           b1 b2 b3
 
+What all rows begin with, such as examples, may have run before the pack: they see its keys and values, too.
+
 All that is not attention (the matrix products) sees one long sequence. The attention runs span by span, by the model's
 own function, spans of like shape together; on a GPU, in 16 bit, one kernel takes all spans of a layer at once.
 
@@ -94,20 +96,30 @@ def hidden_states(decoder, ids: torch.Tensor, prefix: Cache | None = None) -> to
     return decoder(input_ids=ids, use_cache=prefix is not None, **behind).last_hidden_state
 
 
-def run_prefix(decoder, ids: torch.Tensor) -> Cache:
-    """Keys and values of ids [1, P], to be continued by batches of any size."""
-    cache = DynamicCache(config=decoder.config)
-    hidden_states(decoder, ids, cache)
-    return Cache(layers=[PrefixLayer(layer) for layer in cache.layers])
+def run_prefix(decoder, ids: torch.Tensor, begun: Cache | None = None) -> Cache:
+    """Keys and values of ids [1, P], to be continued by batches of any size. begun: those of the first of them, fewer
+    than P."""
+    cache, done = DynamicCache(config=decoder.config), 0
+    if begun is not None:
+        done = begun.get_seq_length()
+        for layer, of in zip(cache.layers, begun.layers, strict=True):
+            layer.update(of.keys, of.values)
+    hidden_states(decoder, ids[:, done:], cache)
+    return Cache(layers=[PrefixLayer(layer.keys, layer.values) for layer in cache.layers])
+
+
+def first_of(cache: Cache, tokens: int) -> Cache:
+    """Keys and values of the first tokens of a prefix."""
+    return Cache(layers=[PrefixLayer(one.keys[:, :, :tokens], one.values[:, :, :tokens]) for one in cache.layers])
 
 
 class PrefixLayer(DynamicLayer):
     """One layer's keys and values of a prefix: read by every row of a batch, never grown, so never copied whole."""
 
-    def __init__(self, layer: DynamicLayer) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
-        self.keys, self.values = layer.keys, layer.values
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
 
     def update(self, key_states, value_states, *args, **kwargs):
         given = (self.keys, key_states), (self.values, value_states)
@@ -122,13 +134,13 @@ def _cache_name(decoder) -> str | None:
 # --- packs -----------------------------------------------------------------------------------------------------------
 
 
-def run_packed(decoder, pack: Pack) -> torch.Tensor:
-    """Hidden states [T, H] of a pack's tokens. Raises `NotImplementedError` where the model's attention is given what a
-    span alone does not tell."""
+def run_packed(decoder, pack: Pack, past: Cache | None = None) -> torch.Tensor:
+    """Hidden states [T, H] of a pack's tokens. past: keys and values of what stands before all its rows. Raises
+    `NotImplementedError` where the model's attention is given what a span alone does not tell."""
     ids, positions = (to_device(values[None], decoder.device) for values in (pack.ids, pack.positions))
     options = {}
     with ExitStack() as stack:
-        stack.callback(_pack.reset, _pack.set(_Spans(pack, decoder.device)))
+        stack.callback(_pack.reset, _pack.set(_Spans(pack, decoder.device, past)))
         if of_unsloth(decoder):
             names = _unsloth_attention(decoder)
             stack.callback(names.__setitem__, "run_attention", names["run_attention"])
@@ -145,9 +157,10 @@ def run_packed(decoder, pack: Pack) -> torch.Tensor:
 class _Alike(NamedTuple):
     """Spans that are padded to one length, behind prefixes of one length: they are the rows of one call.
 
-    queries, keys: where their tokens, and those that they see, are in the pack: of one span a slice, which copies
-    nothing; of n int64 [n * L]. written: where what their tokens see is written; padding, which stands at the end,
-    where no token sees it, one past the pack's. mask: bool [1, 1, queries, keys]; None: plainly causal.
+    queries, keys: where their tokens are in the pack, and those that they see in the past and the pack: of one span a
+    slice, which copies nothing; of n int64 [n * L]. written: where what their tokens see is written; padding, which
+    stands at the end, where no token sees it, one past the pack's. mask: bool [1, 1, queries, keys]; None: plainly
+    causal.
     """
 
     count: int
@@ -160,8 +173,15 @@ class _Alike(NamedTuple):
 class _Spans:
     """What the attention of a pack needs, the same in every layer. Each way of computing it makes its own part."""
 
-    def __init__(self, pack: Pack, device: torch.device) -> None:
-        self._pack, self._device = pack, device
+    def __init__(self, pack: Pack, device: torch.device, past: Cache | None) -> None:
+        self._pack, self._device, self._past = pack, device, past
+
+    def behind_past(self, module, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[1, key heads, P + T, width] each: a layer's keys and values of what all rows begin with, and of the pack."""
+        if self._past is None:
+            return key, value
+        of = self._past.layers[module.layer_idx]
+        return torch.cat([of.keys, key], dim=2), torch.cat([of.values, value], dim=2)
 
     @functools.cached_property
     def by_shape(self) -> list[_Alike]:
@@ -180,10 +200,12 @@ class _Spans:
         tokens = len(self._pack.ids)
         padded = starts + np.arange(length)
         own, written = np.minimum(padded, ends - 1), np.where(padded < ends, padded, tokens)
-        seen = np.concatenate([prefix_starts + np.arange(prefix), own], axis=1)
-        mask = None
-        if prefix:
-            mask = torch.ones(1, 1, length, prefix + length, dtype=torch.bool, device=self._device).tril(prefix)
+        past = self._pack.past
+        before = np.tile(np.arange(past), (len(spans), 1))
+        seen = np.concatenate([before, past + prefix_starts + np.arange(prefix), past + own], axis=1)
+        mask, behind = None, past + prefix
+        if behind:
+            mask = torch.ones(1, 1, length, behind + length, dtype=torch.bool, device=self._device).tril(behind)
         if len(spans) == 1 and written[0, -1] < tokens and seen[0, -1] - seen[0, 0] == seen.shape[1] - 1:
             queries, keys = (slice(int(one[0, 0]), int(one[0, -1]) + 1) for one in (own, seen))
             return _Alike(1, queries, keys, queries, mask)
@@ -195,15 +217,14 @@ class _Spans:
         and int32 [S + 1] each, where the queries and the keys of each span end, and the most that a span has of each.
         """
         starts, ends, _, prefixes = np.array(self._pack.spans).T
-        keys = None
-        if prefixes.any():
-            pieces = [
-                piece
-                for start, end, prefix_start, prefix in self._pack.spans
-                for piece in (np.arange(prefix_start, prefix_start + prefix), np.arange(start, end))
-            ]
+        keys, past = None, self._pack.past
+        if past or prefixes.any():
+            pieces = []
+            for start, end, prefix_start, prefix in self._pack.spans:
+                pieces.append(np.arange(past))
+                pieces += [past + np.arange(prefix_start, prefix_start + prefix), past + np.arange(start, end)]
             keys = to_device(np.concatenate(pieces), self._device)
-        counts = ends - starts, prefixes + ends - starts
+        counts = ends - starts, past + prefixes + ends - starts
         bounds = [to_device(np.cumsum([0, *one]).astype(np.int32), self._device) for one in counts]
         return keys, (*bounds, *(int(one.max()) for one in counts))
 
@@ -247,6 +268,7 @@ def _attention(module, query, key, value, attention_mask, **options):
     """[1, T, heads, width] from query, key and value [1, heads, T, width], as attention functions of transformers."""
     if any(options.get(name) is not None for name in ("sliding_window", "softcap", "s_aux", "position_bias")):
         raise NotImplementedError(f"{type(module).__name__} is no plain causal attention")
+    key, value = _pack.get().behind_past(module, key, value)
     result = _all_spans(query, key, value, options.get("scaling"))
     if result is not None:
         return result, None

@@ -22,10 +22,10 @@ from transformers.cache_utils import Cache
 
 from ..errors import InputError
 from ..processes import in_step, is_sharded
-from .batching import Group, Pack, Pass, Row, batches, lay_out, packs, share_prefixes, windows
-from .frozen import base_of, check_weights_only, frozen
+from .batching import Group, Pack, Pass, Row, batches, cut, in_common, lay_out, packs, pasts, share_prefixes, windows
+from .frozen import base_of, check_weights_only, frozen, weights_version
 from .identity import describe_model, encode_probe, probe_row
-from .packing import can_continue, can_pack, hidden_states, run_packed, run_prefix, to_device
+from .packing import can_continue, can_pack, first_of, hidden_states, run_packed, run_prefix, to_device
 from .tokens import Encoded
 
 logger = logging.getLogger(__name__)
@@ -173,12 +173,22 @@ class Sizes(NamedTuple):
 # CPU, measured on GPT-2 124M: beyond 1,024 tokens the activations leave the caches, a forward pass costs its tokens and
 # some 15 to 30 more, and above 32 MiB glibc takes every slice anew from the system.
 SIZES = {"cpu": Sizes(2048, 1024, 24 << 20, 32), "cuda": Sizes(16384, 16384, 256 << 20, 512)}
-# Tokens: what the attention of one more span of a pack costs; of rows that share all that they begin with.
-_SPAN_TOKENS, _SHORT = 8, 64
+# Tokens: what the attention of one more span of a pack costs; of rows that share all that they begin with; the fewest
+# that run before a pack.
+_SPAN_TOKENS, _SHORT, _LEAST_PAST = 8, 64, 64
 # A model reads later tokens if they change earlier logits by more. In any precision: a causal model computes the same
 # for the same length, and BERT's kind, with random weights, differs by 0.003 to 0.3.
 _LEAST_LOOK = 1e-3
 
+
+class Past(NamedTuple):
+    """ids: int64 [P], with which rows begin. cache: their keys and values; None where they have not run alone."""
+
+    ids: np.ndarray
+    cache: Cache | None
+
+
+_NO_PAST = Past(np.array([], dtype=np.int64), None)
 # The ways of rows through a model, from the fastest on.
 PACKED, PADDED, OWN_LOGITS, ROW_BY_ROW = "packed", "padded", "by its own logits", "row by row"
 
@@ -219,6 +229,9 @@ class SurprisalScorer:
         self.way: str | None = None  # of the rows of the last call
         self._noise: float | None = None
         self._agree: dict[str, bool] = {}  # what was compared, by name
+        # The longest beginning of rows of the last call: examples come again with every call.
+        self._kept = _NO_PAST
+        self._kept_under: tuple | None = None
 
     def score(self, texts: list[Encoded]) -> list[np.ndarray]:
         """float64 [n] per text: -ln p(token | all before it) in nats, for its scored tokens in order.
@@ -244,9 +257,21 @@ class SurprisalScorer:
         elif any(len(text.positions) for text in texts):
             with frozen(self.model, self.adapters), fast_products(self.model):
                 self.way = self._compare()
-                for rows in self._rows(texts):
+                self._forget_if_changed()
+                for rows in filter(None, self._rows(texts)):
                     self._score_rows(rows, scored)
         return functools.partial(_by_text, texts, scored)
+
+    def _forget_if_changed(self) -> None:
+        """Keep nothing from before the weights changed."""
+        version = None if self.adapters else weights_version(self.model)
+        if version is None or version != self._kept_under:
+            self._kept = _NO_PAST
+        self._kept_under = version
+
+    def __getstate__(self) -> dict:
+        # A copy's parameters count their changes anew.
+        return {**self.__dict__, "_kept": _NO_PAST, "_kept_under": None}
 
     @property
     def identity(self) -> dict:
@@ -415,6 +440,20 @@ class SurprisalScorer:
         alone = [hidden_states(decoder, to_device(row[None], self.model.device))[0, -1] for row in rows]
         return self._same(self._head.logits(packed), self._head.logits(torch.stack(alone)))
 
+    def _compare_past(self) -> bool:
+        """Whether the rows of a pack go on from the keys and values of what ran before it."""
+        decoder = self._decoder
+        if not can_continue(decoder):
+            return False
+        ids = self._probe_ids()[0].cpu().numpy()
+        rows = [ids[:8], np.concatenate([ids[:5], ids[9:]])]
+        one, two = (Row(row, np.array([len(row) - 1]), row[-1:], 0, 0) for row in rows)
+        pack = lay_out([Group(5, [one, two])], past=3)
+        past = run_prefix(decoder, to_device(ids[None, :3], self.model.device))
+        packed = run_packed(decoder, pack, past)[to_device(pack.read, self.model.device)]
+        alone = [hidden_states(decoder, to_device(row[None], self.model.device))[0, -1] for row in rows]
+        return self._same(self._head.logits(packed), self._head.logits(torch.stack(alone)))
+
     def _compare_cache(self) -> bool:
         """Whether the model continues from the keys and values of a prefix as from the prefix itself."""
         decoder, ids = self._decoder, self._probe_ids()
@@ -427,22 +466,42 @@ class SurprisalScorer:
 
     def _score_rows(self, rows: list[Row], scored: list) -> None:
         groups = self.groups(rows)
-        if self.way == PACKED:
-            self._score_groups(groups, None, scored)
-            return
-        for group in groups:
-            prefix = None
-            if group.prefix:
-                ids = to_device(group.rows[0].inputs[None, : group.prefix], self.model.device)
-                prefix = run_prefix(self._decoder, ids)
-            self._score_groups([group], prefix, scored)
+        past, used = self._kept, []
+        for ids, some in self._behind_pasts(groups):
+            past = self._continued(max(self._kept, past, key=lambda one: in_common(one.ids, ids)), ids)
+            used.append(past)
+            self._score_groups(some, past, scored)
+        # Where nothing ran before, a next call that begins alike has reason to let it.
+        used += [Past(group.rows[0].inputs[: group.prefix or group.rows[0].read[0]], None) for group in groups]
+        self._kept = max(used, key=lambda one: (one.cache is not None, len(one.ids)))
 
-    def _score_groups(self, groups: list[Group], prefix: Cache | None, scored: list) -> None:
+    def _behind_pasts(self, groups: list[Group]) -> list[tuple[np.ndarray, list[Group]]]:
+        """(ids that run before, groups that begin with them)."""
+        if self.way != PACKED:
+            return [(group.rows[0].inputs[: group.prefix], [group]) for group in groups]
+        if not any(self._is_beyond(row) for group in groups for row in group.rows):
+            parts = cut(groups, self.max_batch_tokens, self.batch_size)
+            found = pasts(parts, self._kept.ids, max(_LEAST_PAST, self._sizes.overhead))
+            if not any(len(ids) for ids, _ in found) or self._agrees(self._compare_past):
+                return found
+        return [(_NO_PAST.ids, groups)]
+
+    def _continued(self, past: Past, ids: np.ndarray) -> Past:
+        """The past of some ids, from what another one has of it."""
+        if not len(ids):
+            return _NO_PAST
+        common = in_common(past.ids, ids) if past.cache else 0
+        begun = first_of(past.cache, common) if common else None
+        if common < len(ids):
+            begun = run_prefix(self._decoder, to_device(ids[None], self.model.device), begun)
+        return Past(ids, begun)
+
+    def _score_groups(self, groups: list[Group], past: Past, scored: list) -> None:
         """If memory runs out, what is left is laid out again, in passes of half the tokens."""
-        left = deque(self._lay_out(groups))
+        left = deque(self._lay_out(groups, past))
         while left:
             try:
-                scored.append((left[0].rows, self._score_pass(left[0], prefix)))
+                scored.append((left[0].rows, self._score_pass(left[0], past.cache)))
                 left.popleft()
                 continue
             except RuntimeError as error:
@@ -452,11 +511,11 @@ class SurprisalScorer:
             clear_device_cache(garbage_collection=True)
             self.max_batch_tokens = max(1, left[0].ids.size // 2)
             logger.warning("out of memory: batches now hold at most %d tokens", self.max_batch_tokens)
-            left = deque(self._lay_out([group for one in left for group in one.groups]))
+            left = deque(self._lay_out([group for one in left for group in one.groups], past))
 
-    def _lay_out(self, groups: list[Group]) -> Sequence[Pass]:
+    def _lay_out(self, groups: list[Group], past: Past = _NO_PAST) -> Sequence[Pass]:
         if self.way == PACKED:
-            return packs(groups, self.max_batch_tokens, self._sizes.enough, self.batch_size)
+            return packs(groups, self.max_batch_tokens, self._sizes.enough, self.batch_size, len(past.ids))
         most = 1 if self.way == ROW_BY_ROW else self.batch_size
         # The model's own logits must fit into a slice.
         tokens = self.max_batch_tokens if self.way == PADDED else min(self.max_batch_tokens, self._head.rows)
@@ -467,7 +526,7 @@ class SurprisalScorer:
         if self.way in (OWN_LOGITS, ROW_BY_ROW):
             return self._by_own_logits(self._base, one)
         if isinstance(one, Pack):
-            hidden = run_packed(self._decoder, one)
+            hidden = run_packed(self._decoder, one, prefix)
         else:
             hidden = hidden_states(self._decoder, to_device(one.ids, self.model.device), prefix).flatten(0, 1)
         read, states = np.unique(one.read, return_inverse=True)
