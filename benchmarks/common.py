@@ -1,5 +1,6 @@
 """What the benchmarks need: alternating timings, a process apart, a timed GRPO step, rows and tables."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -67,6 +68,13 @@ def alternate(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
             run()
             seconds[name].append(now() - start)
     return seconds
+
+
+def in_turn(run: Callable, groups: Sequence) -> Callable[[], object]:
+    """What takes the next group at each call. A group that comes again would find what it begins with kept from before,
+    and in training the prompts change."""
+    following = itertools.cycle(groups)
+    return lambda: run(next(following))
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> float:

@@ -1,11 +1,12 @@
 """Scoring on one GPU: its speed against that of matrix products, a group behind one prompt, memory, precision."""
 
+import functools
 import json
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from common import EXAMPLES, Rows, alternate, device, peak_bytes, ratio, whole_rows
+from common import EXAMPLES, Rows, alternate, device, in_turn, peak_bytes, ratio, whole_rows
 from gpu_models import PUBLISHED, TOY, in_4bit, parameters, random_model, random_texts, word_tokenizer
 
 
@@ -21,6 +22,7 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(PUBLISHED, 8192, 96, 4096, 8, 256, 4096, 3)
+SHOWN, OTHERS, OUTER = 3, 2, 4.5  # examples, other rows, and at most so many times geometric's time
 SMALL = Sizes(TOY, 64, 6, 256, 4, 16, 256, 1)
 
 
@@ -118,12 +120,13 @@ def scoring_rows(rows: Rows, title: str, model, tokenizer, count: int, sizes: Si
 
     if scorer.window <= sizes.prompt + sizes.completion:
         return
-    prompt, *texts = random_texts(tokenizer, [sizes.prompt] + [sizes.completion] * sizes.group)
-    pairs = [(prompt, " " + text) for text in texts]
-    encoded = TextEncoder(tokenizer).encode(*zip(*pairs, strict=True))
-    a, b = (np.concatenate(one.score(encoded)) for one in (scorer, alone))
-    runs = {"alone": lambda: alone.score(encoded), "shared": lambda: scorer.score(encoded)}
-    runs |= {name: lambda one=one: one.score_pairs(model, pairs) for name, one in calculators.items()}
+    texts = iter(random_texts(tokenizer, ([sizes.prompt] + [sizes.completion] * sizes.group) * (sizes.rounds + 1)))
+    prompts = (next(texts) for _ in range(sizes.rounds + 1))
+    groups = [[(prompt, f" {next(texts)}") for _ in range(sizes.group)] for prompt in prompts]
+    encoded = [TextEncoder(tokenizer).encode(*zip(*pairs, strict=True)) for pairs in groups]
+    a, b = (np.concatenate(one.score(encoded[0])) for one in (scorer, alone))
+    runs = {"alone": in_turn(alone.score, encoded), "shared": in_turn(scorer.score, encoded)}
+    runs |= {name: in_turn(functools.partial(one.score_pairs, model), groups) for name, one in calculators.items()}
     seconds = alternate(runs, sizes.rounds)
     group = f"{title}: {sizes.group} x {sizes.completion} tokens behind the same {sizes.prompt}"
     rows.add(f"{group}, without sharing", statistics.median(seconds["alone"]), "s")
@@ -135,6 +138,37 @@ def scoring_rows(rows: Rows, title: str, model, tokenizer, count: int, sizes: Si
     rows.add(f"{group}: mean difference of a token's surprisal", float(np.mean(abs(a - b))), "nats")
     slower = ratio(seconds["nested"], seconds["geometric"])
     rows.add(f"{group}, nested", statistics.median(seconds["nested"]), "s", slower, of="its time to geometric's")
+    outer_row(rows, title, model, tokenizer, sizes, target and OUTER)
+
+
+def outer_row(rows: Rows, title: str, model, tokenizer, sizes: Sizes, target=None) -> None:
+    """Levels prompt and examples, with other rows and examples as long as the group's own prompt and completions."""
+    from mlppl.scoring.calculator import MultiLevelPPLCalculator
+
+    prompt, completion = sizes.prompt // 8, sizes.completion // 2
+    lengths = [prompt, completion] * (SHOWN + OTHERS + 1)
+    texts = random_texts(tokenizer, lengths + ([prompt] + [completion] * sizes.group) * (sizes.rounds + 1))
+    shown, following = list(zip(texts[: len(lengths) : 2], texts[1::2], strict=False)), iter(texts[len(lengths) :])
+    groups = []
+    for _ in range(sizes.rounds + 1):
+        own = next(following)
+        groups.append(([f" {next(following)}" for _ in range(sizes.group)], [own] * sizes.group))
+    calculators = {
+        "geometric": MultiLevelPPLCalculator(tokenizer),
+        "outer": MultiLevelPPLCalculator(
+            tokenizer, aggregation="nested", levels=("prompt", "examples"), examples=shown[:SHOWN],
+            others=shown[SHOWN:], contrast=OTHERS,
+        ),
+    }  # fmt: skip
+    runs = {
+        name: in_turn(lambda pairs, one=one: one.compute_all_levels(model, *pairs), groups)
+        for name, one in calculators.items()
+    }
+    seconds = alternate(runs, sizes.rounds)
+    what = f"{title}: levels prompt and examples of {sizes.group} x {completion} tokens behind {prompt}"
+    slower = ratio(seconds["outer"], seconds["geometric"])
+    of = f"its time to geometric's, {SHOWN} examples and {OTHERS} other rows as long"
+    rows.add(what, statistics.median(seconds["outer"]), "s", slower, target, least=False, of=of)
 
 
 def memory_row(rows: Rows, title: str, model, tokenizer, sizes: Sizes) -> None:

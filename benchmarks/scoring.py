@@ -9,6 +9,7 @@ one process, so that the ratios hold also on a busy machine.
 
 import argparse
 import copy
+import functools
 import importlib.util
 import json
 import statistics
@@ -21,6 +22,7 @@ from common import (
     alternate,
     apart,
     grpo_step,
+    in_turn,
     judged,
     machine,
     peak_bytes,
@@ -259,20 +261,19 @@ def shared_prompt(model, tokenizer, rounds, seed):
     from mlppl.scoring.surprisal import SurprisalScorer
     from mlppl.scoring.tokens import TextEncoder
 
-    prompt, *completions = stories(tokenizer, [PROMPT] + [COMPLETION] * GROUP, seed + 1)
-    completions = [" " + completion for completion in completions]
-    encoded = TextEncoder(tokenizer).encode([prompt] * GROUP, completions)
-    rows = [ids_of(tokenizer, prompt + completion)[:, :-1] for completion in completions]
+    groups = groups_behind_prompts(tokenizer, rounds + 1, seed + 1)
+    encoded = [TextEncoder(tokenizer).encode(*zip(*pairs, strict=True)) for pairs in groups]
+    rows = [[ids_of(tokenizer, prompt + completion)[:, :-1] for prompt, completion in pairs] for pairs in groups]
     shared, alone = SurprisalScorer(model), whole_rows()(model)
-    measured = {scorer: np.concatenate(scorer.score(encoded)) for scorer in (shared, alone)}
+    measured = {scorer: np.concatenate(scorer.score(encoded[0])) for scorer in (shared, alone)}
     difference = check_equal("sharing a prefix", measured[shared], measured[alone], tolerance=1e-4)
     bare_rows = f"decoder + LM head alone, {GROUP} full rows, with this engine's matrix products"
     without, sharing = "this engine without sharing", "this engine with sharing"
     seconds = alternate(
         {
-            bare_rows: lambda: bare_with_our_products(model, rows),
-            without: lambda: alone.score(encoded),
-            sharing: lambda: shared.score(encoded),
+            bare_rows: in_turn(lambda some: bare_with_our_products(model, some), rows),
+            without: in_turn(alone.score, encoded),
+            sharing: in_turn(shared.score, encoded),
         },
         rounds,
     )
@@ -294,6 +295,12 @@ def shared_prompt(model, tokenizer, rounds, seed):
     return table
 
 
+def groups_behind_prompts(tokenizer, count, seed) -> list[list[tuple[str, str]]]:
+    """(prompt, completion) of each completion of so many groups."""
+    texts = iter(stories(tokenizer, ([PROMPT] + [COMPLETION] * GROUP) * count, seed))
+    return [[(prompt, f" {next(texts)}") for _ in range(GROUP)] for prompt in (next(texts) for _ in range(count))]
+
+
 # --- nested levels against geometric ones ----------------------------------------------------------------------------
 
 
@@ -305,19 +312,19 @@ def nested_levels(model, tokenizer, texts, rounds, seed):
     from mlppl.scoring.surprisal import SurprisalScorer
     from mlppl.scoring.tokens import TextEncoder
 
-    prompt, *completions = stories(tokenizer, [PROMPT] + [COMPLETION] * GROUP, seed + 1)
     of_a_group = f"{GROUP} completions of {COMPLETION} tokens behind a prompt of {PROMPT}"
     cases = {
-        of_a_group: ([(prompt, " " + completion) for completion in completions], NESTED_GROUP),
-        "mixed texts without a prompt": ([("", text) for text in texts], NESTED_TEXTS),
+        of_a_group: (groups_behind_prompts(tokenizer, rounds + 1, seed + 1), NESTED_GROUP),
+        "mixed texts without a prompt": ([[("", text) for text in texts]], NESTED_TEXTS),
     }
     table = [["[bold]nested levels"]]
-    for name, (pairs, most) in cases.items():
+    for name, (groups, most) in cases.items():
         calculators = {way: MultiLevelPPLCalculator(tokenizer, aggregation=way) for way in ("geometric", "nested")}
         seconds = alternate(
-            {way: lambda one=one, pairs=pairs: one.score_pairs(model, pairs) for way, one in calculators.items()},
+            {way: in_turn(functools.partial(one.score_pairs, model), groups) for way, one in calculators.items()},
             rounds,
         )
+        pairs = groups[0]
         for way, measured in seconds.items():
             table.append([f"{name}, {way}", f"{statistics.median(measured):.2f} s", "", "", ""])
         times = ratio(seconds["nested"], seconds["geometric"])
@@ -338,10 +345,10 @@ def outer_levels(tokenizer, rounds, seed):
     from mlppl.scoring.contexts import BETWEEN
 
     model = random_gpt2(seed, window=4096)
-    rows = EXAMPLES_SHOWN + OTHER_ROWS + 1
-    prompt, *texts = stories(tokenizer, [PROMPT] * (1 + rows) + [COMPLETION] * (rows + GROUP), seed + 2)
-    shown = list(zip(texts[:rows], texts[rows : 2 * rows], strict=True))
-    completions = [" " + text for text in texts[2 * rows :]]
+    count = EXAMPLES_SHOWN + OTHER_ROWS + 1
+    texts = stories(tokenizer, [PROMPT, COMPLETION] * count, seed + 2)
+    shown = list(zip(texts[::2], texts[1::2], strict=True))
+    groups = groups_behind_prompts(tokenizer, rounds + 1, seed + 3)
     calculators = {
         "geometric": MultiLevelPPLCalculator(tokenizer),
         "levels prompt and examples": MultiLevelPPLCalculator(
@@ -349,12 +356,13 @@ def outer_levels(tokenizer, rounds, seed):
             others=shown[EXAMPLES_SHOWN:], contrast=OTHER_ROWS,
         ),
     }  # fmt: skip
+
+    def measure(calculator, pairs):
+        prompts, completions = zip(*pairs, strict=True)
+        return calculator.compute_all_levels(model, list(completions), list(prompts))
+
     seconds = alternate(
-        {
-            name: lambda one=one: one.compute_all_levels(model, completions, [prompt] * GROUP)
-            for name, one in calculators.items()
-        },
-        rounds,
+        {name: in_turn(functools.partial(measure, one), groups) for name, one in calculators.items()}, rounds
     )
     of = f"{EXAMPLES_SHOWN} examples, {OTHER_ROWS} other rows, all of {PROMPT} + {COMPLETION} tokens"
     table = [[f"[bold]{GROUP} completions of {COMPLETION} tokens behind a prompt of {PROMPT}; {of}"]]
@@ -365,11 +373,12 @@ def outer_levels(tokenizer, rounds, seed):
     )
     # Together they are what the examples and the prompt change of the ordinary perplexity.
     calculator = calculators["levels prompt and examples"]
-    levels = calculator.compute_all_levels(model, completions[:1], [prompt])
+    prompt, completion = groups[0][0]
+    levels = measure(calculator, groups[0][:1])
     before = "".join(f"{one} {text}{BETWEEN}" for one, text in shown[:EXAMPLES_SHOWN])
     others = [other for other, _ in calculator.contexts.others_of(prompt)]
     contexts = [before + prompt, *others]
-    e, *c = calculators["geometric"].mean_surprisals(model, [(context, completions[0]) for context in contexts])
+    e, *c = calculators["geometric"].mean_surprisals(model, [(context, completion) for context in contexts])
     found = sum(np.log(levels[name].item()) for name in levels)
     check_equal("the sum of the two levels", [found], [e - np.mean(c)], tolerance=1e-4)
     return table
