@@ -200,8 +200,8 @@ def flags_page() -> str:
                 text = re.sub(r"[\\`*_<\[]", r"\\\g<0>", flag.help)
                 lines.append(f"{usage}{text}  \n{' · '.join(facts)}")
     ours = {name for flags in found.values() for names in flags for name in names}
-    theirs = [flag for flag in (f"--{name}" for name in sorted(grpo_fields())) if flag not in ours]
-    lines += ["## Fields of GRPOConfig", f"TRL {version('trl')} has these, which train takes, too: {_code(theirs)}."]
+    theirs = [name for name in sorted(grpo_fields()) if f"--{name}" not in ours]
+    lines += ["## Fields of GRPOConfig", f"TRL {version('trl')} has these, and train a flag of each: {_code(theirs)}."]
     return "\n\n".join(lines) + "\n"
 
 
