@@ -7,6 +7,7 @@
 #   make newest   the training script and the scoring again, with the newest TRL, transformers and datasets that are known
 #                 to work: Python 3.11 to 3.14
 #   make engines  OpenRLHF's, verl's and Ray's own code with our files, in .venv-engines
+#   make docs     the documents as pages in output_docs, with one of all flags and one of the docstrings: Python 3.11 to 3.14
 #   make vllm     a server of vLLM on the CPU as scorer, in .venv-vllm (2 GB; x86 with AVX2)
 #   make check    lint, types and the fast tests: what one runs while working
 #   make lint     ruff's checks and format, mypy
@@ -56,7 +57,7 @@ ifneq ($(MODEL),smollm2)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test newest engines vllm lint clean setup browser smollm2
+.PHONY: help demo check test newest engines docs vllm lint clean setup browser smollm2
 
 # `make` alone says what there is to make: the head of this file.
 help:
@@ -132,15 +133,20 @@ newest: setup
 	@mkdir -p .venv/newest && $(PIP) install --no-deps --upgrade --target .venv/newest $(NEWEST)
 	PYTHONPATH=$(abspath .venv/newest) $(PY) -m pytest -q $(NEWEST_TESTS:%=tests/test_%.py) $(ASYNC)
 
-# The engines' packages come before those of .venv, which hold torch, transformers and all else.
 engines: setup .venv-engines/.installed
 	.venv-engines/bin/python -m pytest -q --durations=5 engine_tests --ignore engine_tests/test_vllm.py
 
-.venv-engines/.installed: requirements-engines.txt
-	rm -rf .venv-engines && $(PY) -m venv .venv-engines
+docs: setup .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+	.venv-docs/bin/python -m pytest -q docs/test_site.py
+	@echo "Look at $(CURDIR)/output_docs/index.html"
+
+# The packages of engines and docs come before those of .venv, which hold torch, transformers and all else.
+.venv-%/.installed: requirements-%.txt
+	rm -rf .venv-$* && $(PY) -m venv .venv-$*
 	$(PY) -c 'import site; print(site.getsitepackages()[0])' \
-	    >"$$(.venv-engines/bin/python -c 'import site; print(site.getsitepackages()[0])')/packages_of_venv.pth"
-	.venv-engines/bin/python -m pip --disable-pip-version-check -qq install --no-deps -r $<
+	    >"$$(.venv-$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/packages_of_venv.pth"
+	.venv-$*/bin/python -m pip --disable-pip-version-check -qq install --no-deps -r $<
 	touch $@
 
 # vLLM has a torch of its own. What it brings for pictures and sound is of another build of torch, and is not needed.
@@ -179,7 +185,7 @@ lint: setup
 
 clean:
 	@if [ -e .venv ] && ! [ -e $(OURS) ]; then echo "Kept .venv, which make did not create."; else rm -rf .venv; fi
-	rm -rf .venv-engines .venv-vllm .pytest_cache .ruff_cache .mypy_cache .hypothesis rl_training/examples/*.egg-info
+	rm -rf .venv-engines .venv-docs .venv-vllm output_docs .pytest_cache .ruff_cache .mypy_cache .hypothesis rl_training/examples/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup: $(STAMP)

@@ -63,8 +63,8 @@ LOOP_PENALTY = 20.0  # the loop guard's weight, in what the perplexity reward ca
 # and stays within twice that, so that a group of which all are there still has a spread.
 NATS_KNEE = 0.5
 DEFAULT_EXAMPLES, DEFAULT_CONTRAST = 3, 2  # rows, where a level needs them
-# How much is earned at most by harming other rows' references, in nats a token. At 0, as CPMI has it, a text in the
-# right manner that says nothing still beats one that says something and harms others a little (studies/README.md).
+# How much is earned at most by harming other rows' references, in nats a token. At 0 a text in the right
+# manner that says nothing still beats one that says something and harms others a little (studies/README.md).
 MOST_HARM = 0.2
 
 # Of sampling, for baselines as in training

@@ -61,7 +61,7 @@ def earned(measured: Measured, config: RewardConfig, by_level: bool = False) -> 
     gained, others = levels @ weights, None
     if measured.others is not None:
         theirs = gain(measured.others[1], measured.others[0])
-        # As CPMI has it (https://arxiv.org/abs/2604.10660), but for the floor, which is 0 there.
+        # As CPMI has it (https://arxiv.org/abs/2604.10660), but for the floor.
         harm = -MOST_HARM if config.form == "nats" else 100 * (1 - math.exp(MOST_HARM))
         others = np.nanmean(np.maximum(theirs @ weights, harm), axis=1)
         gained = gained - others
