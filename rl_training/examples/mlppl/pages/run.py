@@ -25,7 +25,7 @@ from ..reward.terms import as_nats
 from ..scoring.heatmap import ENVIRONMENT, Framed, heatmap, number
 from ..training.heldout import SWAPPED, SWAPPED_NATS
 from ..training.job import Job
-from ..training.results import COLUMNS, PPL, HeldOut, remarks, rows
+from ..training.results import COLUMNS, PPL, HeldOut, remarks, rows, unmoved
 from ..training.settings import launched
 from .charts import charts, dashes
 
@@ -64,7 +64,7 @@ def print_comparison(before: HeldOut, after: HeldOut) -> None:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("mean of", no_wrap=True)
     for name in COLUMNS:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=name != COLUMNS[-1])
     for row in rows(before, after):
         table.add_row(row.name, *row.cells, style="dim" if row.said else None)
     console = Console()
@@ -253,6 +253,7 @@ class RunPage(TrainerCallback):
             merged=merged,
             scores=table,
             headlines=[row for row in table if row.name in headlines or row.name.endswith(PPL)],
+            unmoved=after is not None and unmoved(after.scores) is not None,
             remarks=remarks(self.before, after) if after else [],
             notes=NOTES | dict.fromkeys(self.before.names.values(), "nats a token"),
             finished=after is not None,
