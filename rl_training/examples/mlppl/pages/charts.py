@@ -291,4 +291,4 @@ def _shown(value: float, decimals: int) -> str:
         return {math.inf: "∞", -math.inf: "−∞"}.get(value, "NaN")
     if decimals > 6 or abs(value) >= 1e7:
         return f"{value:.2e}".replace("-", "−") if value else "0"
-    return f"{value:,.{decimals}f}".replace("-", "−")
+    return f"{round(value, decimals) + 0.0:,.{decimals}f}".replace("-", "−")

@@ -5,7 +5,6 @@
 RUN is the --output_dir of a training that has ended. The first is the one that the others are compared with.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -40,7 +39,7 @@ class Line(NamedTuple):
     against: "Row | None"  # noqa: F821
 
 
-def parse_args(argv=None) -> argparse.Namespace:
+def parse_args(argv=None):
     parser = cli.parser("Compares trainings by what their held-out prompts gave, paired by prompt.")
     parser.prog = "python -m mlppl.pages.compare"
     parser.add_argument("runs", nargs="+", metavar="RUN", help="--output_dir of a training that has ended: two or more")
@@ -53,17 +52,17 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 @cli.script
 def main(argv) -> int:
-    return cli.run(parse_args(argv), compare)
+    return cli.run(parse_args(argv), lambda args: compare(args.runs, args.html))
 
 
-def compare(args: argparse.Namespace) -> int:
-    page = None if args.html is None else writable_file(args.html, "--html")
-    runs, notes = shared(load(args.runs))
+def compare(folders: Sequence[str], html_file: str | None) -> int:
+    page = None if html_file is None else writable_file(html_file, "--html")
+    runs, notes = shared(load(folders))
     table = lines(runs)
     print_lines(table, runs, notes)
     if page is not None:
         write_text(page, html(table, runs, notes), "replace")
-        print(f"Wrote {args.html}")
+        print(f"Wrote {html_file}")
     return 0
 
 
@@ -107,10 +106,11 @@ def shared(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
         if left := [f"'{one_line(message_text(prompt)):.40}'" for key, prompt in own.items() if key not in keys]:
             notes.append(f"{run.name}: {len(left)} prompts that not every run has are left out: {', '.join(left)}")
     runs = [run._replace(before=run.before.of_prompts(keys), after=run.after.of_prompts(keys)) for run in runs]
-    for of in ("sampling", "rewarded"):
-        for name in differing([getattr(run, of) for run in runs]):
-            values = ", ".join(json.dumps(getattr(run, of).get(name), ensure_ascii=False) for run in runs)
-            notes.append(f"The runs differ in {name}: {values:.200}")
+    asked = [{**run.sampling, **run.rewarded} for run in runs]
+    if names := differing(asked):
+        values = (", ".join(json.dumps(one.get(name), ensure_ascii=False) for one in asked) for name in names)
+        told = "; ".join(f"{name} {of_runs:.200}" for name, of_runs in zip(names, values, strict=True))
+        notes.append(f"The runs differ in {told}")
     of_runs = [f"{run.name}: {remark}" for run in runs for remark in remarks(run.before, run.after)]
     return runs, notes + of_runs
 
@@ -168,8 +168,12 @@ def print_lines(table: Mapping[str, Sequence[Line]], runs: Sequence[Run], notes:
     from rich.console import Console
     from rich.table import Table
 
-    nested = "; levels in nats a token" if any(run.before.names for run in runs) else ""
-    title = f"Means over {len(runs[0].before.prompts)} held-out prompts, ± standard error of paired differences{nested}"
+    from ..training.results import decimal
+
+    scales = "; ".join(dict.fromkeys(run.before.scale for run in runs))
+    title = (
+        f"Means over {len(runs[0].before.prompts)} held-out prompts, ± standard error of paired differences; {scales}"
+    )
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("mean of", "run"):
         shown.add_column(name)
@@ -177,8 +181,7 @@ def print_lines(table: Mapping[str, Sequence[Line]], runs: Sequence[Run], notes:
         shown.add_column(name, justify="right")
     for name, of_runs in table.items():
         for index, (run, row, against) in enumerate(of_runs):
-            before, after, *change = row.cells
-            cells = [before, after, " ".join(change), " ".join(against.cells[2:]) if against else ""]
+            cells = [decimal(row.before), decimal(row.after), row.shown, against.shown if against else ""]
             shown.add_row("" if index else name, run, *cells)
         shown.add_section()
     console = Console()
@@ -198,14 +201,13 @@ def html(table: Mapping[str, Sequence[Line]], runs: Sequence[Run], notes: Sequen
         drawn = [one for line in of_runs for one in (line.row, line.against) if one and one.error == one.error]
         reach = max((abs(one.change) + 2 * one.error for one in drawn), default=0.0) or 1.0
         cards.append((name, of_runs, reach))
-    names = {name for run in runs for name in run.before.names.values()}
     return str(
         ENVIRONMENT.get_template("compare.html.j2").module.page(
             cards=cards,
             runs=[run.name for run in runs],
             prompts=len(runs[0].before.prompts),
             pairs=stories(runs)[:SHOWN],
-            notes=report.NOTES | dict.fromkeys(names, "nats a token"),
+            notes=report.notes_of([line.row for of_runs in table.values() for line in of_runs]),
             remarks=notes,
             colors=report.LINE_COLORS,
         )

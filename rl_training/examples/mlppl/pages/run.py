@@ -25,7 +25,7 @@ from ..reward.terms import as_nats
 from ..scoring.heatmap import ENVIRONMENT, Framed, heatmap, number
 from ..training.heldout import SWAPPED, SWAPPED_NATS
 from ..training.job import Job
-from ..training.results import COLUMNS, PPL, HeldOut, remarks, rows, unmoved
+from ..training.results import PPL, HeldOut, Row, decimal, remarks, rows, unmoved
 from ..training.settings import launched
 from .charts import charts, dashes
 
@@ -56,17 +56,21 @@ NOTES = {
 }
 
 
+def notes_of(table: Sequence[Row]) -> dict[str, str]:
+    """What stands beside the names of these rows."""
+    return NOTES | {row.name: row.unit for row in table if row.unit}
+
+
 def print_comparison(before: HeldOut, after: HeldOut) -> None:
     """A table of the held-out scores, and one prompt's completion before and after."""
     count = sum(map(len, before.completions))
-    levels = "; levels in nats a token" if before.names else ""
-    title = f"Held-out: {count} completions of {len(before.prompts)} prompts{levels}"
+    title = f"Held-out: {count} completions of {len(before.prompts)} prompts; {before.scale}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("mean of", no_wrap=True)
-    for name in COLUMNS:
-        table.add_column(name, justify="right", no_wrap=name != COLUMNS[-1])
+    table.add_column("mean of")
+    for name in ("before", "after", "change ± standard error"):
+        table.add_column(name, justify="right")
     for row in rows(before, after):
-        table.add_row(row.name, *row.cells, style="dim" if row.said else None)
+        table.add_row(row.name, decimal(row.before), decimal(row.after), row.shown, style="dim" if row.said else None)
     console = Console()
     console.print(table)
     for line in remarks(before, after):
@@ -255,7 +259,7 @@ class RunPage(TrainerCallback):
             headlines=[row for row in table if row.name in headlines or row.name.endswith(PPL)],
             unmoved=after is not None and unmoved(after.scores) is not None,
             remarks=remarks(self.before, after) if after else [],
-            notes=NOTES | dict.fromkeys(self.before.names.values(), "nats a token"),
+            notes=notes_of(table),
             finished=after is not None,
             prompts=len(self.before.prompts),
             completions=sum(map(len, self.before.completions)),
@@ -293,7 +297,7 @@ def _short(value: float) -> str:
     return "–" if math.isnan(value) else f"{'−' if value < 0 else ''}{number(abs(value))}"
 
 
-ENVIRONMENT.filters |= {"short": _short, "minus": lambda cell: cell.replace("-", "−")}
+ENVIRONMENT.filters |= {"short": _short, "decimal": decimal, "minus": lambda number: number.replace("-", "−")}
 
 
 def _prompt(prompt: Text) -> str:

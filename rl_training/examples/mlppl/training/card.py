@@ -14,7 +14,7 @@ from ..files import write_text
 from ..models import base_of_adapter, model_path
 from ..processes import is_first
 from .job import Job, push_command
-from .results import read_heldout, remarks, rows
+from .results import decimal, read_heldout, remarks, rows
 from .settings import CONFIG_FILE
 
 TEMPLATE = str(Path(__file__).with_name("card.md.j2"))
@@ -156,7 +156,10 @@ def heldout(path: Path) -> dict | None:
         "completions": f"{sum(map(len, before.completions)):,}",
         "prompts": len(before.prompts),
         "ended": after is not None,
-        "nested": bool(before.names),
-        "rows": [[row.name, *row.cells[: 1 if after is None else None]] for row in rows(before, after)],
+        "scale": before.scale,
+        "rows": [
+            [row.name, decimal(row.before), *([] if after is None else [decimal(row.after), row.shown])]
+            for row in rows(before, after)
+        ],
         "remarks": [] if after is None else remarks(before, after),
     }

@@ -36,6 +36,13 @@ class HeldOut:
     by_prompt: dict[str, list[float]] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def scale(self) -> str:
+        """How its levels are averaged."""
+        if self.names:
+            return "levels are in nats a token: below 0 it helps"
+        return "a PPL is a geometric mean, its change in nats a token"
+
     def of_prompts(self, keys: Sequence[str]) -> "HeldOut":
         """The same of some of the prompts, in their order. keys: of `mlppl.data.prompt_key`."""
         index = {prompt_key(prompt): at for at, prompt in enumerate(self.prompts)}
@@ -67,7 +74,7 @@ class Row(NamedTuple):
     after: float = math.nan
     change: float = math.nan
     error: float = math.nan
-    unit: str = ""  # of the change, where it is not that of the means
+    unit: str = ""  # of perplexities and levels
 
     @property
     def said(self) -> str:
@@ -79,25 +86,22 @@ class Row(NamedTuple):
         return "" if abs(self.change) > 2 * self.error else NO_DIFFERENCE
 
     @property
-    def cells(self) -> list[str]:
-        """Before, after, change and standard error, as they are shown."""
-        change = self.said or decimal(self.change, "+") + self.unit
-        return [decimal(self.before), decimal(self.after), change, decimal(self.error, "± ")]
-
-
-COLUMNS = ("before", "after", "change", "standard error")
+    def shown(self) -> str:
+        """The change and its standard error."""
+        if math.isnan(self.error):
+            return self.said or "–"
+        return f"{self.said or decimal(self.change, '+')} ± {decimal(self.error)}"
 
 
 def decimal(value: float, sign: str = "") -> str:
-    """sign: "+" for a change, "± " for an error.
+    """sign: "+" for a change.
 
-    >>> decimal(1234.5), decimal(0.25, "+"), decimal(0.125, "± "), decimal(float("nan"))
-    ('1,234.500', '+0.250', '± 0.125', '–')
+    >>> decimal(1234.5), decimal(0.25, "+"), decimal(-1e-9), decimal(float("nan"))
+    ('1,234.500', '+0.250', '0.000', '–')
     """
     if math.isnan(value):
         return "–"
-    plus, before = ("", sign) if sign == "± " else (sign, "")
-    return f"{before}{value:{plus}{',.3f' if abs(value) < 1e5 else '.2e'}}"
+    return f"{round(value, 3) + 0.0:{sign}{',.3f' if abs(value) < 1e5 else '.2e'}}"
 
 
 def rows(before: HeldOut, after: HeldOut | None = None) -> list[Row]:
@@ -107,9 +111,9 @@ def rows(before: HeldOut, after: HeldOut | None = None) -> list[Row]:
         new = math.nan if after is None else after.scores[name]
         pair = () if after is None else paired(name, before.by_prompt.get(name, ()), after.by_prompt.get(name, ()))
         level = name.removesuffix(PPL) if name.endswith(PPL) else None
-        unit = " nats" if level and level not in before.names else ""
+        unit = "" if level is None else "geometric mean; its change is in nats a token"
         if level in before.names:
-            name, (value, new) = before.names[level], np.log([value, new]).tolist()
+            unit, name, (value, new) = "nats a token", before.names[level], np.log([value, new]).tolist()
         made.append(Row(name, value, new, *(pair or (math.nan, math.nan)), unit))
     return made
 
