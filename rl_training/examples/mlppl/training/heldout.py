@@ -147,7 +147,7 @@ def evaluate(
         by_prompt[f"{FOUND}{going[0]}"] = going[1].by_row + [math.nan] * (len(rows) - len(going[1].by_row))
     scores = {name: float(mean(name, of)) for name, of in by_prompt.items()}
     if going is not None:
-        scores["p of it"] = going[1].p
+        scores["p of it"] = float(going[1].p)
     completion_ids = [[ids for _, ids in group] for group in groups]
     return HeldOut(
         list(rows["prompt"]), completions, values[0].tolist(), scores, completion_ids, by_prompt, reward_fn.nested_names
