@@ -9,11 +9,14 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .. import cli
 from ..errors import InputError
 from ..files import writable_file, write_text
+
+if TYPE_CHECKING:  # to import it takes seconds
+    from ..training.results import HeldOut, Row
 
 SHOWN = 8  # prompts whose completions stand on the page
 OF_TEXTS = ("KL", "distinct-2", "repetition", "words")  # scores that no scorer and no reward changes
@@ -26,8 +29,8 @@ class Run(NamedTuple):
     name: str
     sampling: dict
     rewarded: dict
-    before: "HeldOut"  # noqa: F821  of mlppl.training.results, which is imported when there is something to compare
-    after: "HeldOut"  # noqa: F821
+    before: "HeldOut"
+    after: "HeldOut"
 
 
 class Line(NamedTuple):
@@ -35,8 +38,8 @@ class Line(NamedTuple):
     to be compared."""
 
     run: str
-    row: "Row"  # noqa: F821
-    against: "Row | None"  # noqa: F821
+    row: "Row"
+    against: "Row | None"
 
 
 def parse_args(argv=None):

@@ -22,6 +22,7 @@ from ..data import Text, message_text
 from ..files import write_atomically, write_text
 from ..processes import is_first
 from ..reward.terms import as_nats
+from ..scoring.calculator import Explained
 from ..scoring.heatmap import ENVIRONMENT, Framed, heatmap, number
 from ..training.heldout import SWAPPED, SWAPPED_NATS
 from ..training.job import Job
@@ -137,7 +138,7 @@ class Completion(NamedTuple):
 
     lead: str
     text: str
-    explained: dict[str, list[dict]]
+    explained: Explained
     perplexities: dict[str, float]
     reward: float
 

@@ -288,8 +288,8 @@ class Diagnostics(TrainerCallback):
         rise = self._gain(earns - earned, "{:.1f} points")
         return VERDICTS["any row"].format(since=f"since step {first} ", rise=rise, k=k, before=before, after=after)
 
-    def _gain(self, points: float, usual: str) -> str:
-        return gain(points, self._nested, usual)
+    def _gain(self, points: float | np.floating, usual: str) -> str:
+        return gain(float(points), self._nested, usual)
 
     def _paying(self) -> tuple[str, str, str, str] | None:
         """(the level that rose most, the one that fell furthest, by how much, its improvement), if both count."""

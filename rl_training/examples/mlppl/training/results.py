@@ -48,11 +48,11 @@ class HeldOut:
         index = {prompt_key(prompt): at for at, prompt in enumerate(self.prompts)}
         chosen = [index[key] for key in keys]
         by_prompt = {name: [values[at] for at in chosen] for name, values in self.by_prompt.items()}
-        prompts, completions, rewards = (
-            [values[at] for at in chosen] for values in (self.prompts, self.completions, self.rewards)
-        )
         scores = {name: float(mean(name, values)) for name, values in by_prompt.items()}
-        return HeldOut(prompts, completions, rewards, scores, None, by_prompt, self.names)
+        return HeldOut(
+            [self.prompts[at] for at in chosen], [self.completions[at] for at in chosen],
+            [self.rewards[at] for at in chosen], scores, None, by_prompt, self.names,
+        )  # fmt: skip
 
 
 def mean(name: str, values) -> np.ndarray:
