@@ -357,10 +357,10 @@ def test_scores_stand_beside_each_other_and_what_is_no_number_is_a_dash(browser,
         ".map(tr => [...tr.cells].map(td => td.firstChild.textContent))"
     )
     assert rows == [
-        ["reward", "0.500", "0.500", "no difference seen ± 0.000"],
+        ["reward", "0.500", "0.500", "no difference seen ±\xa00.000"],
         ["word PPL", "–", "–", "–"],
-        ["<u>", "−1.00e+07", "−1.00e+07", "no difference seen ± 0.000"],
-        ["phrase PPL", "3.00e+09", "3.00e+09", "no difference seen ± 0.000"],
+        ["<u>", "−1.00e+07", "−1.00e+07", "no difference seen ±\xa00.000"],
+        ["phrase PPL", "3.00e+09", "3.00e+09", "no difference seen ±\xa00.000"],
     ]
     tiles = browser.value("[...document.querySelectorAll('.tiles div')].map(e => [e.className, e.lastChild.innerText])")
     assert [name for name, _ in tiles] == ["unseen", "", "unseen"] and "no difference seen" in tiles[0][1]

@@ -298,7 +298,11 @@ def _short(value: float) -> str:
     return "–" if math.isnan(value) else f"{'−' if value < 0 else ''}{number(abs(value))}"
 
 
-ENVIRONMENT.filters |= {"short": _short, "decimal": decimal, "minus": lambda number: number.replace("-", "−")}
+ENVIRONMENT.filters |= {
+    "short": _short,
+    "decimal": decimal,
+    "minus": lambda shown: shown.replace("-", "−").replace("± ", "±\xa0"),
+}
 
 
 def _prompt(prompt: Text) -> str:
