@@ -68,13 +68,15 @@ def test_its_held_out_table_is_that_of_the_run_and_its_files_are_there(output):
     text = (output / "README.md").read_text(encoding="utf-8")
     scores = {side: of["scores"] for side, of in json.loads((output / "heldout.json").read_text()).items()
               if side in ("before", "after")}  # fmt: skip
-    table = re.findall(r"^\| (.+?) \| (\S+) \| (\S+) \| (\S+) \|$", text, flags=re.MULTILINE)
+    table = re.findall(r"^\| (.+?) \| (\S+) \| (\S+) \| ([^|]+) \|$", text, flags=re.MULTILINE)
     shown = {name: numbers for name, *numbers in table if name in scores["before"]}
     assert set(shown) == set(scores["before"])
-    for name, (before, after, _) in shown.items():
+    for name, (before, after, change) in shown.items():
+        assert change == ("–" if name == "p of it" else "too few prompts")
         assert float(before) == pytest.approx(scores["before"][name], abs=6e-4)
         assert float(after) == pytest.approx(scores["after"][name], abs=6e-4)
-    assert "8 completions of 2 prompts" in text
+    assert "8 completions of 2 prompts" in text and "2 prompts are too few to say whether anything changed" in text
+    assert "NOT MOVED: the policy is 0.0" in text
     for target in re.findall(r"\]\(([^)]+)\)", text.split(card.MARK)[0]):
         assert (output / target).exists(), target
 
@@ -150,7 +152,7 @@ def test_what_is_pushed_last_has_the_card_and_the_finished_report(tmp_path):
         "AutoPeftModelForCausalLM.from_pretrained('me/stories')" in files["README.md"]
         and card.MARK in files["README.md"]
     )
-    assert "| before | after | change |" in files["README.md"]
+    assert "| before | after | change ± standard error |" in files["README.md"]
 
 
 @pytest.mark.slow

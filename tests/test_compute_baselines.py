@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -19,6 +20,7 @@ import stub_baselines
 import torch
 import toys
 import warm
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from waiting import wait_for
 
@@ -305,6 +307,30 @@ def test_plot(toy, tmp_path):
     for name, values in {"equal.svg": [3.0, 3.0], "one.pdf": [3.0], "wide.png": [1.0, 10.0, 1e9]}.items():
         plot_levels(dict.fromkeys(LEVELS, values), name, "a title")
         assert Path(name).stat().st_size > 1000
+
+
+def test_nested_levels_are_told_and_drawn_in_nats_on_an_axis_each(toy, capsys, monkeypatch):
+    write_rows("rows.jsonl", ROWS)
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: drawn.append(self) or file.write(b"a picture"))
+    flags = ["--model_name", toy, "--dataset_name", "rows.jsonl", "--aggregation", "nested", "--plot", "b.png"]
+    assert run(*flags, "--output_path", "b.json") == 0
+    names = ["words in their phrase", "helped by phrases", "helped by sentences and prompt"]
+    printed, found = capsys.readouterr().out, np.log(list(Baselines.load("b.json").values()))
+    assert "Perplexity" not in printed and "Nats a token" in printed
+    for name, values, axis in zip(names, found.T, drawn[0].axes, strict=True):
+        cells = re.search(rf"{name} +(\S+) +(\S+) +(\S+) +(\S+)", printed).groups()
+        assert list(map(float, cells)) == pytest.approx(
+            [f(values) for f in (np.mean, np.median, np.min, np.max)], abs=1e-4
+        )
+        assert axis.get_xscale() == "linear" and axis.texts[0].get_text().startswith(f"{name}\nmedian ")
+        low, high = axis.get_xlim()
+        assert low <= values.min() and values.max() <= high and high - low < 1.2 * np.ptp(values)
+    assert drawn[0].axes[-1].get_xlabel() == "nats a token"
+    write_rows("alone.jsonl", [{"text": row["prompt"] + (row["completion"] or "")} for row in ROWS])
+    assert run("--model_name", toy, "--dataset_name", "alone.jsonl", "--aggregation", "nested") == 0
+    printed = capsys.readouterr().out
+    assert "helped by sentences " in printed and "and prompt" not in printed
 
 
 def test_what_exists_is_kept_without_overwrite(capsys):

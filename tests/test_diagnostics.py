@@ -149,6 +149,16 @@ def test_one_level_pays_for_another(function, capsys, late, said):
         assert "PAYS" not in printed
 
 
+def test_nested_levels_gain_and_pay_in_nats(function, capsys):
+    """-ln 0.5 is 0.47 nats above -ln 0.8, and a ratio of 2.7 is -0.99 nats, not -170 %: three quarters of 20 steps."""
+    nested = function(dict.fromkeys(EVERY, level(100.0)), use_cache=False, aggregation="nested")
+    watch = level_run(nested, lambda step: (20.0, 2.0, 3.0) if step < START else (50.0, 4.0, -170.0))
+    assert "level pays" in watch.named
+    printed = capsys.readouterr().out
+    assert "the word level has risen by +0.35 nats a token" in printed
+    assert "the sentence level pays for: -0.74 nats a token from" in printed
+
+
 def test_a_level_that_was_below_its_baseline_from_the_start_pays_for_nothing(function):
     bad = (1.0, 2.0, -30.0)
     watch = level_run(

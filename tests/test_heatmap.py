@@ -100,11 +100,20 @@ def test_nested_units_have_the_hue_of_their_sign_and_show_their_three_surprisals
         level: [unit(0, 8, ratio, 3) | {"a": 9.5, "b": 8.25, "c": 7.0}]
         for level, ratio in (("word", 77.46), ("phrase", 0.5), ("sentence", 1.5))
     }
-    found = heatmap.heatmap(units, "The fox ran. ", {"word": 77.46, "phrase": 0.5, "sentence": 1.5})
+    levels, names = {"word": 77.46, "phrase": 0.5, "sentence": 1.5}, dict.fromkeys(LEVELS, "helped <by> it")
+    found = heatmap.heatmap(units, "The fox ran. ", levels, names=names)
     assert re.findall(r'<span class="([cd]\d+)" title="([^"]*)"', found) == [
-        (name, f"perplexity {shown} · 3 tokens · surprisal in its phrase 9.50, sentence 8.25, text 7.00 nats")
-        for name, shown in (("c12", "77.5"), ("d2", "0.50"), ("c1", "1.50"))
+        (name, f"{shown} nats a token · 3 tokens · surprisal in its phrase 9.50, sentence 8.25, text 7.00 nats")
+        for name, shown in (("c12", "4.35"), ("d2", "−0.69"), ("c1", "0.41"))
     ]
+    assert re.findall(r"<strong>(.*?)</strong>\s*<span>(.*?)<br>", found)[1] == (
+        "−0.69", "nats a token, helped &lt;by&gt; it"
+    )  # fmt: skip
+    page = heatmap.page("Nested", [found])
+    assert "erplexity" not in re.sub(r"<(style|script)>.*?</\1>", "", page, flags=re.DOTALL)
+    assert [shown for shown in re.findall(r"<b>(\S+)</b>", page)] == [
+        "0.0", "1.4", "2.8", "4.2", "5.5", "6.9+", "0.0", "−1.4", "−2.8",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -14,19 +14,9 @@ from datasets import Dataset
 from mlppl.errors import InputError
 from mlppl.training.diagnostics import distinct
 from mlppl.training.found import found, found_among
-from mlppl.training.heldout import (
-    SWAPPED,
-    HeldOut,
-    HeldOutPrompts,
-    evaluate,
-    gained_by_any,
-    kl_a_token,
-    kl_by_text,
-    kl_scorers,
-    read_before,
-    write_heldout,
-)
+from mlppl.training.heldout import SWAPPED, HeldOutPrompts, evaluate, kl_a_token, kl_by_text, kl_scorers, read_before
 from mlppl.training.policy import Loaded
+from mlppl.training.results import HeldOut, gained_by_any, write_heldout
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator, MultiLevelPPLRewardFunction
 
 PROMPTS = ["Once upon a time", "The fox said: ", "The fox said: "]

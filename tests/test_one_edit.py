@@ -35,14 +35,16 @@ def python(copy, code: str) -> dict:
 
 
 def test_a_new_nested_level(tmp_path):
-    """What a title adds to a text behind its prompt: known to calculator, reward, flags and baselines at once."""
+    """What a title adds to a text behind its prompt: known to calculator, reward, flags, baselines, page and plot."""
     old = '    "prompt": Level('
     new = '    "title": Level("#999999", lambda contexts, own: ["A fable. " + own]),\n' + old
     copy = edited(tmp_path, old, new)
     found = python(copy, """
 import json, math
+from pathlib import Path
 import multi_level_ppl_trl as project
 from mlppl.models import load_model
+from mlppl.pages.run import plot_training
 from train_grpo_multilevel_unsloth import parse_args
 model, tokenizer, _ = load_model("tiny-stories", load_in_4bit=False)
 options = {"aggregation": "nested", "levels": ["word", "title"]}
@@ -53,11 +55,12 @@ levels = project.MultiLevelPPLCalculator(tokenizer, **options).compute_all_level
 reward = project.MultiLevelPPLRewardFunction(model, tokenizer, **options)
 details = reward.compute_rewards([" It ran home."], ["The fox."], return_details=True)[1]
 flags = parse_args(["--aggregation", "nested", "--levels", "word", "title"])[0]
+plot_training([{"step": 1, "reward": 1.0, "reward_title": 1.0}], Path("reward.png"), nested=True)
 print(json.dumps([levels["title"], ordinary["titled"] / ordinary["plain"], details["ppls"]["title"].item(),
-                  list(flags.levels), list(reward.identity["definitions"]["levels"])]))
+                  list(flags.levels), list(reward.identity["definitions"]["levels"]), reward.nested_names["title"]]))
 """)  # fmt: skip
     assert found[0] == pytest.approx(found[1], rel=1e-5) == found[2] != 1
-    assert found[3:] == [["word", "title"]] * 2
+    assert found[3:] == [["word", "title"], ["word", "title"], "helped by title"]
 
 
 def test_a_new_setting_and_its_flag(tmp_path):

@@ -9,13 +9,15 @@ from types import SimpleNamespace
 import pytest
 import toys
 from chromium import Chromium
+from matplotlib.axes import Axes
 from psutil import AccessDenied
 from test_heatmap import contrast
 
+from mlppl.config import ALL_LEVELS, RewardConfig
 from mlppl.pages import charts, run
 from mlppl.pages.run import Completion, RunPage, command_line, explain_heldout
 from mlppl.reward.function import MultiLevelPPLRewardFunction
-from mlppl.training.heldout import HeldOut
+from mlppl.training.results import HeldOut
 from mlppl.training.settings import launched
 
 NAN = math.nan
@@ -52,15 +54,31 @@ def by_title(log_history) -> dict[str, charts.Chart]:
 # --- charts ----------------------------------------------------------------------------------------------------------
 
 
-def test_nested_levels_far_apart_have_a_chart_each():
-    levels = {"ppl/word": 1200.0, "ppl/phrase": 0.14, "ppl/sentence": 0.2}
-    drawn = by_title([{"step": 1, **levels}, {"step": 2, **levels, "ppl/phrase": 0.09}])
-    assert [title for title in drawn if "Perplexity" in title] == [
-        "Perplexity, word level", "Perplexity, phrase level", "Perplexity, sentence level",
-    ]  # fmt: skip
-    assert [line.last for line in drawn["Perplexity, phrase level"].lines] == ["0.0900"]
+def test_nested_levels_are_in_nats_on_an_axis_each():
+    names = RewardConfig(aggregation="nested").nested_names(["prompt"])
+    levels = {"ppl/word": 1200.0, "ppl/phrase": 0.14, "ppl/sentence": 0.2, "eval_ppl/phrase": 0.22}
+    entries = [{"step": step, **levels, "reward_phrase": -372.0, "eval_reward_phrase": -372.0} for step in (1, 2)]
+    drawn, others, _ = charts.charts([entries[0], {**entries[1], "ppl/phrase": 0.09, "ppl/word": None}], names)
+    shown = {chart.title: (chart.unit, [line.last for line in chart.lines]) for chart in drawn + others}
+    assert shown == {  # ln 1200, 0.09, 0.2, 0.22, and -ln 4.72
+        "Improvement over the baseline": ("nats a token", ["−1.55"]),
+        "Words in their phrase": ("nats a token, ln of ppl/word", ["7.1"]),
+        "Helped by phrases": ("nats a token, ln of ppl/phrase", ["−2.408"]),
+        "Helped by sentences and prompt": ("nats a token, ln of ppl/sentence", ["−1.61"]),
+        "eval_ppl/phrase": ("nats a token", ["−1.51"]),
+        "eval_reward_phrase": ("nats a token", ["−1.55"]),
+    }
     alike = by_title([{"step": 1, "ppl/word": 40.0, "ppl/phrase": 30.0, "ppl/sentence": 28.0}])
     assert len(alike["Perplexity"].lines) == 3
+
+
+def test_levels_have_dashes_of_their_own_in_the_picture_too(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda self, *_, **style: drawn.append(style))
+    levels = {f"reward_{level}": 1.0 for level in ALL_LEVELS}
+    run.plot_training([{"step": step, "reward": 0.5, **levels} for step in (1, 2)], tmp_path / "reward.png")
+    styles = [(style["color"], style["linestyle"]) for style in drawn if style.get("label") in ALL_LEVELS]
+    assert len(styles) == len(set(styles)) == len({dashes for _, dashes in styles}) == len(ALL_LEVELS)
 
 
 def test_only_what_was_logged_is_drawn_and_nothing_is_left_out():
@@ -186,7 +204,9 @@ def hard() -> HeldOut:
     completions = [[text, "never shown"] for text in HOSTILE]
     rewards = [[NAN if index == 1 else 0.5, 1.0] for index in range(len(HOSTILE))]
     prompts = [*(f"<b>Prompt</b> {'y' * 90}" for _ in HOSTILE[1:]), [{"role": "user", "content": "</script><i>Hi"}]]
-    return HeldOut(prompts, completions, rewards, {"reward": 0.5, "word PPL": NAN, "<u>": -1e7, "phrase PPL": 3e9})
+    scores = {"reward": 0.5, "word PPL": NAN, "<u>": -1e7, "phrase PPL": 3e9}
+    by_prompt = {name: [score] * len(prompts) for name, score in scores.items()}
+    return HeldOut(prompts, completions, rewards, scores, by_prompt=by_prompt)
 
 
 @pytest.fixture(scope="module")
@@ -337,11 +357,15 @@ def test_scores_stand_beside_each_other_and_what_is_no_number_is_a_dash(browser,
         ".map(tr => [...tr.cells].map(td => td.firstChild.textContent))"
     )
     assert rows == [
-        ["reward", "0.500", "0.500", "+0.000"],
+        ["reward", "0.500", "0.500", "no difference seen ±\xa00.000"],
         ["word PPL", "–", "–", "–"],
-        ["<u>", "−1.00e+07", "−1.00e+07", "+0.000"],
-        ["phrase PPL", "3.00e+09", "3.00e+09", "+0.000"],
+        ["<u>", "−1.00e+07", "−1.00e+07", "no difference seen ±\xa00.000"],
+        ["phrase PPL", "3.00e+09", "3.00e+09", "no difference seen ±\xa00.000"],
     ]
+    tiles = browser.value("[...document.querySelectorAll('.tiles div')].map(e => [e.className, e.lastChild.innerText])")
+    assert [name for name, _ in tiles] == ["unseen", "", "unseen"] and "no difference seen" in tiles[0][1]
+    weights = "[...document.querySelectorAll('.tiles strong')].map(e => getComputedStyle(e).fontWeight)"
+    assert browser.value(weights) == ["400", "650", "400"]
     captions = browser.value(
         "[...document.querySelectorAll('.heatmap figcaption')].slice(0, 4).map(e => e.textContent)"
     )

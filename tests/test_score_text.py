@@ -1,7 +1,9 @@
 """`multi_level_ppl_trl.py` as a script: the tables, the JSON, the page it writes, and what it refuses."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from waiting import PATIENCE
 
 import multi_level_ppl_trl
+from mlppl.config import LEVELS
 from mlppl.models import load_model
 from mlppl.scoring.calculator import MultiLevelPPLCalculator
 from multi_level_ppl_trl import main
@@ -218,6 +221,23 @@ def test_the_table_lists_the_five_most_surprising_units_of_each_level(folder, sc
         expected += [unit["text"].split() for unit in best]
         expected[-len(best)].insert(0, level)
     assert found == expected and len(found) == 15
+
+
+def test_nested_levels_are_in_nats_and_never_a_perplexity(folder, scored, tmp_path, capsys):
+    nested = ["--aggregation", "nested", "--context", "The fox. "]
+    expected = {level: math.log(scored("--text", TEXT, *nested)[level]["perplexity"]) for level in LEVELS}
+    names = ["words in their phrase", "helped by phrases", "helped by sentences and context"]
+    page = tmp_path / "page.html"
+    assert main(["--model_name", str(folder), "--text", TEXT, *nested, "--html", str(page)]) == 0
+    printed = capsys.readouterr().out
+    for name, value in zip(names, expected.values(), strict=True):
+        assert re.search(rf"{name} +{value:,.4f} ", printed), name
+        assert f"nats a token, {name}" in page.read_text()
+    assert "Perplexity" not in printed and printed.count("Nats a token") == 2
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": TEXT}))
+    assert main(["--model_name", str(folder), "--file", str(tmp_path / "x.jsonl"), *nested]) == 0
+    told = ", ".join(f"{name} {value:,.4f}" for name, value in zip(names, expected.values(), strict=True))
+    assert capsys.readouterr().out.startswith(f"{told}: ")
 
 
 def test_brackets_and_control_characters_are_shown_and_do_nothing(folder, capsys):

@@ -203,16 +203,25 @@ def read_texts(file: str, context: str) -> list[tuple[str, str]]:
 
 
 def print_lines(calculator, scorer, texts: Sequence[tuple[str, str]], at_once: int = 256) -> None:
-    """One line a text: its levels' perplexities, and the text; a dash where no token of it can be scored."""
+    """One line a text: its levels' perplexities, or nested ones in nats a token, and the text; a dash where no token of
+    it can be scored."""
     from mlppl.scoring.heatmap import one_line
 
+    names = calculator.nested_names(*(["context"] if any(context for _, context in texts) else []))
     for start in range(0, len(texts), at_once):
         part, contexts = zip(*texts[start : start + at_once], strict=True)
         levels = calculator.compute_all_levels(scorer, list(part), list(contexts))
         for index, text in enumerate(part):
             values = ((level, float(of_level[index])) for level, of_level in levels.items())
-            told = ", ".join(f"{level} {'–' if math.isnan(value) else f'{value:,.4f}'}" for level, value in values)
+            told = ", ".join(f"{names.get(level, level)} {shown(value, level in names)}" for level, value in values)
             print(f"{told}: {one_line(text)}", flush=True)
+
+
+def shown(perplexity: float, nested: bool) -> str:
+    """A perplexity; of a nested level its logarithm, in nats a token."""
+    if math.isnan(perplexity):
+        return "–"
+    return f"{math.log(perplexity) if nested and perplexity else perplexity:,.4f}"
 
 
 def print_json(args, model, text: str, context: str, explained) -> None:
@@ -239,24 +248,28 @@ def print_tables(explained, perplexities, top: int = 5) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from mlppl.scoring.heatmap import most_surprising, number, one_line
+    from mlppl.scoring.heatmap import most_surprising, one_line, rate
 
+    names = explained.names
+    unit = "Nats a token" if names else "Perplexity"
     levels = Table("Level", box=box.SIMPLE_HEAD)
-    for name in ("Perplexity", "Units", "Tokens"):
+    for name in (unit, "Units", "Tokens"):
         levels.add_column(name, justify="right")
     surprising = Table(box=box.SIMPLE_HEAD)
     # Of these columns only the units' may shrink on a narrow terminal; a unit too long for it ends in an ellipsis.
     surprising.add_column("Level", no_wrap=True)
     surprising.add_column("Most surprising units")
-    surprising.add_column("Perplexity", no_wrap=True, justify="right")
+    surprising.add_column(unit, no_wrap=True, justify="right")
     surprising.add_column("Tokens", no_wrap=True, justify="right")
     for level, units in explained.items():
         tokens = sum(unit["n_tokens"] for unit in units)
-        levels.add_row(level, f"{perplexities[level]:,.4f}", f"{len(units):,}", f"{tokens:,}")
+        value = shown(perplexities[level], level in names)
+        levels.add_row(names.get(level, level), value, f"{len(units):,}", f"{tokens:,}")
         for index, unit in enumerate(most_surprising(units, top)):
             # A Text, since brackets in a string would be markup.
-            shown = Text(one_line(unit["text"]), no_wrap=True, overflow="ellipsis")
-            surprising.add_row("" if index else level, shown, number(unit["perplexity"]), str(unit["n_tokens"]))
+            cell = Text(one_line(unit["text"]), no_wrap=True, overflow="ellipsis")
+            value = rate(unit["perplexity"], level in names)
+            surprising.add_row("" if index else level, cell, value, str(unit["n_tokens"]))
         surprising.add_section()
     console = Console()
     console.print(levels)
@@ -266,7 +279,8 @@ def print_tables(explained, perplexities, top: int = 5) -> None:
 def write_page(path: Path, args, model, text: str, explained, perplexities) -> None:
     from mlppl.scoring import heatmap
 
-    fragment = heatmap.heatmap(explained, text, perplexities, context=args.context, language=args.language)
+    more = {"context": args.context, "language": args.language, "names": explained.names}
+    fragment = heatmap.heatmap(explained, text, perplexities, **more)
     facts = {
         "Model": args.model_name,
         "Weights": str(model.dtype).removeprefix("torch."),

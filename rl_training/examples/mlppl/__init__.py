@@ -46,5 +46,6 @@ def _in_one_line(kind, error, traceback) -> None:
 
 
 # Here, since this runs before any of the packages is imported; not where somebody's own program imports this.
-if Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve().parent == Path(__file__).parent.parent:
+_started = Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve()
+if _started.parent == Path(__file__).parent.parent or "mlppl.pages.compare" in sys.orig_argv:
     sys.excepthook = _in_one_line

@@ -20,20 +20,22 @@ from .errors import InputError, one_of, without_retired
 class Level(NamedTuple):
     """color: in plots; they are told apart by people who see red and green alike, and in grey. behind: for a level of
     what stands before a text, the prompts that its view has, of `mlppl.scoring.contexts.Contexts` and the text's own.
-    enough: how far below 0 the level is paid for, in nats a token; None: all the way."""
+    enough: how far below 0 the level is paid for, in nats a token; None: all the way. called: what the nested level's
+    number is called; None: helped by its name."""
 
     color: str
     behind: Callable[[Any, Any], list] | None = None
     enough: float | None = None
+    called: str | None = None
 
 
 # Outward. A nested level is the difference of its view to the one before it (`mlppl.scoring.levels`).
 TABLE = {
-    "word": Level("#0072b2"),
-    "phrase": Level("#e69f00"),
-    "sentence": Level("#444444"),
+    "word": Level("#0072b2", called="words in their phrase"),
+    "phrase": Level("#e69f00", called="helped by phrases"),
+    "sentence": Level("#444444", called="helped by sentences"),  # and by what else its view adds
     # Of true continuations the median is 0.56. What has more says the prompt again, or is written at a low temperature.
-    "prompt": Level("#009e73", lambda contexts, own: [own], enough=0.5),
+    "prompt": Level("#009e73", lambda contexts, own: [own], enough=0.5, called="helped by its own prompt"),
     "examples": Level("#cc79a7", lambda contexts, own: [contexts.behind_examples(own)]),
 }
 ALL_LEVELS = tuple(TABLE)
@@ -190,6 +192,30 @@ class RewardConfig:
         if len(set(self.levels)) < len(self.levels):
             raise InputError(f"levels are {' '.join(self.levels)}, expected each once")
         return tuple(level for level in ALL_LEVELS if level in self.levels)
+
+    def nested_names(self, before: Sequence[str], examples: bool = False) -> dict[str, str]:
+        """What the number of each nested level is called, which is shown in nats a token; {} if they are not nested.
+
+        before: what stands before a text, such as the prompt. examples: whether examples stand before that.
+
+        >>> RewardConfig(aggregation="nested").nested_names(["prompt"])["sentence"]
+        'helped by sentences and prompt'
+        """
+        if self.aggregation != "nested":
+            return {}
+        names = {level: TABLE[level].called or f"helped by {level}" for level in self.levels}
+        if "sentence" in names:  # its view adds all that none further out does
+            others = ["other prompts"] if "prompt" in names else list(before)
+            others += ["examples"] * (examples and "examples" not in names)
+            names["sentence"] = " and ".join([", ".join([names["sentence"], *others[:-1]]), *others[-1:]])
+        return names
+
+    @property
+    def before(self) -> list[str]:
+        """What stands before the text that a reward scores, but for examples."""
+        if self.target == "completion":
+            return ["prompt"]
+        return [*(["prompt"] if self.reference_context.reads_prompt else []), "completion"]
 
     @property
     def definitions(self) -> dict:

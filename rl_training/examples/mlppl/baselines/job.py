@@ -140,6 +140,7 @@ class Job(NamedTuple):
     scored: str  # "prompt" or "reference": the column that must have text
     levels: Sequence[str]
     contexts: dict  # keywords of the calculator: examples and other rows
+    names: dict[str, str]  # of nested levels
     # What a look at the data set has found, where there was one.
     texts: int | None = None  # rows to score, where that is known
     is_conversational: bool = False  # whether prompts are chat messages: those of the first row with text tell
@@ -207,7 +208,10 @@ def prepare(args: argparse.Namespace, survey: bool = True) -> Job:
     settings["shown"] = stable_id(json.dumps(contexts))
     parts.check(settings)
     contexts["prompt_template"] = args.prompt_template
-    job = Job(output, file, args.plot, parts, settings, dataset, columns, form, scored, args.levels, contexts)
+    config = cli.reward_config(args)
+    before = [one for one in config.before if one != "completion"]  # a baseline's is empty
+    names = config.nested_names(before if args.generate or scored == "reference" else [], bool(contexts["examples"]))
+    job = Job(output, file, args.plot, parts, settings, dataset, columns, form, scored, args.levels, contexts, names)
     if not survey:
         return job
     seen = texts = 0
@@ -587,7 +591,7 @@ def assemble(job: Job, identity: dict, read: int, seconds: float) -> None:
     if job.plot is not None:
         title = f"{settings['dataset_name']} {settings['dataset_split']}, scored by {settings['model_name']}"
         with cannot_write(Path(job.plot)):
-            plot_levels(dict(zip(job.levels, levels.T, strict=True)), job.plot, title)
+            plot_levels(dict(zip(job.levels, levels.T, strict=True)), job.plot, title, job.names)
     with cannot_write(job.output):
         for name in ("examples", "others"):
             if rows := job.contexts[name]:
@@ -598,11 +602,13 @@ def assemble(job: Job, identity: dict, read: int, seconds: float) -> None:
         os.replace(made, job.output)
     parts.remove()
 
-    table = Table("Perplexity", box=box.SIMPLE_HEAD)
+    table = Table("Nats a token" if job.names else "Perplexity", box=box.SIMPLE_HEAD)
     for name in ("mean", "median", "min", "max"):
         table.add_column(name, justify="right")
     for level, of_level in zip(job.levels, levels.T, strict=True):
-        table.add_row(level, *(f"{f(of_level):,.4f}" for f in (np.mean, np.median, np.min, np.max)))
+        shown = np.log(of_level) if job.names else of_level
+        cells = (f"{f(shown):,.4f}" for f in (np.mean, np.median, np.min, np.max))
+        table.add_row(job.names.get(level, level), *cells)
     Console().print(table)
     skipped = {"blank": "blank", "unscored": "without a scorable token", "duplicates": "equal to an earlier one"}
     left_out = ", ".join(f"{counts[key]:,} {words}" for key, words in skipped.items() if counts[key])
@@ -654,33 +660,41 @@ def _write_rows(file, job: Job) -> None:
                 break
 
 
-def plot_levels(levels: Mapping[str, Sequence[float]], path: str | Path, title: str) -> None:
-    """Draw the distribution of each level's perplexities, on one logarithmic axis, with its median.
+def plot_levels(
+    levels: Mapping[str, Sequence[float]], path: str | Path, title: str, names: Mapping[str, str] | None = None
+) -> None:
+    """Draw the distribution of each level's perplexities, on one logarithmic axis, with its median; of nested levels in
+    nats a token, on an axis each.
 
-    levels: `{"word": float64 [N], ...}`, finite and positive. path: .png, .pdf or .svg.
+    levels: `{"word": float64 [N], ...}`, finite and positive. path: .png, .pdf or .svg. names: of nested levels.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
+    count = 8 + min(52, int(1.5 * math.sqrt(len(next(iter(levels.values()))))))
     everything = np.concatenate(list(levels.values()))
     low, high = everything.min(), everything.max()
     if high / low < 1.01:
         low, high = low / 1.1, high * 1.1
-    edges = np.geomspace(low, high, 8 + min(52, int(1.5 * math.sqrt(len(everything) / len(levels)))))
     locator = MaxNLocator(8) if high / low < 10 else LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,))
 
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(8, 6 if not names else 2 * len(levels)), layout="constrained")
     figure.suptitle(title)
-    axes = figure.subplots(len(levels), sharex=True, sharey=True, squeeze=False)
-    for axis, (level, values) in zip(axes[:, 0], levels.items(), strict=True):
-        median = np.median(values)
-        axis.hist(values, bins=edges, color=COLORS[level])
+    axes = figure.subplots(len(levels), sharex=not names, sharey=True, squeeze=False)[:, 0]
+    for axis, (level, values) in zip(axes, levels.items(), strict=True):
+        if names:
+            values = np.log(values)
+        median, name = np.median(values), names[level] if names else level
+        axis.hist(values, bins=count if names else np.geomspace(low, high, count), color=COLORS[level])
         axis.axvline(median, color="black", linestyle="--", linewidth=1)
-        axis.annotate(f"{level}\nmedian {median:,.4g}", xy=(0.99, 0.92), xycoords="axes fraction", ha="right", va="top")
-        axis.set(xscale="log", ylabel="texts")
+        axis.annotate(f"{name}\nmedian {median:,.4g}", xy=(0.99, 0.92), xycoords="axes fraction", ha="right", va="top")
+        axis.set_ylabel("texts")
         axis.spines[["top", "right"]].set_visible(False)
-    axis.xaxis.set_major_locator(locator)
-    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    axis.xaxis.set_minor_formatter("")
-    axis.set_xlabel("perplexity")
+        if not names:
+            axis.set_xscale("log")
+    if not names:
+        axes[-1].xaxis.set_major_locator(locator)
+        axes[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axes[-1].xaxis.set_minor_formatter("")
+    axes[-1].set_xlabel("nats a token" if names else "perplexity")
     write_atomically(Path(path), lambda file: figure.savefig(file, format=Path(path).suffix[1:], dpi=150))

@@ -4,16 +4,17 @@ Not one figure of matplotlib: on a phone its letters were 4 px high, and no numb
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from ..config import ALL_LEVELS
+from ..reward.terms import as_nats
 
 MOST_POINTS = 240  # of a line; a longer log is averaged over runs of consecutive entries
 DOTTED = 40  # up to so many points each is drawn as a dot, too
-FARTHEST = 50  # times the smallest of a chart's values is the largest, or the small ones look like zero
 _BEYOND = 1e100  # no axis reaches that far
 
 Points = dict[float, dict[str, float]]  # what was logged, by step
@@ -24,7 +25,7 @@ class Spec:
     """A chart to draw if the log has any of `lines`, metrics by label.
 
     band: (label, lowest, highest metric), or (label, centre, +- metric) with `around`. include: values the axis reaches
-    in any case. divisible: lines that are far apart get a chart each. colours: those of the page's style, in turn.
+    in any case. colours: those of the page's style, in turn.
     """
 
     title: str
@@ -33,7 +34,6 @@ class Spec:
     band: tuple[str, str, str] | None = None
     around: bool = False
     include: tuple[float, ...] = ()
-    divisible: bool = False
     colours: Sequence[str] = ("main", "second", "third")
 
 
@@ -41,14 +41,6 @@ SPECS = (
     Spec(
         "Reward", "mean of the sampled completions", {"mean": "reward", "held-out split": "eval_reward"},
         band=("± standard deviation", "reward", "reward_std"), around=True, include=(0, 1),
-    ),
-    Spec(
-        "Improvement over the baseline", "%", {level: f"reward_{level}" for level in ALL_LEVELS},
-        include=(0,), colours=ALL_LEVELS,
-    ),
-    Spec(
-        "Perplexity", "under the frozen scorer", {level: f"ppl/{level}" for level in ALL_LEVELS},
-        divisible=True, colours=ALL_LEVELS,
     ),
     Spec(
         "Completion length", "tokens", {"mean": "completions/mean_length"},
@@ -83,6 +75,13 @@ SPECS = (
     Spec("Learning rate", "", {"learning rate": "learning_rate"}, include=(0,)),
 )  # fmt: skip
 _TOLD_ELSEWHERE = ("step", "epoch", "num_tokens", "total_flos")
+# What is logged of levels, in an evaluation, too -> nats, where they are nested.
+_NATS: dict[str, Callable] = {
+    f"{when}{metric}{level}": nats
+    for when in ("", "eval_")
+    for metric, nats in (("reward_", as_nats), ("ppl/", np.log))
+    for level in ALL_LEVELS
+}
 
 
 @dataclass(frozen=True)
@@ -110,27 +109,59 @@ class Chart:
     dotted: bool  # no line has two points: there is nothing to plot
 
 
-def charts(log_history: Sequence[Mapping]) -> tuple[list[Chart], list[Chart], int]:
+def charts(
+    log_history: Sequence[Mapping], names: Mapping[str, str] | None = None
+) -> tuple[list[Chart], list[Chart], int]:
     """(the charts of `SPECS` that have a number, one of every other metric, the entries a point is the mean of).
 
     log_history: TRL's, whose entries hold `step` and numbers by name; what is missing or not finite leaves a gap.
+    names: of nested levels (`RewardConfig.nested_names`): ratios and percentages of them are logged, nats are shown.
     """
-    points, merged = _points(log_history)
-    names = dict.fromkeys(name for logged in points.values() for name in logged)
+    names = names or {}
+    points, merged = _points([_in_nats(entry) for entry in log_history] if names else log_history)
+    metrics = dict.fromkeys(name for logged in points.values() for name in logged)
     functions = {
         name.removeprefix("rewards/").removesuffix("/mean"): name
-        for name in names
+        for name in metrics
         if name.startswith("rewards/") and name.endswith("/mean")
     }
     specs, told = list(SPECS), set(_TOLD_ELSEWHERE)
     if len(functions) > 1:
-        specs.insert(6, Spec("Reward functions", "means, before their weights", functions, include=(0,)))
+        specs.insert(4, Spec("Reward functions", "means, before their weights", functions, include=(0,)))
     else:  # the only one is the reward
         told.update(f"rewards/{label}/{what}" for label in functions for what in ("mean", "std"))
+    specs[1:1] = _of_levels(names)
     told.update(name for spec in specs for name in (*spec.lines.values(), *(spec.band or ())))
-    others = [Spec(name, "", {name: name}) for name in names if name not in told and not name.startswith("train_")]
-    drawn, rest = ([chart for spec in some for chart in _charts(spec, points)] for some in (specs, others))
+    others = [
+        Spec(name, "nats a token" if names and name in _NATS else "", {name: name})
+        for name in metrics
+        if name not in told and not name.startswith("train_")
+    ]
+    drawn, rest = ([chart for spec in some if (chart := _chart(spec, points))] for some in (specs, others))
     return drawn, rest, merged
+
+
+def _of_levels(names: Mapping[str, str]) -> list[Spec]:
+    """Nested levels have an axis each: a word's 7 nats would flatten what the phrases help."""
+    gains, under = ({level: f"{what}{level}" for level in ALL_LEVELS} for what in ("reward_", "ppl/"))
+    unit = "nats a token" if names else "%"
+    gained = Spec("Improvement over the baseline", unit, gains, include=(0,), colours=ALL_LEVELS)
+    if not names:
+        return [gained, Spec("Perplexity", "under the frozen scorer", under, colours=ALL_LEVELS)]
+    of_each = (
+        Spec(name[0].upper() + name[1:], f"{unit}, ln of {under[level]}", {level: under[level]}, colours=(level,))
+        for level, name in names.items()
+    )
+    return [gained, *of_each]
+
+
+def _in_nats(entry: Mapping) -> dict:
+    """A log entry of nested levels with nats in place of ratios and of percentages of them."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {
+            name: float(_NATS[name](value)) if name in _NATS and isinstance(value, int | float) else value
+            for name, value in entry.items()
+        }
 
 
 def _points(log_history: Sequence[Mapping]) -> tuple[Points, int]:
@@ -161,22 +192,15 @@ def _drawable(value: float | None) -> bool:
     return value is not None and abs(value) < _BEYOND  # False for NaN, too
 
 
-def _charts(spec: Spec, points: Points) -> list[Chart]:
-    """One, or none without a number. Nested levels have perplexities in the thousands and ratios below 1: each gets a
-    chart of its own."""
+def _chart(spec: Spec, points: Points) -> Chart | None:
+    """None without a number."""
     lines = [
         (place, label, metric, values)
         for place, (label, metric) in enumerate(spec.lines.items())
         if (values := {step: logged[metric] for step, logged in points.items() if _drawable(logged.get(metric))})
     ]
-    sizes = [abs(value) for *_, values in lines for value in values.values()]
-    if spec.divisible and sizes and max(sizes) >= FARTHEST * min(sizes):
-        return [_chart(replace(spec, title=f"{spec.title}, {line[1]} level"), [line], points) for line in lines]
-    return [_chart(spec, lines, points)] if lines else []
-
-
-def _chart(spec: Spec, lines: Sequence[tuple[int, str, str, dict[float, float]]], points: Points) -> Chart:
-    """lines: of each its place in `spec`, label, metric, and the numbers that can be drawn, by step."""
+    if not lines:
+        return None
     points = {step: logged for step, logged in points.items() if any(metric in logged for _, _, metric, _ in lines)}
     band = {step: edges for step, logged in points.items() if (edges := _edges(spec, logged))}
     heights = [*spec.include, *(edge for edges in band.values() for edge in edges)]
@@ -204,14 +228,13 @@ def _chart(spec: Spec, lines: Sequence[tuple[int, str, str, dict[float, float]]]
                 pen = "M"
         runs = [run.split("L") for run in path.split("M")[1:]]
         dots = "".join(f"M{dot}h0" for run in runs if len(values) <= DOTTED or len(run) == 1 for dot in run)
-        # No two lines of a chart share their dashes, however many there are.
-        dashes = ("none", "7 4", "2 3")[place] if place < 3 else "7 3" + " 2 3" * (place - 2)
         told = [f"{shown(values[step])} at step {step:,g}" for step in sorted(values, key=lambda s: (values[s], s))]
         first, last = (f"{shown(values[step])} at step {step:,g}" for step in (min(values), max(values)))
         more = f", {last}; lowest {told[0]}, highest {told[-1]}" if len(values) > 1 else ""
         sentences.append(f"{label}: {first}{more}")
         colour = spec.colours[place % len(spec.colours)]
-        drawn.append(Line(label, colour, dashes, path, dots, shown(values[max(values)])))
+        strokes = " ".join(map(str, dashes(place))) or "none"
+        drawn.append(Line(label, colour, strokes, path, dots, shown(values[max(values)])))
 
     rows = []
     for step, logged in points.items():
@@ -236,6 +259,11 @@ def _chart(spec: Spec, lines: Sequence[tuple[int, str, str, dict[float, float]]]
         [label for _, label, _, _ in lines] + ([spec.band[0]] if band else []),
         rows, ". ".join(sentences) + ".", all(len(values) == 1 for *_, values in lines),
     )  # fmt: skip
+
+
+def dashes(place: int) -> list[int]:
+    """Lengths of a line's strokes and gaps; [] for a line without gaps. No two places have the same."""
+    return [[], [7, 4], [2, 3]][place] if place < 3 else [7, 3, *[2, 3] * (place - 2)]
 
 
 def _edges(spec: Spec, logged: Mapping[str, float]) -> tuple[float, float] | None:
@@ -263,4 +291,4 @@ def _shown(value: float, decimals: int) -> str:
         return {math.inf: "∞", -math.inf: "−∞"}.get(value, "NaN")
     if decimals > 6 or abs(value) >= 1e7:
         return f"{value:.2e}".replace("-", "−") if value else "0"
-    return f"{value:,.{decimals}f}".replace("-", "−")
+    return f"{round(value, decimals) + 0.0:,.{decimals}f}".replace("-", "−")

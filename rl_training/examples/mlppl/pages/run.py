@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
@@ -20,11 +21,14 @@ from ..config import ALL_LEVELS, COLORS
 from ..data import Text, message_text
 from ..files import write_atomically, write_text
 from ..processes import is_first
+from ..reward.terms import as_nats
+from ..scoring.calculator import Explained
 from ..scoring.heatmap import ENVIRONMENT, Framed, heatmap, number
-from ..training.heldout import SWAPPED, HeldOut, gained_by_any
+from ..training.heldout import SWAPPED, SWAPPED_NATS
 from ..training.job import Job
+from ..training.results import PPL, HeldOut, Row, decimal, remarks, rows, unmoved
 from ..training.settings import launched
-from .charts import charts
+from .charts import charts, dashes
 
 SHOWN = 8  # prompts whose completions stand on the page
 # On a light and a dark page, of lines: as in the plots, but with a contrast of 3 or more (WCAG 2.2 AA).
@@ -48,34 +52,41 @@ NOTES = {
     "repetition": "share of repeated word triples",
     "words": "a completion",
     SWAPPED: "mean of the levels; what only belongs to its prompt does nothing here",
+    SWAPPED_NATS: "mean of the levels; what only belongs to its prompt does nothing here",
     "loop penalty": "added to the reward",
 }
+
+
+def notes_of(table: Sequence[Row]) -> dict[str, str]:
+    """What stands beside the names of these rows."""
+    return NOTES | {row.name: row.unit for row in table if row.unit}
 
 
 def print_comparison(before: HeldOut, after: HeldOut) -> None:
     """A table of the held-out scores, and one prompt's completion before and after."""
     count = sum(map(len, before.completions))
-    table = Table(title=f"Held-out: {count} completions of {len(before.prompts)} prompts", title_justify="left")
+    title = f"Held-out: {count} completions of {len(before.prompts)} prompts; {before.scale}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("mean of")
-    for name in ("before", "after", "change"):
+    for name in ("before", "after", "change ± standard error"):
         table.add_column(name, justify="right")
-    for name, value in before.scores.items():
-        new = after.scores[name]
-        table.add_row(name, f"{value:.3f}", f"{new:.3f}", f"{new - value:+.3f}")
+    for row in rows(before, after):
+        table.add_row(row.name, decimal(row.before), decimal(row.after), row.shown, style="dim" if row.said else None)
     console = Console()
     console.print(table)
-    if warning := gained_by_any(before.scores, after.scores):
-        console.print(warning, markup=False, highlight=False)
+    for line in remarks(before, after):
+        console.print(line, markup=False, highlight=False)
     prompt = before.prompts[0] if isinstance(before.prompts[0], str) else message_text(before.prompts[0][-1:])
     for title, text in (("prompt", prompt), ("before", before.completions[0][0]), ("after", after.completions[0][0])):
         console.print(f"[bold]{title}:[/bold] ", end="")
         console.print(" ".join(text.split()), markup=False, highlight=False)
 
 
-def plot_training(logs: Sequence[Mapping], path: Path) -> None:
+def plot_training(logs: Sequence[Mapping], path: Path, nested: bool = False) -> None:
     """PNG with the reward and the improvement of each level over the optimizer steps of a run.
 
-    logs: entries of TRL's log, which hold `step`, `reward`, `reward_std`, `reward_word`, ...
+    logs: entries of TRL's log, which hold `step`, `reward`, `reward_std`, `reward_word`, ... nested: whether the levels
+    are, whose improvement is shown in nats.
     """
     from matplotlib.figure import Figure  # and not pyplot's, which is the caller's own
 
@@ -88,12 +99,14 @@ def plot_training(logs: Sequence[Mapping], path: Path) -> None:
     top.fill_between(steps, reward - spread, reward + spread, **around)
     top.plot(steps, reward, color="0.2", marker="o", markersize=3, label="mean reward")
     top.set(ylabel="reward", title="Reward of the sampled completions")
-    for level, dashes in zip(ALL_LEVELS, ("-", "--", ":", "-.", (0, (7, 2, 1, 2, 1, 2))), strict=True):
+    for place, level in enumerate(ALL_LEVELS):
         if any(f"reward_{level}" in entry for entry in logs):
-            values = [entry.get(f"reward_{level}", math.nan) for entry in logs]
-            bottom.plot(steps, values, linestyle=dashes, color=COLORS[level], marker="o", markersize=3, label=level)
+            values = np.array([entry.get(f"reward_{level}", math.nan) for entry in logs])
+            style = {"linestyle": (0, tuple(dashes(place))), "color": COLORS[level], "marker": "o", "markersize": 3}
+            bottom.plot(steps, as_nats(values) if nested else values, label=level, **style)
     bottom.axhline(0, color="0.6", linewidth=0.8)
-    bottom.set(ylabel="improvement over baseline, %", xlabel="optimizer step")
+    unit = "nats a token" if nested else "%"
+    bottom.set(ylabel=f"improvement over baseline, {unit}", xlabel="optimizer step")
     for axes in (top, bottom):
         axes.legend(frameon=False)
         axes.grid(alpha=0.25)
@@ -125,7 +138,7 @@ class Completion(NamedTuple):
 
     lead: str
     text: str
-    explained: dict[str, list[dict]]
+    explained: Explained
     perplexities: dict[str, float]
     reward: float
 
@@ -148,6 +161,7 @@ def explain_heldout(reward_fn, held_out: HeldOut, references: Sequence[Text]) ->
         else:
             scored = reward_fn.calculator.contexts.of(prompt, text, pair)
         explained = reward_fn.calculator.explain_pair(reward_fn.model, scored)
+        explained.names = held_out.names
         completions.append(Completion(lead, text, explained, explained.perplexities, held_out.rewards[index][0]))
     return completions
 
@@ -180,7 +194,7 @@ def finish_report(job: Job, page: "RunPage", reward_fn, after: HeldOut, state) -
     # None: all rows of a step were skipped.
     logs, picture = [entry for entry in state.log_history if entry.get("reward") is not None], job.output / "reward.png"
     if len(logs) > 1:  # a single dot is no curve
-        plot_training(logs, picture)
+        plot_training(logs, picture, bool(after.names))
     print_comparison(page.before, after)
     print(f"{'Model' if job.models.lora is None else 'Adapter'} and tokenizer: {job.output}")
     if len(logs) > 1:
@@ -226,8 +240,9 @@ class RunPage(TrainerCallback):
         `explain_heldout` gives of them. Only the first of several processes writes."""
         if not state.is_world_process_zero:
             return
-        drawn, others, merged = charts(state.log_history)
-        progress, latest = (state.global_step, state.max_steps), after.scores if after else {}
+        drawn, others, merged = charts(state.log_history, self.before.names)
+        progress, table = (state.global_step, state.max_steps), rows(self.before, after)
+        headlines = {"reward", *self.before.names.values()}
         prompts = map(_prompt, self.before.prompts[: len(self.shown)])
         figures = ([_figure("Before", one) for one in self.shown], [_figure("After", one) for one in shown_after])
         blocks = [block.splitlines() for block in self.config.read_text(encoding="utf-8").strip().split("\n\n")]
@@ -241,8 +256,11 @@ class RunPage(TrainerCallback):
             charts=drawn,
             other_charts=others,
             merged=merged,
-            scores=[(name, old, latest.get(name, math.nan)) for name, old in self.before.scores.items()],
-            notes=NOTES,
+            scores=table,
+            headlines=[row for row in table if row.name in headlines or row.name.endswith(PPL)],
+            unmoved=after is not None and unmoved(after.scores) is not None,
+            remarks=remarks(self.before, after) if after else [],
+            notes=notes_of(table),
             finished=after is not None,
             prompts=len(self.before.prompts),
             completions=sum(map(len, self.before.completions)),
@@ -276,17 +294,15 @@ def command_line(words: Sequence[str]) -> str:
     return shlex.join(shown)
 
 
-def _score(value: float, sign: str = "") -> str:
-    if math.isnan(value):
-        return "–"
-    return f"{value:{sign}{',.3f' if abs(value) < 1e5 else '.2e'}}".replace("-", "−")
-
-
 def _short(value: float) -> str:
     return "–" if math.isnan(value) else f"{'−' if value < 0 else ''}{number(abs(value))}"
 
 
-ENVIRONMENT.filters.update(score=_score, short=_short)
+ENVIRONMENT.filters |= {
+    "short": _short,
+    "decimal": decimal,
+    "minus": lambda shown: shown.replace("-", "−").replace("± ", "±\xa0"),
+}
 
 
 def _prompt(prompt: Text) -> str:
@@ -299,5 +315,5 @@ def _figure(name: str, one: Completion):
     reward = "skipped" if math.isnan(one.reward) else f"reward {one.reward:.2f}".replace("-", "−")
     return heatmap(
         one.explained, one.text, one.perplexities, caption=f"{name}: {reward}", context=one.lead,
-        context_name="Completion; below it the reference, which is scored", top=0,
+        context_name="Completion; below it the reference, which is scored", top=0, names=one.explained.names,
     )  # fmt: skip

@@ -159,6 +159,11 @@ class MultiLevelPPLRewardFunction:
         return getattr(self.model, "device", torch.device("cpu"))
 
     @property
+    def nested_names(self) -> dict[str, str]:
+        """What the numbers of nested levels are called where they are shown; {} if they are not nested."""
+        return self.calculator.nested_names(*self.config.before)
+
+    @property
     def identity(self) -> dict:
         """What a baselines file must have been made with to be compared with this reward's numbers."""
         return identity(

@@ -108,6 +108,17 @@ def nats(baseline: np.ndarray, current: np.ndarray) -> np.ndarray:
         return np.log(baseline) - np.log(current)
 
 
+def as_nats(improvement: np.ndarray) -> np.ndarray:
+    """ln baseline - ln current, in nats a token, of improvements in percent: what is shown of nested levels, whose
+    ratios make hundreds of percent of a small difference.
+
+    >>> as_nats(np.array([50.0, -100.0])).round(3)
+    array([ 0.693, -0.693])
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return -np.log1p(-np.asarray(improvement) / 100)
+
+
 def threshold_rewards(improvement: np.ndarray, thresholds: Sequence[tuple[float, float]]) -> np.ndarray:
     """The reward of the highest threshold reached, 0 below the lowest; of improvements in percent of any shape.
 

@@ -29,13 +29,17 @@ from .units import Units, segment
 
 class Explained(dict):
     """`{level: [unit, ...]}` of one text. `perplexities`: `{level: float}`, as `compute_all_levels` gives them.
+    `names`: of nested levels, what their numbers are called where they are shown.
 
     A notebook shows it as the page that `multi_level_ppl_trl.py --html` writes. text, context, language: as explained.
     """
 
-    def __init__(self, perplexities: dict[str, float], text: str, context: str, language: str) -> None:
+    def __init__(
+        self, perplexities: dict[str, float], names: dict[str, str], text: str, context: str, language: str
+    ) -> None:
         super().__init__()
         self.perplexities = perplexities
+        self.names = names
         self.text = text
         self.context = context
         self.language = language
@@ -43,7 +47,8 @@ class Explained(dict):
     def _repr_html_(self) -> str:
         from . import heatmap  # here, since numbers need no page
 
-        fragment = heatmap.heatmap(self, self.text, self.perplexities, context=self.context, language=self.language)
+        shown = {"context": self.context, "language": self.language, "names": self.names}
+        fragment = heatmap.heatmap(self, self.text, self.perplexities, **shown)
         return heatmap.Framed(heatmap.page("Multi-level perplexity", [fragment]))._repr_html_()
 
 
@@ -112,7 +117,7 @@ class MultiLevelPPLCalculator:
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}, expected at least 1")
         self.tokenizer = tokenizer = of_text(tokenizer)
-        self.definitions = config.definitions
+        self._config, self.definitions = config, config.definitions
         self.max_phrase_words, self.language = config.max_phrase_words, config.language
         self.aggregation, self.levels = config.aggregation, config.levels
         self.batch_size = batch_size
@@ -132,6 +137,10 @@ class MultiLevelPPLCalculator:
         self._scorer: SurprisalScorer | None = None  # of a model in this process
         # The nested levels in which the chosen ones are found, each the difference of a view to the one before it.
         self._chain = [*LEVELS, *(level for level in OUTER if level in self.levels)]
+
+    def nested_names(self, *before: str) -> dict[str, str]:
+        """`mlppl.config.RewardConfig.nested_names` of texts that stand behind that, and behind the examples."""
+        return self._config.nested_names(before, bool(self.contexts.examples))
 
     def render(self, prompt: Text | None) -> str:
         """A prompt as the policy reads it, and the scorer if nothing else stands before the text."""
@@ -209,7 +218,9 @@ class MultiLevelPPLCalculator:
         [values] = self._perplexities(units, [views])
         own, [as_it_stands] = text[-1][0] if isinstance(text, Views) else text, views[-1]
         context, target = ("", self.encoder.encode_pairs([own])[1][0]) if isinstance(own, Sampled) else own
-        explained = Explained(dict(zip(self.levels, values.tolist(), strict=True)), target, context, self.language)
+        names = self.nested_names(*(["context"] if context else []))
+        levels = dict(zip(self.levels, values.tolist(), strict=True))
+        explained = Explained(levels, names, target, context, self.language)
         # The views of `mlppl.scoring.levels`, outward, each of one pair or more.
         inward = [[(as_it_stands.chars, one)] for one in as_it_stands.alone]
         inward += [[(pair.chars, pair.surprisals) for pair in view] for view in views]

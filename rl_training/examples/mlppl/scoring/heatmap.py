@@ -88,16 +88,19 @@ def heatmap(
     context_name: str = "Context, not scored",
     language: str | None = None,
     top: int = 10,
+    names: Mapping[str, str] | None = None,
 ) -> Markup:
     """One text as a fragment for `page`: every level's units coloured, its perplexity, its most surprising units.
 
     explained: of `MultiLevelPPLCalculator.explain`. text: the text it explains. perplexities: per level, of
     `compute_all_levels`. context: shown before the text under `context_name`, not coloured. language: the text's, for
-    hyphens and voices. top: rows of the table of surprising units. Whatever the strings hold is shown as text.
+    hyphens and voices. top: rows of the table of surprising units. names: of nested levels, which are shown in nats a
+    token (`RewardConfig.nested_names`). Whatever the strings hold is shown as text.
     """
     levels = [
         {
             "name": level,
+            "nested": (names or {}).get(level),
             "unit": "word" if level in OUTER else level,
             "perplexity": perplexities[level],
             "units": len(explained[level]),
@@ -147,6 +150,17 @@ def number(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
+def rate(perplexity: float, nested: object = True) -> str:
+    """A perplexity as it is shown; of a nested level its logarithm, in nats a token.
+
+    >>> rate(0.22), rate(1640.0), rate(1640.0, nested=False)
+    ('−1.51', '7.40', '1,640')
+    """
+    if not nested:
+        return number(perplexity)
+    return f"{math.log(perplexity) if perplexity else -math.inf:.2f}".replace("-", "−")
+
+
 def one_line(text: str) -> str:
     """For a table: white space as single spaces, nothing that moves a cursor."""
     return "".join(char if char >= " " and not "\x7f" <= char <= "\x9f" else "�" for char in " ".join(text.split()))
@@ -172,11 +186,18 @@ def levels(heatmaps: Sequence[Markup | None]) -> list[str]:
     return [level for level in ALL_LEVELS if any(f'data-level="{level}"' in (one or "") for one in heatmaps)]
 
 
+def are_nested(heatmaps: Sequence[Markup | None]) -> bool:
+    """Whether the fragments of a page show nested levels."""
+    return any("data-nested" in (one or "") for one in heatmaps)
+
+
 def _template():
     return ENVIRONMENT.get_template("heatmap.html.j2").module
 
 
-ENVIRONMENT.filters |= {one.__name__: one for one in (characters, script_hash, shade, number, one_line, levels)}
+ENVIRONMENT.filters |= {
+    one.__name__: one for one in (characters, script_hash, shade, rate, one_line, levels, are_nested)
+} | {"ln": math.log}
 ENVIRONMENT.globals |= {
     "LEVELS": ALL_LEVELS, "LIGHT": LIGHT, "DARK": DARK, "LIGHT_HELPED": LIGHT_HELPED, "DARK_HELPED": DARK_HELPED,
     "STEPS_PER_DOUBLING": STEPS_PER_DOUBLING,

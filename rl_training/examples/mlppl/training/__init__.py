@@ -8,5 +8,6 @@ trainer.py      GRPOTrainer that goes on as if it had never stopped, and its cal
 diagnostics.py  is there anything to learn from the rewards? Which failure it is, and the remedy
 found.py        with which of k rows does what was written go best?
 heldout.py      held-out prompts before and after
+results.py      what they gave: heldout.json, and what changed, with standard errors
 card.py         the model card, above the one that TRL writes, with card.md.j2; how to use the model, with use.md.j2
 """

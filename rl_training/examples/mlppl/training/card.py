@@ -1,6 +1,5 @@
 """The model card: what a model was trained on, with which reward, what came of it, how to load it; TRL's text below."""
 
-import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..files import write_text
 from ..models import base_of_adapter, model_path
 from ..processes import is_first
 from .job import Job, push_command
+from .results import decimal, read_heldout, remarks, rows
 from .settings import CONFIG_FILE
 
 TEMPLATE = str(Path(__file__).with_name("card.md.j2"))
@@ -151,16 +151,15 @@ def heldout(path: Path) -> dict | None:
     """What the card says of held-out prompts: how many, and a row of numbers for each score; None if not measured."""
     if not path.exists():
         return None
-    kept = json.loads(path.read_text(encoding="utf-8", errors="surrogatepass"))
-    before, after = kept["before"], kept["after"]
-    rows = [[name, _number(score)] for name, score in before["scores"].items()]
-    if after is not None:
-        for row in rows:
-            old, new = (side["scores"][row[0]] for side in (before, after))
-            row += [_number(new), _number(None if None in (old, new) else new - old, "+")]
-    completions = f"{sum(map(len, before['completions'])):,}"
-    return {"completions": completions, "prompts": len(before["prompts"]), "ended": after is not None, "rows": rows}
-
-
-def _number(value: float | None, sign: str = "") -> str:
-    return "–" if value is None else f"{value:{sign}.3f}"
+    _, _, before, after = read_heldout(path)
+    return {
+        "completions": f"{sum(map(len, before.completions)):,}",
+        "prompts": len(before.prompts),
+        "ended": after is not None,
+        "scale": before.scale,
+        "rows": [
+            [row.name, decimal(row.before), *([] if after is None else [decimal(row.after), row.shown])]
+            for row in rows(before, after)
+        ],
+        "remarks": [] if after is None else remarks(before, after),
+    }

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from ..data import message_text, prompt_key
 from ..processes import is_sharded
+from ..reward.terms import as_nats
 from ..scoring.surprisal import is_scorer
 from .found import found_among
 
@@ -56,8 +57,8 @@ LEAST_KL, MOST_KL = 0.02, 0.5  # nats a token; runs of which the texts stayed wh
 
 NOTHING_TO_LEARN = {"saturated", "all zero", "no spread"}
 VERDICTS = {
-    "saturated": "{seen}. SATURATED: {at_top:.0%} of the completions are at the top threshold, with {improvement:+.1f} "
-    "% improvement over their baselines. Measure against the model's own writing (compute_baselines_trl.py --generate "
+    "saturated": "{seen}. SATURATED: {at_top:.0%} of the completions are at the top threshold, with {improvement} "
+    "over their baselines. Measure against the model's own writing (compute_baselines_trl.py --generate "
     "4, with this run's sampling flags), sample at --temperature 1 and --top_p 1, or set stricter --reward_thresholds. "
     "If a run has come there by itself, it has earned all that there is: stop, or begin anew with a lower "
     "--learning_rate.",
@@ -69,15 +70,15 @@ VERDICTS = {
     "they were at the start: the model earns by loops, blandness or brevity. Hold the policy near its start (--beta "
     "0.04), lower --learning_rate, keep --loop_penalty on, or measure what the model does not write (--target "
     "reference). A checkpoint from before is the one to keep.",
-    "level pays": "ONE LEVEL PAYS FOR ANOTHER: since the start the {better} level has risen by {rise:.0f} points to an "
-    "improvement that the {worse} level pays for: {fall:+.0f} % from its baseline. Weigh the levels alike "
+    "level pays": "ONE LEVEL PAYS FOR ANOTHER: since the start the {better} level has risen by {rise} to an "
+    "improvement that the {worse} level pays for: {fall} from its baseline. Weigh the levels alike "
     "(--ppl_weights 1 1 1), let each be normalised by itself (--per_level), or hold the policy near its start (--beta "
     "0.04).",
-    "any row": "ANY ROW: {since}completions earn {rise:.1f} points more, and are found among {k} rows as "
+    "any row": "ANY ROW: {since}completions earn {rise} more, and are found among {k} rows as "
     "theirs no better ({before:.0%} -> {after:.0%}): what is learned is a manner of writing, whatever it says. Show "
     "the scorer examples (--examples 3), compare with other rows (--contrast 2), and read the completions.",
-    "not moved": "NOT MOVED: after {steps} steps the policy is {kl:.3f} nats a token from its start, less than "
-    "{least_kl}. Raise --learning_rate (five times is a usual step), and see that --warmup_steps are few beside the "
+    "not moved": "NOT MOVED: {since}the policy is {kl:.3f} nats a token from its start, less than {least_kl}: nothing "
+    "moved. Raise --learning_rate (five times is a usual step), and see that --warmup_steps are few beside the "
     "steps of the run.",
     "moved far": "MOVED FAR: after {steps} steps the policy is {kl:.2f} nats a token from its start, more than "
     "{most_kl}. Read the completions: what is paid may be a manner of writing, whatever it says. Hold the policy near "
@@ -93,10 +94,19 @@ WHY_ZERO = {
     "--max_new_tokens is not tiny.",
 }
 OUT_OF_REACH = (
-    "with {improvement:+.1f} % improvement over their baselines. The baselines are texts that the model cannot match "
+    "with {improvement} over their baselines. The baselines are texts that the model cannot match "
     "yet: measure against its own writing (compute_baselines_trl.py --generate 4), or reward the log-likelihood ratio "
     "(--reward_form nats)."
 )
+
+
+def gain(points: float, nested: bool, usual: str) -> str:
+    """How a gain is told: in percent or points, of nested levels in nats a token, of which a point is a hundredth.
+
+    >>> gain(12.3, False, "{:.0f} points"), gain(12.3, True, "{:.0f} points")
+    ('12 points', '+0.12 nats a token')
+    """
+    return f"{points / 100:+.2f} nats a token" if nested else usual.format(points)
 
 
 class _Sample(NamedTuple):
@@ -108,7 +118,7 @@ class _Sample(NamedTuple):
     skipped: bool
     first_visit: bool
     improvement: float
-    levels: tuple[float, ...]  # improvements, %
+    levels: tuple[float, ...]  # improvements, %, of nested levels in hundredths of a nat
     distinct_2: float
     length: int  # characters
 
@@ -150,6 +160,7 @@ class Diagnostics(TrainerCallback):
         self.named: list[str] = []  # failures already told
         self.found: list[list[float]] = []  # [step, top-1, improvement] at the first look, and at the last one
         self._reward_fn, self._levels, self._top = reward_fn, reward_fn.config.levels, reward_fn.config.highest
+        self._nested = reward_fn.config.aggregation == "nested"
         self._recent: dict[str, tuple] = {}  # the last prompts: (prompt, a completion, its reference)
         self._calls: deque[_Call] = deque()
         self._steps = 0
@@ -160,6 +171,10 @@ class Diagnostics(TrainerCallback):
     def observe(self, call) -> None:
         """call: `mlppl.reward.function.Call`."""
         measured, earned, completion_ids = call.measured, call.earned, call.columns.get("completion_ids")
+        improvement, average = earned.improvement, earned.average
+        if self._nested:
+            improvement = 100 * as_nats(improvement)
+            average = np.average(improvement, axis=1, weights=self._reward_fn.config.weights)
         log_metric = call.columns.get("log_metric")
         local = [
             _Sample(
@@ -168,8 +183,8 @@ class Diagnostics(TrainerCallback):
             )
             for prompt, text, reward, raw, scored, skipped, first, average, levels in zip(
                 call.prompts, call.texts, call.rewards, earned.rewards.tolist(), measured.scored.tolist(),
-                measured.skipped.tolist(), measured.first_visit.tolist(), earned.average.tolist(),
-                earned.improvement.tolist(), strict=True,
+                measured.skipped.tolist(), measured.first_visit.tolist(), average.tolist(), improvement.tolist(),
+                strict=True,
             )
         ]  # fmt: skip
         # A process may hold part of a group: together they are whole, and stand side by side.
@@ -215,7 +230,9 @@ class Diagnostics(TrainerCallback):
         asks = self._steps % WINDOW == 0 and "moved far" not in self.named and not verdicts.keys() & NOTHING_TO_LEARN
         kl = self.kl(*self._written) if asks and self.kl is not None else None
         if kl is not None and kl < LEAST_KL and self._steps == WINDOW:
-            verdicts["not moved"] = VERDICTS["not moved"].format(steps=WINDOW, kl=max(kl, 0.0), least_kl=LEAST_KL)
+            verdicts["not moved"] = VERDICTS["not moved"].format(
+                since=f"after {WINDOW} steps ", kl=max(kl, 0.0), least_kl=LEAST_KL
+            )
         if kl is not None and kl > MOST_KL:
             verdicts["moved far"] = VERDICTS["moved far"].format(steps=self._steps, kl=kl, most_kl=MOST_KL)
         if self._steps % WINDOW == 0 and (any_row := self._any_row()):
@@ -235,7 +252,7 @@ class Diagnostics(TrainerCallback):
         distinct_2, length = self._of_start(self._calls)
         numbers: dict = {
             **{name: np.mean([call.shares[name] for call in self._calls]) for name in self._calls[0].shares},
-            "improvement": np.mean([call.improvement for call in self._calls]),
+            "improvement": self._gain(np.mean([call.improvement for call in self._calls]), "{:+.1f} % improvement"),
             "seen": f"In the last {WINDOW} steps {flat:.0%} of the groups had no spread: GRPO learns nothing",
             "window": WINDOW, "distinct_2": distinct_2, "length": length,
         }  # fmt: skip
@@ -268,11 +285,13 @@ class Diagnostics(TrainerCallback):
         (first, before, earned), (_, after, earns) = self.found[0], self.found[-1]
         if earns - earned <= LEAST_GAIN or after > before:
             return None
-        return VERDICTS["any row"].format(
-            since=f"since step {first} ", rise=earns - earned, k=k, before=before, after=after
-        )
+        rise = self._gain(earns - earned, "{:.1f} points")
+        return VERDICTS["any row"].format(since=f"since step {first} ", rise=rise, k=k, before=before, after=after)
 
-    def _paying(self) -> tuple[str, str, float, float] | None:
+    def _gain(self, points: float | np.floating, usual: str) -> str:
+        return gain(float(points), self._nested, usual)
+
+    def _paying(self) -> tuple[str, str, str, str] | None:
         """(the level that rose most, the one that fell furthest, by how much, its improvement), if both count."""
         now = [call.levels for call in self._calls if call.levels is not None]
         if len(self.start_levels) < START or not now:
@@ -281,7 +300,8 @@ class Diagnostics(TrainerCallback):
         change = means - start
         better, worse = int(change.argmax()), int(np.argmin(np.maximum(means, change)))
         if change[better] > PAID and max(means[worse], change[worse]) < -PAID:
-            return self._levels[better], self._levels[worse], float(change[better]), float(means[worse])
+            rise, fall = self._gain(change[better], "{:.0f} points"), self._gain(means[worse], "{:+.0f} %")
+            return self._levels[better], self._levels[worse], rise, fall
         return None
 
     def _of_start(self, calls) -> tuple[float, float]:

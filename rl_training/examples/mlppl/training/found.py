@@ -12,11 +12,12 @@ K = 8  # rows at a time
 
 class Found(NamedTuple):
     """top_1: the share of texts that go best with their own row. reciprocal_rank: the mean of one over its rank. p: how
-    often a random order of the rows does as well."""
+    often a random order of the rows does as well. by_row: top_1 of each row's texts."""
 
     top_1: float
     reciprocal_rank: float
     p: float
+    by_row: list[float]
 
 
 def found(scores: np.ndarray, k: int, permutations: int = 2000, seed: int = 0) -> Found:
@@ -52,7 +53,8 @@ def found(scores: np.ndarray, k: int, permutations: int = 2000, seed: int = 0) -
     reached = (1 / own).mean() - 1e-12
     others = [own_ranks(rng.random((rows // k, k)).argsort(1)) for _ in range(permutations)]
     as_good = sum((1 / other).mean() >= reached for other in others)
-    return Found(float((own == 1).mean()), float((1 / own).mean()), (1 + as_good) / (1 + permutations))
+    p, by_row = (1 + as_good) / (1 + permutations), (own == 1).mean(2).ravel().tolist()
+    return Found(float((own == 1).mean()), float((1 / own).mean()), p, by_row)
 
 
 def found_among(

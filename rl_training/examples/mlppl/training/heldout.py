@@ -2,43 +2,28 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ..data import Text
-from ..errors import InputError
-from ..files import without_nan, write_text
 from ..processes import from_all, is_first, is_sharded, share
 from ..prompts import render_prompt
 from ..reward.function import row_baselines
+from ..reward.terms import as_nats
 from ..scoring.sampling import GivenIds, end_tokens, prompt_ids, sample, up_to_end
 from ..scoring.surprisal import SurprisalScorer
 from ..scoring.tokens import Sampled, TextEncoder
-from .diagnostics import LEAST_GAIN, VERDICTS, described
+from .diagnostics import described
 from .found import found_among
 from .job import Job
 from .policy import Loaded
+from .results import FOUND, PPL, HeldOut, mean, read_heldout, write_heldout
 from .rewards import Reward, call_as_trl, name_of, perplexity_rewards
 
-SWAPPED = "improvement % with another row's"
-FOUND = "found among "
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """prompts; `num_generations` completions a prompt and their rewards, nan where skipped; scores: means, by name;
-    completion_ids: what was sampled, of which the completions are the text."""
-
-    prompts: list
-    completions: list[list[str]]
-    rewards: list[list[float]]
-    scores: dict[str, float]
-    completion_ids: list[list[list[int]]] | None = None
+SWAPPED, SWAPPED_NATS = "improvement % with another row's", "improvement, nats, with another row's"
 
 
 class HeldOutPrompts:
@@ -55,7 +40,8 @@ class HeldOutPrompts:
         # As JSON has it, to be compared with what a file says.
         weights = [[name_of(function), weight] for function, weight in rewards]
         shown = perplexity_rewards(rewards)[0].calculator.contexts.identity
-        self.rewarded = json.loads(json.dumps({**vars(job.reward), **job.chat, **shown, "rewards": weights}))
+        by = {"scorer": job.models.scorer or job.models.name, "baselines": job.baselines and str(job.baselines.source)}
+        self.rewarded = json.loads(json.dumps({**vars(job.reward), **job.chat, **shown, **by, "rewards": weights}))
         # The model before training: itself without its adapter, or a frozen copy, if that is what scores.
         copy = None if job.models.scorer or job.models.scorer_url else scorer.model
         self.scorers = kl_scorers(policy.model, copy if job.models.lora is None else policy.model)
@@ -108,7 +94,8 @@ def evaluate(
     num_generations: int,
     **sampling,
 ) -> HeldOut:
-    """Sample completions for the prompts of `rows` and score them with the rewards, as training weighs them.
+    """Sample completions for the prompts of `rows` and score them with the rewards, as training weighs them. A score is
+    the mean over prompts of the means over their completions, of perplexities the geometric one.
 
     Several processes must all call; each does its share of the rows, and all get the whole.
 
@@ -135,9 +122,10 @@ def evaluate(
     scores = _scores(rewards, columns, own, state)
     if reward_fn.config.target == "reference" and len(rows) > 1:
         strangers = [one for index in indices for one in groups[(index + 1) % len(rows)]]
-        improvements = _measured(reward_fn, columns, strangers)["improvements"]
-        levels = [np.asarray(improvements[level]) for level in reward_fn.config.levels]
-        scores.append((SWAPPED, np.mean(levels, axis=0)))
+        swapped = _measured(reward_fn, columns, strangers)["improvements"]
+        levels = [np.asarray(swapped[level]) for level in reward_fn.config.levels]
+        nested = reward_fn.config.aggregation == "nested"
+        scores.append((SWAPPED_NATS if nested else SWAPPED, np.mean(as_nats(levels) if nested else levels, axis=0)))
     written = [one.written for group in sampled for one in group]
     moved = kl_by_text(scorers, tokenizer, columns["prompt"], written, **chat)
 
@@ -145,18 +133,25 @@ def evaluate(
     table = np.concatenate([np.stack(values, axis=1), np.reshape(moved, (-1, 2))], axis=1)
     table = table.reshape(len(indices), num_generations, table.shape[1]).tolist()
     *values, moved, tokens = np.moveaxis(np.array(_of_all_rows(indices, table, len(rows))), -1, 0)
-    means = [(name, float(torch.from_numpy(one.ravel()).nanmean())) for name, one in zip(names, values, strict=True)]
     completions = [[text for text, _ in group] for group in groups]
-    texts = [text for group in completions for text in group]
+    by_prompt = {name: mean(name, of).tolist() for name, of in zip(names, values, strict=True)}
+    more = [*by_prompt][1 + 2 * len(reward_fn.config.levels) :]  # what others give stands at the end
+    others = {name: by_prompt.pop(name) for name in more}
+    by_prompt["KL"] = list(map(kl_a_token, moved, tokens))
+    of_texts = list(map(described, completions))
+    by_prompt |= {name: [one[name] for one in of_texts] for name in of_texts[0]} | others
     going = found_among(
         reward_fn, rows["prompt"], completions, rows["reference"] if "reference" in rows.column_names else None
     )
-    more = 1 + 2 * len(reward_fn.config.levels)  # what others give stands at the end
-    shown = dict(means[:more]) | {"KL": kl_a_token(moved, tokens), **described(texts)} | dict(means[more:])
     if going is not None:
-        shown |= {f"{FOUND}{going[0]}": going[1].top_1, "p of it": going[1].p}
+        by_prompt[f"{FOUND}{going[0]}"] = going[1].by_row + [math.nan] * (len(rows) - len(going[1].by_row))
+    scores = {name: float(mean(name, of)) for name, of in by_prompt.items()}
+    if going is not None:
+        scores["p of it"] = float(going[1].p)
     completion_ids = [[ids for _, ids in group] for group in groups]
-    return HeldOut(list(rows["prompt"]), completions, values[0].tolist(), shown, completion_ids)
+    return HeldOut(
+        list(rows["prompt"]), completions, values[0].tolist(), scores, completion_ids, by_prompt, reward_fn.nested_names
+    )
 
 
 def _of_all_rows(indices: Sequence[int], values: Sequence, rows: int) -> list:
@@ -183,14 +178,15 @@ def _scores(rewards: Sequence[Reward], columns: Mapping[str, list], written: Seq
     called = call_as_trl([function for function, _ in others], columns["prompt"], texts, ids, columns, state)
     earned = [weight * one for (_, weight), one in zip(others, called, strict=True)]
     total = sum(earned[: len(levels) + 1]) if levels else rewards[0][1] * np.asarray(details["rewards"])
-    measured = {"improvement %": details["improvements"], "PPL": details["ppls"]}
+    improved = {level: details["improvements"][level] for level in reward_fn.config.levels}
+    if reward_fn.config.aggregation == "nested":
+        measured = {f"{level} improvement, nats": as_nats(of) for level, of in improved.items()}
+    else:
+        measured = {f"{level} improvement %": np.asarray(of) for level, of in improved.items()}
+    measured |= {f"{level}{PPL}": np.asarray(details["ppls"][level]) for level in improved}
     return [
         ("reward", np.asarray(total)),
-        *(
-            (f"{level} {what}", np.asarray(of[level]))
-            for what, of in measured.items()
-            for level in reward_fn.config.levels
-        ),
+        *measured.items(),
         *((row_name(function), np.asarray(one)) for (function, _), one in zip(others, earned, strict=True)),
     ]
 
@@ -209,41 +205,9 @@ def _measured(reward_fn, columns: Mapping[str, list], written: Sequence[tuple]) 
     )[1]
 
 
-def gained_by_any(before: Mapping[str, float], after: Mapping[str, float]) -> str | None:
-    """A warning where what was written earns more, and goes with its own row no better than before.
-
-    before, after: scores of `HeldOut`.
-
-    >>> before = {"word improvement %": 0.0, "found among 8": 0.5}
-    >>> gained_by_any(before, {"word improvement %": 16.0, "found among 8": 0.5})[:47]
-    'ANY ROW: completions earn 16.0 points more, and'
-    >>> gained_by_any(before, {"word improvement %": 16.0, "found among 8": 0.9})
-    """
-    [found] = [name for name in before if name.startswith(FOUND)] or [None]
-    levels = [name for name in before if name.endswith(" improvement %")]
-    gain = sum(after[name] - before[name] for name in levels) / len(levels)
-    if found is None or gain <= LEAST_GAIN or after[found] > before[found]:
-        return None
-    k, shares = found.removeprefix(FOUND), {"before": before[found], "after": after[found]}
-    return VERDICTS["any row"].format(since="", rise=gain, k=k, **shares)
-
-
 def row_name(function) -> str:
     """What a reward beside the perplexities is called in the table."""
     return "loop penalty" if name_of(function) == "loop_penalty" else name_of(function)
-
-
-def write_heldout(path: Path, sampling: dict, rewarded: dict, before: HeldOut, after: HeldOut | None = None) -> None:
-    """JSON `{"sampling", "rewarded", "before": {"prompts", "completions", "rewards", "scores", ...}, "after": the same
-    or null}`.
-
-    sampling: how `evaluate` sampled. rewarded: by what. What is nan becomes null.
-    """
-    content = {"sampling": sampling, "rewarded": rewarded, "before": asdict(before), "after": after and asdict(after)}
-    text = json.dumps(without_nan(content), ensure_ascii=False, indent=1, allow_nan=False)
-    # A list of ids on one line. Inside of a string there is no line break.
-    text = re.sub(r"\[\n\s+(\d+(?:,\n\s+\d+)*)\n\s+\]", lambda ids: "[" + " ".join(ids[1].split()) + "]", text)
-    write_text(path, text, "surrogatepass")
 
 
 def read_before(path: Path, rows, sampling: dict, rewarded: dict) -> HeldOut | None:
@@ -254,23 +218,15 @@ def read_before(path: Path, rows, sampling: dict, rewarded: dict) -> HeldOut | N
     """
     if not path.exists():
         return None
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8", errors="surrogatepass"))
-        before = kept["before"]
-        theirs = kept.get("rewarded", {})
-        if (
-            kept["sampling"] != sampling
-            or {name: theirs.get(name) for name in rewarded} != rewarded  # a run of version 0.1 had more settings
-            or before["prompts"] != list(rows["prompt"])
-        ):
-            return None
-        rewards = [[math.nan if reward is None else float(reward) for reward in group] for group in before["rewards"]]
-        scores = {name: math.nan if score is None else float(score) for name, score in before["scores"].items()}
-        return HeldOut(before["prompts"], before["completions"], rewards, scores, before.get("completion_ids"))
-    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path}: {error!r:.200}: this script did not write it so; delete it to measure anew"
-        ) from error
+    its_sampling, theirs, before, _ = read_heldout(path)
+    if (
+        its_sampling != sampling
+        or {name: theirs.get(name) for name in rewarded} != rewarded  # a run of version 0.1 had more settings
+        or before.prompts != list(rows["prompt"])
+        or not before.rewards
+    ):
+        return None
+    return before
 
 
 def kl_scorers(model, start) -> tuple[SurprisalScorer, SurprisalScorer] | None:
