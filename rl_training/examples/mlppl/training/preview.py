@@ -3,6 +3,7 @@
 import math
 import re
 import textwrap
+from typing import Any
 
 import pandas as pd
 from transformers import TrainerCallback, TrainerState
@@ -10,7 +11,7 @@ from transformers import TrainerCallback, TrainerState
 from ..config import ALL_LEVELS
 from ..data import message_text
 from ..processes import is_first
-from ..prompts import Turns, render_prompt
+from ..prompts import render_prompt
 from ..reward.function import MultiLevelPPLRewardFunction
 from ..scoring.contexts import Views
 from ..scoring.sampling import prompt_ids
@@ -67,20 +68,16 @@ def _columns(job: Job) -> str:
 def _texts(job: Job, reward_fn: MultiLevelPPLRewardFunction) -> list[str]:
     """The first row as policy and scorer read it; what the scorer reads only where it is something else."""
     row, tokenizer, chat = job.train_rows[0], reward_fn.policy.tokenizer, job.chat
-    prompt, reference = row["prompt"], row.get("reference") or ""
+    prompt, reference = row["prompt"], message_text(row.get("reference") or "")
     lines = [_line("The policy reads", tokenizer.decode(prompt_ids([prompt], tokenizer, **chat)[0]))]
     if job.reward.target == "reference":
-        return [
-            *lines,
-            _line("The scorer reads", reward_fn.reference_context(prompt, "{completion}")),
-            _line("and scores", message_text(reference)),
-        ]
-    scored = reward_fn.calculator.text(prompt, reference)
-    scored = scored[-1][0] if isinstance(scored, Views) else scored
-    context, text = scored[0] if isinstance(scored, Turns) else scored
+        context = reward_fn.reference_context(prompt, "{completion}")
+        return [*lines, _line("The scorer reads", context), _line("and scores", reference)]
+    scored: Any = reward_fn.calculator.text(prompt, "")  # no completion: one that a chat template refuses is not read
+    context = scored[-1][0][0] if isinstance(scored, Views) else scored[0]
     if context != render_prompt(prompt, tokenizer, **chat):
         lines.append(_line("The scorer reads", context))
-    return [*lines, _line("Its completion in the data", text)] if message_text(reference) else lines
+    return [*lines, _line("Its completion in the data", reference)] if reference else lines
 
 
 def _line(label: str, text: str) -> str:
