@@ -121,7 +121,10 @@ def test_the_completions_of_a_batch_by_hand():
         "extra": {"reward_word": [10.0, 20.0, nan, 0.0], "ppl/word": [9.0, 8.0, 7.0, None], "mine": ["a"] * 4},
     }
     weights, args = torch.tensor([1.0, 2.0]), SimpleNamespace(num_generations=2)
-    printed = batch_in_words(SimpleNamespace(_logs=table, reward_weights=weights, args=args))
+    trainer = SimpleNamespace(_logs=table, reward_weights=weights, args=args)
+    nested = batch_in_words(trainer, nested=True)
+    assert "word +0.11 nats\n" in nested and "word +0.22 nats\n" in nested  # -ln 0.9 and -ln 0.8
+    printed = batch_in_words(trainer, nested=False)
     assert printed.strip().splitlines() == [
         'Prompt 1: "a"',
         "  reward 1.000, brevity 0.000, word +10.0 %",

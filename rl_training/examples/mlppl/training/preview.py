@@ -13,6 +13,7 @@ from ..data import message_text
 from ..processes import is_first
 from ..prompts import render_prompt
 from ..reward.function import MultiLevelPPLRewardFunction
+from ..reward.terms import as_nats
 from ..scoring.contexts import Views
 from ..scoring.sampling import prompt_ids
 from .diagnostics import Diagnostics
@@ -112,7 +113,7 @@ def dry_run(job: Job, trainer, diagnostics: Diagnostics) -> int:
     trainer.add_callback(_OneStep())
     trainer.train(resume_from_checkpoint=job.checkpoint)
     if is_first():
-        print(batch_in_words(trainer))
+        print(batch_in_words(trainer, nested=job.reward.aggregation == "nested"))
         for text in diagnostics.verdicts(least=1).values():
             print(_wrapped(text))
         print(f"Nothing was written to {job.output}. Without --dry_run the run begins.")
@@ -120,26 +121,27 @@ def dry_run(job: Job, trainer, diagnostics: Diagnostics) -> int:
     return 0
 
 
-def batch_in_words(trainer) -> str:
+def batch_in_words(trainer, nested: bool) -> str:
     """The completions that a trainer sampled last, of all its processes, and what each earned: from TRL's own table.
 
-    The reward, what other functions add to it, and each level's improvement, with --per_level also what that adds."""
+    The reward, what other functions add to it, and each level's improvement, with --per_level also what that adds. An
+    improvement is in percent, of nested levels in nats a token."""
     table, size = trainer._logs, trainer.args.num_generations
     weighted = pd.DataFrame(dict(table["rewards"])) * trainer.reward_weights.tolist()
     others = [name for name in weighted if not name.startswith(OWN)]
     extra = pd.DataFrame(dict(table["extra"]))
     levels = [name for name in ALL_LEVELS if f"reward_{name}" in extra]
-    rows = weighted.assign(reward=weighted.sum(axis=1, min_count=1))
+    rows = weighted.assign(reward=weighted.sum(axis=1, min_count=1)).astype(float)
     for level in levels:  # a blank completion has none, as in the log's means
-        rows[level] = extra[f"reward_{level}"].where(extra[f"ppl/{level}"].notna())
+        rows[level] = extra[f"reward_{level}"].where(extra[f"ppl/{level}"].notna()).astype(float)
+        rows[level] = as_nats(rows[level]) if nested else rows[level]
 
     def told(numbers) -> str:
         shown = [f"{name} {or_none(numbers[name], '{:.3f}')}" for name in ("reward", *others)]
         for level in levels:
-            own = (
-                f" ({or_none(numbers[f'{OWN}_{level}'], '{:.3f}')})" if f"{OWN}_{level}" in rows else ""
-            )  # --per_level
-            shown.append(f"{level} {or_none(numbers[level], '{:+.1f} %')}{own}")
+            name = f"{OWN}_{level}"  # there with --per_level
+            own = f" ({or_none(numbers[name], '{:.3f}')})" if name in rows else ""
+            shown.append(f"{level} {or_none(numbers[level], '{:+.2f} nats' if nested else '{:+.1f} %')}{own}")
         return ", ".join(shown)
 
     lines, flat, groups = [], 0, rows.groupby(rows.index // size)
