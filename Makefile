@@ -77,7 +77,7 @@ DEMO_STEPS_smollm2 := 16
 DEMO_PROMPTS_smollm2 := --chat --prompt_template 'Continue the story in two sentences: {prompt}' --aggregation nested
 DEMO_BASELINES_smollm2 := --no-load_in_4bit --num_samples 40
 DEMO_TRAINING_smollm2 := --no_unsloth --no-load_in_4bit --max_samples 40 --heldout_samples 8 --reward_form nats --ppl_weights 1 1 1 \
-    --learning_rate 1e-3 --logging_steps 5
+    --learning_rate 1e-3
 
 DEMO_TOKENS_tiny-stories := 64
 DEMO_TOKENS_smollm2 := 24

@@ -218,8 +218,10 @@ def test_a_folder_with_a_run_in_it_is_not_written_into(tmp_path):
     (out / "checkpoint-500").rmdir()
     whole(out, 500)
     assert "holds the checkpoints of a run: " in (line := refusal(*flags)) and "--resume_from_checkpoint" in line
+    (out / "reward.png").touch()  # a run of one step makes none
     train(*flags, "--overwrite", "--save_steps", "1")
     assert [one.name for one in out.glob("checkpoint-*")] == ["checkpoint-1"] and not (out / "merged").exists()
+    assert not (out / "reward.png").exists() and "reward.png" not in (out / "README.md").read_text()
     assert "overwrite" not in (out / "training_config.yaml").read_text()
 
 

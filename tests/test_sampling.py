@@ -12,12 +12,16 @@ from training_runs import SHORT, refusal, train
 from transformers import GenerationConfig
 
 import compute_baselines_trl
+import train_grpo_multilevel_unsloth
 from mlppl.baselines.file import Baselines, read_meta
+from mlppl.baselines.job import generation
+from mlppl.cli import sampling
 from mlppl.config import GENERATION_KWARGS, Sampling
 from mlppl.errors import InputError
 from mlppl.scoring.sampling import ignores_padding, sample
 from mlppl.scoring.tokens import Sampled
 from mlppl.training.rewards import other_sampling
+from mlppl.training.settings import grpo_config, plan_batches
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLCalculator
 
 PROMPTS = ["Once upon a time", "The fox said: ", "They walked home together,"]
@@ -61,6 +65,37 @@ def test_training_samples_as_held_out_prompts_are_sampled(tokenizer, tmp_path, s
     ours = sample(trainer.model, tokenizer, PROMPTS, seed=1, max_new_tokens=12, **settings)
     assert written(trainer) == [one.ids for [one] in ours]
     assert ours != sample(trainer.model, tokenizer, PROMPTS, seed=1, max_new_tokens=12, temperature=0.9)
+
+
+FLAGS = {
+    "--temperature": "0.5", "--top_p": "0.3", "--top_k": "2", "--min_p": "0.9", "--repetition_penalty": "0.01",
+    "--generation_kwargs": '{"bad_words_ids": [[' + "], [".join(map(str, range(3, 300))) + "]]}",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def without_flags(tokenizer):
+    return [one.ids for [one] in sample(toys.llama(), tokenizer, PROMPTS, seed=1, max_new_tokens=12)]
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_each_flag_reaches_training_held_out_prompts_and_baselines(tokenizer, tmp_path, without_flags, flag):
+    """What is written changes, to the same ids in all three."""
+    words = [flag, FLAGS[flag], "--max_new_tokens", "12"]
+    args, rest = train_grpo_multilevel_unsloth.parse_args([*words, "--output_dir", str(tmp_path)])
+    config = grpo_config(args, rest, plan_batches(2, None, 2))[0]
+    trainer = grpo(
+        tmp_path,
+        tokenizer,
+        **{name: getattr(config, name) for name in asdict(Sampling()) if name != "max_new_tokens"},
+        max_completion_length=12,
+    )
+    ours = sample(trainer.model, tokenizer, PROMPTS, seed=1, **asdict(sampling(args)))
+    assert written(trainer) == [one.ids for [one] in ours] != without_flags
+    of_baselines = generation(compute_baselines_trl.parse_args([*words, "--generate", "2"]))
+    assert {name: of_baselines[name] for name in asdict(sampling(args))} == asdict(sampling(args))
+    notice = other_sampling(Baselines({}, {"generated": {"max_new_tokens": 12}}, "b.pkl"), sampling(args))
+    assert f"this run samples with {flag.removeprefix('--')} " in notice
 
 
 def test_baselines_of_own_writing_are_sampled_as_they_say(tokenizer, tmp_path):

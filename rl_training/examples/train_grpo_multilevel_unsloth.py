@@ -124,6 +124,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     from mlppl.training.card import print_use
     from mlppl.training.heldout import HeldOutPrompts
     from mlppl.training.policy import NOT_PUSHED, load_policy_and_scorer, merge, publish
+    from mlppl.training.preview import announce, dry_run
     from mlppl.training.rewards import perplexity_rewards, weighted
     from mlppl.training.trainer import stopped_by, watch
 
@@ -131,9 +132,12 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     rewards = weighted(job, make_rewards(job, policy, scorer))
     trainer = make_trainer(job, policy, rewards)
     perplexity = perplexity_rewards(rewards)[0]
-    job.write_config()
     held_out = HeldOutPrompts(job, policy, scorer, rewards, trainer)
-    watch(trainer, job, rewards, held_out.kl)
+    diagnostics = watch(trainer, job, rewards, held_out.kl)
+    announce(job, trainer, perplexity)
+    if args.dry_run:
+        return dry_run(job, trainer, diagnostics)
+    job.write_config()
     page = start_report(job, perplexity, held_out.before())
     trainer.add_callback(page)
     trainer.train(resume_from_checkpoint=job.checkpoint)

@@ -187,6 +187,11 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--config", action="append", help="YAML file of flags; those on the command line win")
     add("--output_dir", default="output_grpo", help="adapter, tokenizer, checkpoints, report")
     add("--overwrite", action="store_true", help="replace the run that is in --output_dir")
+    add(
+        "--dry_run",
+        action="store_true",
+        help="say what the run will do, show the completions and rewards of its first step, and stop; write nothing",
+    )
     add("--num_train_epochs", type=float, default=1.0, help="passes over the prompts")
     add("--per_device_train_batch_size", type=positive_int, default=4, help="in completions")
     add("--gradient_accumulation_steps", type=positive_int, help="(default: the least that fits)")
@@ -195,7 +200,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--learning_rate", type=float, default=5e-5, help="peak")
     add("--lora_r", type=positive_int, default=16, help="rank of the adapter")
     add("--lora_alpha", type=positive_int, default=16, help="scale of the adapter")
-    add("--logging_steps", type=float, default=10, help="steps between log lines")
+    add("--logging_steps", type=float, default=0.05, help="steps between log lines; below 1: what share of the run")
     add("--save_steps", type=float, default=500, help="steps between checkpoints")
     add("--seed", type=seed, default=DEFAULT_SEED, help="random seed")
     add("--wandb_project", help="log to this project of Weights & Biases")

@@ -175,10 +175,8 @@ def start_report(job: Job, reward_fn, before: HeldOut) -> "RunPage":
         "Baselines": "no file" if job.baselines is None else job.baselines.source,
     }
     shown = explain_heldout(reward_fn, before, list(job.heldout_rows["reference"]))
-    path, command = job.output / "report.html", command_line(launched(job.command))
-    if is_first():
-        print(f"Report, kept up to date: {path}")
-    return RunPage(path, job.models.name, facts, command, job.config_file, before, shown)
+    command = command_line(launched(job.command))
+    return RunPage(job.output / "report.html", job.models.name, facts, command, job.config_file, before, shown)
 
 
 def finish_report(job: Job, page: "RunPage", reward_fn, after: HeldOut, state) -> None:

@@ -243,9 +243,10 @@ class Diagnostics(TrainerCallback):
                 if state.is_world_process_zero:
                     tqdm.write(f"step {state.global_step}: {text}")
 
-    def verdicts(self) -> dict[str, str]:
-        """The failures that the last `WINDOW` steps show, by name, each in words with its remedy."""
-        if self._steps < WINDOW or not self._calls:
+    def verdicts(self, least: int = WINDOW) -> dict[str, str]:
+        """The failures that the last `WINDOW` steps show, by name, each in words with its remedy. least: before so many
+        steps there are none."""
+        if self._steps < least or not self._calls:
             return {}
         groups = sum(call.groups for call in self._calls)
         flat = sum(call.without_spread for call in self._calls) / max(groups, 1)
@@ -253,7 +254,8 @@ class Diagnostics(TrainerCallback):
         numbers: dict = {
             **{name: np.mean([call.shares[name] for call in self._calls]) for name in self._calls[0].shares},
             "improvement": self._gain(np.mean([call.improvement for call in self._calls]), "{:+.1f} % improvement"),
-            "seen": f"In the last {WINDOW} steps {flat:.0%} of the groups had no spread: GRPO learns nothing",
+            "seen": f"{'In this step' if self._steps == 1 else f'In the last {WINDOW} steps'} {flat:.0%} of the groups "
+            "had no spread: GRPO learns nothing",
             "window": WINDOW, "distinct_2": distinct_2, "length": length,
         }  # fmt: skip
         numbers["nothing"] = numbers["at_zero"] + numbers["missing"]

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from .. import cli
 from ..baselines.file import Baselines, check_meta, read_meta
@@ -36,10 +37,11 @@ class Job:
     scores, `mlppl.training.settings.Models`. reward: `mlppl.config.RewardConfig`. sampling: `mlppl.config.Sampling`.
     chat: keywords of `mlppl.prompts.render_prompt`, for policy, scorer and held-out sampling. baselines: None without a
     file; column_meta: without rows, how the data set's columns `baseline_...` were made, if it says so. train_rows,
-    heldout_rows, eval_rows (or None): data sets of `prepare_dataset`. checkpoint: to go on from, or None.
-    without_unsloth: why, if it is not used. config: TRL's GRPOConfig; asked: its fields as they were asked for.
-    command: the command line's words after the script's name. contexts: keywords of the calculator, rows that the
-    scorer reads, which are in none of the others.
+    heldout_rows, eval_rows (or None): data sets of `prepare_dataset`. columns and form: `mlppl.data.Columns` and
+    `PromptForm` of what is trained on. output: the run's folder; with --dry_run config has another one, which goes.
+    checkpoint: to go on from, or None. without_unsloth: why, if it is not used. config: TRL's GRPOConfig; asked: its
+    fields as they were asked for. command: the command line's words after the script's name. contexts: keywords of the
+    calculator, rows that the scorer reads, which are in none of the others.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class Job:
         sampled_apart = any(word.startswith(("--steps_per_generation", "--generation_batch_size")) for word in rest)
         batches = plan_batches(*numbers, int(os.environ.get("WORLD_SIZE", "1")), sampled_apart)
         check_output(args.output_dir)
-        self.reward, sampling, self._form = cli.reward_config(args), cli.sampling(args), cli.prompt_form(args)
+        self.reward, sampling, self.form = cli.reward_config(args), cli.sampling(args), cli.prompt_form(args)
         self._config_name, self._columns, self._prepare = args.dataset_config, cli.column_options(args), prepare_dataset
         self.chat = cli.chat_options(args)
 
@@ -67,7 +69,7 @@ class Job:
         self.column_meta = Baselines({}, read_meta(Path(args.dataset_name, ".baselines")), args.dataset_name)
         made = self.baselines or self.column_meta
         if not self.reward.allow_baseline_mismatch:
-            same = {"definitions": self.reward.definitions, "target": self.reward.target, "prompt": self._form.identity}
+            same = {"definitions": self.reward.definitions, "target": self.reward.target, "prompt": self.form.identity}
             check_meta(made, {**same, "model": {"name": args.scorer_model or args.model_name}})
         self.models = models(args, made.meta)
 
@@ -91,20 +93,21 @@ class Job:
         self.without_unsloth = "--no_unsloth" if args.no_unsloth else import_unsloth()
         self.config, self.asked, defaults = grpo_config(args, rest, batches)
         self.config.eval_on_start = self.config.eval_on_start and self.checkpoint is None
+        self.output = Path(self.config.output_dir)
         self.sampling = replace(sampling, max_new_tokens=self.config.max_completion_length)
         flags = {**vars(args), **self.models.policy_load, "heldout_samples": len(self.heldout_rows)}
         self._config_text = config_text(flags, self.asked, defaults)
         check_batch(len(self.train_rows), self.config)
+        if args.dry_run:
+            self._nowhere = TemporaryDirectory()
+            nothing = {"report_to": [], "log_completions": False, "push_to_hub": False, "eval_on_start": False}
+            for name, value in {**nothing, "output_dir": self._nowhere.name}.items():
+                setattr(self.config, name, value)
+                self.asked[name] = value
         if self.config.push_to_hub:
             check_hub(self.config)
         if is_first():
             print("".join(f"{notice}\n" for notice in self._notices), end="", file=sys.stderr)
-            if self.checkpoint is not None:
-                print(f"Going on from {self.checkpoint}")
-
-    @property
-    def output(self) -> Path:
-        return Path(self.config.output_dir)
 
     @property
     def config_file(self) -> Path:
@@ -114,8 +117,10 @@ class Job:
         """Make the output folder, and write down every setting of the run; what --overwrite replaces goes."""
         self.output.mkdir(parents=True, exist_ok=True)
         if self.config.process_index == 0:
-            for folder in [*self.output.glob("checkpoint-*"), self.output / "merged"] if self._replaces else []:
-                shutil.rmtree(folder, ignore_errors=True)
+            if self._replaces:
+                for folder in [*self.output.glob("checkpoint-*"), self.output / "merged"]:
+                    shutil.rmtree(folder, ignore_errors=True)
+                (self.output / "reward.png").unlink(missing_ok=True)  # a run of one log entry makes none
             write_text(self.config_file, self._config_text)
 
     def guarded_prompts(self, tokenizer) -> dict:
@@ -129,7 +134,7 @@ class Job:
 
     def _first_rows(self, dataset, columns) -> Iterator[Shown]:
         """Those that examples and other rows are drawn from, made when they are asked for."""
-        rows = self._prepare(dataset.select(range(min(FIRST, len(dataset)))), columns, self._form)
+        rows = self._prepare(dataset.select(range(min(FIRST, len(dataset)))), columns, self.form)
         yield from zip(rows["prompt"], rows["reference"], strict=True)
 
     def _load_rows(self, split: str, drawn: argparse.Namespace | None = None):
@@ -141,18 +146,19 @@ class Job:
         dataset = load_split(self.dataset_name, self._config_name, split, text_columns=self._columns[:3])
         columns = find_columns(dataset.column_names, *self._columns)
         if drawn is not None:
+            self.columns = columns
             self._shown = cli.shown_rows(drawn, self._first_rows(dataset, columns))
             if drawn.max_samples is not None:
                 dataset = dataset.select(range(min(drawn.max_samples, len(dataset))))
-        rows = self._prepare(dataset, columns, self._form)
+        rows = self._prepare(dataset, columns, self.form)
         if not len(rows):
             raise InputError(f"split {split!r} of data set {self.dataset_name!r} holds no row with a prompt")
         if len(rows) < len(dataset):
             left_out = f"{len(dataset) - len(rows)} of {len(dataset)} rows of split {split!r} are left out"
-            why = "no prompt" + (", or no text behind it" if self._form.prompt_sentences else "")
+            why = "no prompt" + (", or no text behind it" if self.form.prompt_sentences else "")
             self._notices.append(f"{left_out}: {why}")
         if set(self.reward.baseline_columns) & set(dataset.column_names) & set(rows.column_names):
-            unedited = prepare_rows(dataset, columns, self._form)
+            unedited = prepare_rows(dataset, columns, self.form)
             prompts = dict(zip(unedited["id"], unedited["prompt"], strict=True))
             for index, (row_id, prompt) in enumerate(zip(rows["id"], rows["prompt"], strict=True)):
                 if prompts.get(row_id, prompt) != prompt:
@@ -166,7 +172,7 @@ class Job:
         references, needed = None, self.reward.missing == "error"
         if self.reward.target == "reference":
             references = rows["reference"]
-            check_references(rows, columns, self._form, blank_is_wrong=needed)
+            check_references(rows, columns, self.form, blank_is_wrong=needed)
         if self.baselines is not None:
             self.baselines.check_coverage(rows["id"], rows["prompt"], references, needed=needed)
         return rows

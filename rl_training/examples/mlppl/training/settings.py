@@ -24,7 +24,7 @@ from ..models import model_path
 CONFIG_FILE = "training_config.yaml"
 STATE_FILE = "reward_state.json"  # of `mlppl.training.trainer.RewardState`: the last file of a checkpoint
 SCRIPT = "train_grpo_multilevel_unsloth.py"
-_NOT_KEPT = ("debug", "config", "resume_from_checkpoint", "overwrite")  # of one call, not of the run
+_NOT_KEPT = ("debug", "config", "resume_from_checkpoint", "overwrite", "dry_run")  # of one call, not of the run
 _OF_THE_MACHINE = ("bf16", "fp16", "use_cpu")  # told in the file, chosen again where it is used
 
 # --- flags and files of them -----------------------------------------------------------------------------------------

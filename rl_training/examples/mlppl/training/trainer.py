@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -123,7 +124,7 @@ class _OrderOfEpoch(RepeatSampler):
         return super().__iter__()
 
 
-def watch(trainer, job: Job, rewards: Sequence[Reward], kl: Callable) -> None:
+def watch(trainer, job: Job, rewards: Sequence[Reward], kl: Callable) -> Diagnostics:
     """Give the trainer the callbacks of this file, and the reward's diagnostics. kl: of `HeldOutPrompts`."""
     for shown in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # in a notebook transformers has one of its own
         trainer.remove_callback(shown)
@@ -132,6 +133,7 @@ def watch(trainer, job: Job, rewards: Sequence[Reward], kl: Callable) -> None:
     state = RewardState(functions, diagnostics, job.checkpoint)
     for callback in (state, diagnostics, SafeStops(), OneLineProgress):
         trainer.add_callback(callback)
+    return diagnostics
 
 
 def stopped_by(trainer, job: Job) -> int | None:
@@ -145,7 +147,27 @@ def stopped_by(trainer, job: Job) -> int | None:
 
 
 class OneLineProgress(ProgressCallback):
-    """Trainer's progress bar, and of each log entry what one watches; all of it is in the trainer's state and W&B."""
+    """Trainer's progress bar, and of each log entry what one watches; all of it is in the trainer's state and W&B.
+
+    After the first step, or the first ones that share a sampling, it says how long the others will take."""
+
+    _began: tuple[int, float] | None = None  # the first step of this process, and when
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self._began = self._began or (state.global_step, time.perf_counter())
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        first, start = self._began
+        several = max(1, args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps)
+        steps = state.max_steps - first
+        if self.training_bar is not None and state.global_step == first + several < state.max_steps:
+            seconds = time.perf_counter() - start
+            took = f"Step {first + 1}" if several == 1 else f"Steps {first + 1} to {first + several}"
+            self.training_bar.write(
+                f"{took} took {duration(seconds)}: {steps:,} steps take about {duration(seconds / several * steps)}, "
+                "beside evaluations and the held-out prompts"
+            )
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if self.training_bar is None:
@@ -153,9 +175,9 @@ class OneLineProgress(ProgressCallback):
         for prefix in ("", "eval_"):
             of = {name.removeprefix(prefix): value for name, value in logs.items() if name.startswith(prefix)}
             if "reward" in of:
-                reward, spread = (_told(of[name], "{:.3f}") for name in ("reward", "reward_std"))
+                reward, spread = (or_none(of[name], "{:.3f}") for name in ("reward", "reward_std"))
                 levels = [level for level in ALL_LEVELS if f"reward_{level}" in of]
-                told = [f"{level} {_told(of[f'reward_{level}'], '{:+.1f} %')}" for level in levels]
+                told = [f"{level} {or_none(of[f'reward_{level}'], '{:+.1f} %')}" for level in levels]
                 told.append(f"{of['completions/mean_length']:.0f} tokens")
                 if "entropy" in of:  # Unsloth's trainer on a GPU computes none
                     told.append(f"entropy {of['entropy']:.2f}")
@@ -165,9 +187,20 @@ class OneLineProgress(ProgressCallback):
                 )
 
 
-def _told(value: float | None, form: str) -> str:
-    """None where rows were skipped: the mean of none, the spread of one."""
-    return "none" if value is None else form.format(value)
+def or_none(value: float | None, form: str) -> str:
+    """None or nan where rows were skipped: the mean of none, the spread of one."""
+    return "none" if value is None or math.isnan(value) else form.format(value)
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(0.42), duration(95), duration(1500), duration(86400)
+    ('0.4 s', '95 s', '25 min', '24.0 h')
+    """
+    for most, unit, size in ((100, "s", 1), (6000, "min", 60)):
+        if seconds < most:
+            return f"{seconds / size:.{int(seconds < 10)}f} {unit}"
+    return f"{seconds / 3600:.1f} h"
 
 
 class RewardState(TrainerCallback):
