@@ -21,6 +21,7 @@ from trl.trainer.utils import RepeatSampler
 from ..config import ALL_LEVELS
 from ..errors import InputError
 from ..files import write_text
+from ..reward.terms import as_nats
 from ..scoring.sampling import GivenIds, own_settings, prompt_ids, settings_kept
 from .diagnostics import Diagnostics, in_one_line
 from .job import Job
@@ -131,7 +132,7 @@ def watch(trainer, job: Job, rewards: Sequence[Reward], kl: Callable) -> Diagnos
     functions = perplexity_rewards(rewards)
     diagnostics = Diagnostics(functions[0], kl)
     state = RewardState(functions, diagnostics, job.checkpoint)
-    for callback in (state, diagnostics, SafeStops(), OneLineProgress):
+    for callback in (state, diagnostics, SafeStops(), OneLineProgress(job.reward.aggregation == "nested")):
         trainer.add_callback(callback)
     return diagnostics
 
@@ -149,7 +150,12 @@ def stopped_by(trainer, job: Job) -> int | None:
 class OneLineProgress(ProgressCallback):
     """Trainer's progress bar, and of each log entry what one watches; all of it is in the trainer's state and W&B.
 
-    After the first step, or the first ones that share a sampling, it says how long the others will take."""
+    After the first step, or the first ones that share a sampling, it says how long the others will take. nested: levels
+    are shown in nats."""
+
+    def __init__(self, nested: bool = False) -> None:
+        super().__init__()
+        self._nested = nested
 
     _began: tuple[int, float] | None = None  # the first step of this process, and when
 
@@ -177,7 +183,12 @@ class OneLineProgress(ProgressCallback):
             if "reward" in of:
                 reward, spread = (or_none(of[name], "{:.3f}") for name in ("reward", "reward_std"))
                 levels = [level for level in ALL_LEVELS if f"reward_{level}" in of]
-                told = [f"{level} {or_none(of[f'reward_{level}'], '{:+.1f} %')}" for level in levels]
+                gains = {level: of[f"reward_{level}"] for level in levels}
+                form = "{:+.1f} %"
+                if self._nested:
+                    gains = {level: None if gain is None else as_nats(gain) for level, gain in gains.items()}
+                    form = "{:+.2f} nats"
+                told = [f"{level} {or_none(gain, form)}" for level, gain in gains.items()]
                 told.append(f"{of['completions/mean_length']:.0f} tokens")
                 if "entropy" in of:  # Unsloth's trainer on a GPU computes none
                     told.append(f"entropy {of['entropy']:.2f}")
