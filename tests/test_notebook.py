@@ -135,7 +135,7 @@ def test_what_a_t4_does_is_calculated_from_what_an_h100_did():
     seconds += float(re.search(r"these completions, geometric \| (\S+) s", measured)[1])
     [text] = [cell.source for cell in nbformat.read(NOTEBOOK, 4).cells if "On a T4" in cell.source]
     on_h100 = 8 * 8 * 256 / seconds
-    assert f"{on_h100:.0f} tokens a second" in text
+    assert f"{round(on_h100, -1):.0f} tokens a second" in text
     for name, total, embedded in (
         ("Llama-3.2-1B", 1.236e9, 128256 * 2048),
         ("Qwen2.5-1.5B", 1.544e9, 151936 * 1536),
@@ -143,7 +143,7 @@ def test_what_a_t4_does_is_calculated_from_what_an_h100_did():
     ):
         rate = on_h100 * 8.03e9 / total * 65 / 989
         step, weights = 16 * 128 / rate, ((total - embedded) * 0.5625 + 2 * embedded) / 1e9
-        row = f"| {rate:.0f} | {step:.0f} s | {100 * step / 60:.0f} min | {weights:.1f} GB |"
+        row = f"| {round(rate, -1):.0f} | {step:.0f} s | {100 * step / 60:.0f} min | {weights:.1f} GB |"
         assert f"`unsloth/{name}-bnb-4bit` {row}" in text
 
 
@@ -213,7 +213,7 @@ def test_the_report_names_the_command_and_not_the_kernels(cells, folder):
 
 @pytest.mark.slow
 def test_it_ends_with_a_clear_rise_and_writes(cells, folder):
-    """With seeds 42, 1 and 2 the rise was RISES nats."""
+    """With the seeds 42, 1 and 2 it was 0.436 ± 0.064, 0.329 ± 0.051 and 0.315 ± 0.056 nats."""
     told = printed(cell(cells, "from statistics"))
     rise, error = map(float, re.search(r"a rise of (\S+) ± (\S+) nats", told).groups())
     assert rise > 0.15 and rise > 3 * error
