@@ -174,6 +174,7 @@ def test_the_better_text_earns_more(cells):
 
 
 @pytest.mark.slow
+@pytest.mark.smollm2
 def test_levels_beyond_the_sentence_tell_the_true_continuation(cells):
     [page] = map(page_of, shown(cell(cells, "import json"), "text/html"))
     assert '<section data-level="prompt"' in page and '<section data-level="examples"' in page
