@@ -2,9 +2,11 @@
 
 import html
 import json
+import math
 import pickle
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import nbformat
@@ -19,11 +21,20 @@ from mlppl.config import LEVELS
 from mlppl.scoring.calculator import MultiLevelPPLCalculator
 from mlppl.scoring.heatmap import Framed, number
 
-EXAMPLES = Path(__file__).parent.parent / "rl_training" / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "rl_training" / "examples"
 NOTEBOOK = EXAMPLES / "multi_level_ppl.ipynb"
-# As the notebook has them, and at toy size.
-SHORTER = {'"60"': '"12"', '"32"': '"8"', '"20"': '"3"', '"8", *SHORT': '"2", *SHORT'}
+# The settings for data of one's own, run at toy size after the rest; and what else is tried in the same kernel.
+OWN = {
+    'DATA = "tiny-stories"': 'DATA = "own.jsonl"',
+    '"--max_new_tokens", "32"]': '"--max_new_tokens", "8", "--prompt_sentences", "2"]',
+    'ROWS, STEPS = "80", "40"': 'ROWS, STEPS = "10", "2"',
+    'OUTPUT = "output_notebook"': 'OUTPUT = "output_own"',
+}
 MORE = {
+    "own.jsonl": 'lines = [json.dumps({"text": story["prompt"] + story["completion"]}) for story in stories[:10]]\n'
+    'Path("own.jsonl").write_text("\\n".join(lines))',
+    "its own files": "import mlppl\nprint(mlppl.__file__)",
     "without arguments": "from multi_level_ppl_trl import main as score\nscore()",
     "help": 'score(["--help"])',
     "a typo": 'score(["--texd", "x"])',
@@ -39,28 +50,50 @@ MORE = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("clone") / "examples"
-    shutil.copytree(EXAMPLES, folder, ignore=shutil.ignore_patterns("__pycache__", "output*", "unsloth_compiled_cache"))
+def repository(tmp_path_factory) -> Path:
+    """What the notebook clones: a git repository of the examples."""
+    folder = tmp_path_factory.mktemp("repository")
+    ignored = shutil.ignore_patterns("__pycache__", "output*", "unsloth_compiled_cache")
+    shutil.copytree(EXAMPLES, folder / "rl_training" / "examples", ignore=ignored)
+    for words in ("init -q", "add .", "-c user.name=test -c user.email=test commit -q -m examples"):
+        subprocess.run(["git", *words.split()], cwd=folder, check=True)
     return folder
 
 
 @pytest.fixture(scope="module")
-def cells(folder) -> dict[str, nbformat.NotebookNode]:
-    """The cells by how they begin, run in one kernel, and behind them those of `MORE`."""
+def folder(tmp_path_factory) -> Path:
+    """The examples in the notebook's own clone, which is made in an empty folder, as on Colab."""
+    return tmp_path_factory.mktemp("content") / "multilevel-ppl" / "rl_training" / "examples"
+
+
+@pytest.fixture(scope="module")
+def cells(folder, repository) -> dict[str, nbformat.NotebookNode]:
+    """The cells by how they begin, run in one kernel with nothing but an address; behind them those of `MORE`, and the
+    second half once more with data of one's own, their names with "own: " before them."""
     notebook = nbformat.read(NOTEBOOK, 4)
     nbformat.validate(notebook)
-    whole = "".join(cell.source for cell in notebook.cells)
-    for name, source in MORE.items():
+    install = next(cell for cell in notebook.cells if "REPOSITORY" in cell.source and cell.cell_type == "code")
+    assert 'REPOSITORY = ""' in install.source and "    %pip install" in install.source
+    install.source = install.source.replace('REPOSITORY = ""', f'REPOSITORY = "{repository}"')
+    install.source = install.source.replace("    %pip install", "    # %pip install")  # the kernel has the packages
+    link = (
+        'REPOSITORY = "https://github.com/owner/name.git"\n' + install.source[install.source.index('if "github.com"') :]
+    )
+    more = MORE | {"an address on GitHub": link}
+    for name, source in more.items():
         notebook.cells.append(nbformat.v4.new_code_cell(f"# {name}\n{source}", metadata={"tags": ["raises-exception"]}))
-    for cell in notebook.cells:
-        for as_it_is, short in SHORTER.items() if "SHORT" in cell.source else ():
-            assert as_it_is in whole
-            cell.source = cell.source.replace(as_it_is, short)
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    [settings] = [index for index, source in enumerate(sources) if source.startswith("MODEL =")]
+    for source in sources[settings : len(sources) - len(more)]:
+        for as_it_is, own in OWN.items() if source == sources[settings] else ():
+            assert as_it_is in source
+            source = source.replace(as_it_is, own)
+        notebook.cells.append(nbformat.v4.new_code_cell(f"# own: {source.splitlines()[0]}\n{source}"))
+    folder.parents[2].mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("IPYTHONDIR", str(folder / ".ipython"))
-        patch.setenv("PYTHONPATH", str(folder))
-        client = NotebookClient(notebook, timeout=PATIENCE, resources={"metadata": {"path": str(folder)}})
+        patch.setenv("IPYTHONDIR", str(folder.parents[2] / ".ipython"))
+        patch.delenv("PYTHONPATH", raising=False)
+        client = NotebookClient(notebook, timeout=PATIENCE, resources={"metadata": {"path": str(folder.parents[2])}})
         client.execute()
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     return {cell.source.splitlines()[0].removeprefix("# "): cell for cell in code}
@@ -87,9 +120,44 @@ def test_no_output_of_a_machine_is_kept():
     assert set(notebook["metadata"]) == {"kernelspec", "language_info"}
 
 
+def test_it_installs_the_versions_that_are_tested():
+    pinned = [(ROOT / f"requirements{kind}.txt").read_text(encoding="utf-8") for kind in ("", "-cpu", "-smollm2")]
+    lines = "".join(pinned).splitlines()
+    [install] = [cell.source for cell in nbformat.read(NOTEBOOK, 4).cells if "%pip install" in cell.source]
+    packages = [word for line in re.findall(r"%pip install -q (.*)", install) for word in line.split()]
+    versions = [word.strip('"') for word in packages if "==" in word or "<" in word]
+    assert len(versions) == 7 and set(versions) <= set(lines)
+
+
+def test_what_a_t4_does_is_calculated_from_what_an_h100_did():
+    measured = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    seconds = sum(map(float, re.search(r"(\S+) s generation, (\S+) s the rest", measured).groups()))
+    seconds += float(re.search(r"these completions, geometric \| (\S+) s", measured)[1])
+    [text] = [cell.source for cell in nbformat.read(NOTEBOOK, 4).cells if "On a T4" in cell.source]
+    on_h100 = 8 * 8 * 256 / seconds
+    assert f"{round(on_h100, -1):.0f} tokens a second" in text
+    for name, total, embedded in (
+        ("Llama-3.2-1B", 1.236e9, 128256 * 2048),
+        ("Qwen2.5-1.5B", 1.544e9, 151936 * 1536),
+        ("Llama-3.2-3B", 3.213e9, 128256 * 3072),
+    ):
+        rate = on_h100 * 8.03e9 / total * 65 / 989
+        step, weights = 16 * 128 / rate, ((total - embedded) * 0.5625 + 2 * embedded) / 1e9
+        row = f"| {round(rate, -1):.0f} | {step:.0f} s | {100 * step / 60:.0f} min | {weights:.1f} GB |"
+        assert f"`unsloth/{name}-bnb-4bit` {row}" in text
+
+
+@pytest.mark.slow
+def test_an_address_is_all_that_it_needs(cells, folder):
+    assert printed(cell(cells, "its own files")).strip() == str(folder / "mlppl" / "__init__.py")
+    [link] = shown(cell(cells, "an address on GitHub"), "text/markdown")
+    page = "github/owner/name/blob/main/rl_training/examples/multi_level_ppl.ipynb"
+    assert f"(https://colab.research.google.com/{page})" in link
+
+
 @pytest.mark.slow
 def test_a_text_is_shown_with_its_numbers_and_they_are_those_by_hand(cells):
-    [frame] = shown(cell(cells, "from multi_level_ppl_trl import MultiLevelPPLCalculator"), "text/html")
+    [frame] = shown(cell(cells, "from mlppl.models import load_model"), "text/html")
     page = page_of(frame)
     for level, line in zip(LEVELS, printed(cell(cells, "import math")).splitlines(), strict=True):
         assert line.startswith(level) and f"<strong>{number(float(line.split()[1]))}</strong>" in page
@@ -97,10 +165,29 @@ def test_a_text_is_shown_with_its_numbers_and_they_are_those_by_hand(cells):
 
 
 @pytest.mark.slow
-def test_the_better_text_earns_more_and_baselines_are_there(cells, folder):
-    rewards = re.findall(r"reward (\S+)", printed(cell(cells, "from multi_level_ppl_trl import MultiLevelPPLReward")))
-    assert rewards == ["1.0", "0.0"]
-    assert len(pickle.loads((folder / "output_notebook" / "baselines.pkl").read_bytes())) == 12
+def test_the_better_text_earns_more(cells):
+    better, worse = printed(cell(cells, "from multi_level_ppl_trl import MultiLevelPPLReward")).splitlines()
+    ratios = [float(baseline) / float(ppl) for ppl, baseline in re.findall(r"(\d+) \((\d+)\)", better)]
+    by_hand = sum(map(math.prod, zip((0.2, 0.3, 0.5), map(math.log, ratios), strict=True)))
+    assert better.startswith("reward +") and math.isclose(float(better.split()[1].strip(",")), by_hand, abs_tol=0.05)
+    assert worse.startswith("reward -")
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+def test_levels_beyond_the_sentence_tell_the_true_continuation(cells):
+    [page] = map(page_of, shown(cell(cells, "import json"), "text/html"))
+    assert '<section data-level="prompt"' in page and '<section data-level="examples"' in page
+    lines = printed(cell(cells, "import random")).splitlines()
+    sums = [float(line.split()[-1]) for line in lines]
+    assert lines[0].startswith("true continuation") and sums[0] == max(sums)
+    prompt, examples = (float(number) for number in re.findall(r"[+-]\S+", lines[0])[:2])
+    assert math.isclose(prompt + examples, sums[0], abs_tol=0.011)
+
+
+@pytest.mark.slow
+def test_baselines_are_there(cells, folder):
+    assert len(pickle.loads((folder / "output_notebook" / "baselines.pkl").read_bytes())) == 80
     [picture] = shown(cell(cells, "from IPython.display"), "image/png")
     assert picture.startswith("iVBOR")  # PNG
 
@@ -110,19 +197,44 @@ def test_the_run_shows_one_progress_and_curves_that_grow(cells):
     trained = cell(cells, "from train_grpo_multilevel_unsloth")
     assert printed(cell(cells, "progress")).strip() == "NotebookProgressCallback"  # what transformers gives a notebook
     assert not [page for page in shown(trained, "text/html") if "Training Loss" in page]
-    assert "step 3: reward" in printed(trained)
+    assert "step 40: reward" in printed(trained)
     [curves] = [page_of(page) for page in shown(trained, "text/html") if page.startswith("<iframe")]
-    assert "Step 3 of 3" in curves and "Reward over optimizer steps" in curves
+    assert "Step 40 of 40" in curves and "Reward over optimizer steps" in curves
     assert not shown(trained, "text/plain")[-1:] or shown(trained, "text/plain")[-1] != "0"  # no exit code below it
 
 
 @pytest.mark.slow
 def test_the_report_names_the_command_and_not_the_kernels(cells, folder):
     report = (folder / "output_notebook" / "training" / "report.html").read_text(encoding="utf-8")
-    assert ">python train_grpo_multilevel_unsloth.py --baselines_path output_notebook/baselines.pkl" in report
+    assert ">python train_grpo_multilevel_unsloth.py --model_name tiny-stories" in report
     assert "ipykernel" not in report
-    [frame] = shown(cell(cells, "from pathlib import Path"), "text/html")
+    [frame] = shown(cell(cells, "from mlppl.pages.run"), "text/html")
     assert page_of(frame) == report
+
+
+@pytest.mark.slow
+def test_it_ends_with_a_clear_rise_and_writes(cells, folder):
+    """With the seeds 42, 1 and 2 it was 0.436 ± 0.064, 0.329 ± 0.051 and 0.315 ± 0.056 nats."""
+    told = printed(cell(cells, "from mlppl.training import results"))
+    rise, error = map(float, re.search(r": (\S+) ± (\S+)", told).groups())
+    assert rise > 0.15 and rise > 3 * error
+    heldout = json.loads((folder / "output_notebook" / "training" / "heldout.json").read_text(encoding="utf-8"))
+    scores = [heldout[when]["scores"]["reward"] for when in ("before", "after")]
+    assert "16 prompts: reward {:.3f} before, {:.3f} after:".format(*scores) in told
+    stories = printed(cell(cells, "from mlppl.scoring.sampling")).strip().split("\n\n")
+    assert [story.splitlines()[0] for story in stories] == heldout["after"]["prompts"][:3]
+    untrained, trained = zip(*(re.findall("trained: +(.*)", story) for story in stories), strict=True)
+    assert all(trained) and untrained != trained
+
+
+@pytest.mark.slow
+def test_data_of_ones_own_go_the_same_way(cells, folder):
+    prompts = json.loads((folder / "output_own" / "training" / "heldout.json").read_text(encoding="utf-8"))["after"][
+        "prompts"
+    ]
+    texts = [json.loads(line)["text"] for line in (folder / "own.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(prompts) == 2 and all(any(text.startswith(prompt) for text in texts) for prompt in prompts)
+    assert prompts[0] in printed(cell(cells, "own: from mlppl.scoring.sampling"))
 
 
 # --- scripts in a notebook -------------------------------------------------------------------------------------------
