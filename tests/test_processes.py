@@ -125,16 +125,8 @@ def test_weights_that_are_spread_train_as_whole_ones_do(tmp_path, way, trained, 
     content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     config = tmp_path / "spread.yaml"
     config.write_text(yaml.dump({**content, "num_processes": 2, "mixed_precision": "no", "main_process_port": 0}))
-    script = [
-        "train_grpo_multilevel_unsloth.py",
-        *SHORT,
-        *kind,
-        "--no_unsloth",
-        "--no-load_in_4bit",
-        "--max_steps",
-        "2",
-    ]
-    script += ["--save_steps", "1", "--learning_rate", "1e-3", "--output_dir"]
+    script = ["train_grpo_multilevel_unsloth.py", "--no_unsloth", "--no-load_in_4bit", *SHORT, *kind]
+    script += ["--max_steps", "2", "--save_steps", "1", "--learning_rate", "1e-3", "--output_dir"]
     resume = ["--resume_from_checkpoint", tmp_path / "resumed" / "checkpoint-1"]
     runs = {
         "whole": launch(*script, tmp_path / "whole"),
@@ -149,12 +141,13 @@ def test_weights_that_are_spread_train_as_whole_ones_do(tmp_path, way, trained, 
     first = sorted(path.name for path in (tmp_path / "spread" / "checkpoint-1").iterdir())
     assert {"FSDP 2": "pytorch_model_fsdp.bin", "ZeRO-3": "global_step1"}[way] in first  # it was spread
     whole, spread, resumed = (tmp_path / run for run in ("whole", "spread", "resumed"))
+    logs = {}
+    for run in (whole, spread, resumed):
+        entries = (entry.items() for entry in log_history(run, 2))
+        logs[run] = [{key: one for key, one in entry if not re.search("time|per_second", key)} for entry in entries]
     for other in (spread, resumed):
-        for one, same in zip(log_history(whole, 2), log_history(other, 2), strict=True):
-            timed = ("reward_time", "step_time", "train_runtime")
-            assert {key: value for key, value in same.items() if key not in timed and "per_second" not in key} == (
-                pytest.approx({key: one[key] for key in same if key not in timed and "per_second" not in key}, abs=1e-4)
-            )
+        for one, same in zip(logs[whole], logs[other], strict=True):
+            assert same == pytest.approx(one, abs=1e-4)
         one, same = (json.loads((run / "heldout.json").read_text())["after"] for run in (whole, other))
         assert same["completions"] == one["completions"]
         assert same["scores"] == pytest.approx(one["scores"], abs=1e-5)
@@ -163,8 +156,10 @@ def test_weights_that_are_spread_train_as_whole_ones_do(tmp_path, way, trained, 
     for file in files:
         one, same, again = (load_file(run / file) for run in (whole, spread, resumed))
         for key, tensor in one.items():
-            # A gradient near 0 may have another sign, and Adam makes a step of it: 1e-4 is a tenth of one.
-            torch.testing.assert_close(same[key], tensor, rtol=0, atol=1e-4)
+            # A gradient near 0 may have another sign, and Adam makes a step of it: 1e-4 is a tenth of one. What is
+            # merged is rounded to bfloat16.
+            rtol = 2**-7 if tensor.dtype == torch.bfloat16 else 0
+            torch.testing.assert_close(same[key], tensor, rtol=rtol, atol=1e-4)
             assert torch.equal(again[key], same[key])
     loader = AutoPeftModelForCausalLM if trained == "adapter_model" else AutoModelForCausalLM
     ids = torch.arange(4, 24)[None]
