@@ -160,8 +160,8 @@ class Processes:
                 raise SystemExit(1) from None
 
     def claim(self, parts: Parts) -> None:
-        """Take this process's lock, which a dead one has lost. Raises `InputError` if another run has it, and on a machine
-        that does not see the folder."""
+        """Take this process's lock, which a dead one has lost. Raises `InputError` if another run has it, or if this
+        machine does not see the folder."""
         if not parts.folder.exists():
             raise InputError(
                 f"{parts.folder}, which the first process has made, is not to be seen on {platform.node()}: choose an "
