@@ -1,5 +1,5 @@
 """Run by test_processes.py under accelerate launch: each process rewards its half of the same completions, with the
-policy inside DDP as the scorer, and writes as JSON what it found."""
+policy inside DDP as the scorer, or its weights spread by FSDP 2, and writes as JSON what it found."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import peft
 import torch
 import toys
 from accelerate import PartialState
+from score_sharded import spread
 
 from mlppl.reward.function import MultiLevelPPLRewardFunction
 
@@ -54,11 +55,13 @@ def main() -> None:
     half = len(PROMPTS) // 2
     mine = slice(half * state.process_index, half * (state.process_index + 1))
     model = policy()
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    ddp = sys.argv[2] == "DDP"
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if ddp else spread(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # nothing was trained
         result = {name: rewards(wrapped, mine, **options) for name, options in OPTIONS.items()}
-        result["inner handle"] = rewards(model, mine)
+        if ddp:
+            result["inner handle"] = rewards(model, mine)
     with open(f"{sys.argv[1]}/{state.process_index}.json", "w", encoding="utf-8") as file:
         json.dump(result, file)
     state.wait_for_everyone()

@@ -650,6 +650,11 @@ def test_processes_see_who_died(tmp_path):
         parts.Processes().claim(folder)
 
 
+def test_a_machine_that_does_not_see_the_folder_is_told_to_share_one(tmp_path):
+    with pytest.raises(InputError, match="in a folder that all machines share"):
+        parts.Processes().claim(parts.Parts(tmp_path / "b.pkl"))
+
+
 def test_meta_of_the_dataset_matches_what_the_reward_expects(toy):
     """The meta file has every key that the reward compares, under the same name."""
     from mlppl.reward.function import MultiLevelPPLRewardFunction

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +11,14 @@ from pathlib import Path
 
 import pytest
 import reward_in_processes
+import torch
 import toys
 import warm
 import yaml
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 from training_runs import EXAMPLES, SHORT, log_history, staircase
+from transformers import AutoModelForCausalLM
 from waiting import PATIENCE, wait_for
 
 HERE = Path(__file__).parent
@@ -25,8 +30,8 @@ WARM = [warm.python(), "-m", "accelerate.commands.accelerate_cli"]
 COLD = [Path(sys.executable).parent / "accelerate"]
 
 
-def launch(*words, accelerate=WARM) -> subprocess.Popen:
-    command = [*accelerate, "launch", "--config_file", CONFIGS / "cpu.yaml", *words]
+def launch(*words, accelerate=WARM, config=CONFIGS / "cpu.yaml") -> subprocess.Popen:
+    command = [*accelerate, "launch", "--config_file", config, *words]
     path = os.pathsep.join(map(str, (HERE, EXAMPLES)))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(
@@ -42,17 +47,23 @@ def finished(process: subprocess.Popen) -> str:
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rewards")
-    finished(launch(HERE / "reward_in_processes.py", folder))
-    return [json.loads((folder / f"{index}.json").read_text()) for index in range(2)]
+    found = {}
+    for way in ("DDP", "FSDP"):
+        folder = tmp_path_factory.mktemp(way)
+        finished(launch(HERE / "reward_in_processes.py", folder, way))
+        found[way] = [json.loads((folder / f"{index}.json").read_text()) for index in range(2)]
+    return found
 
 
-@pytest.mark.parametrize("name", [*reward_in_processes.OPTIONS, "inner handle"])
-def test_two_processes_reward_as_one_does(halves, name):
-    # The plain model is what the policy in DDP is with its adapters off.
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [*((way, name) for way in ("DDP", "FSDP") for name in reward_in_processes.OPTIONS), ("DDP", "inner handle")],
+)
+def test_two_processes_reward_as_one_does(halves, way, name):
+    # The plain model is what the policy in DDP, or under FSDP, is with its adapters off.
     options = reward_in_processes.OPTIONS.get(name, {})
     one = reward_in_processes.rewards(toys.llama(), slice(None), **options)
-    first, second = (half[name] for half in halves)
+    first, second = (half[name] for half in halves[way])
     for call, expected in enumerate(one["rewards"]):
         assert first["rewards"][call] + second["rewards"][call] == pytest.approx(expected, abs=1e-5)
         for half in (first, second):
@@ -94,6 +105,66 @@ def test_a_run_in_two_processes_leaves_what_a_run_in_one_leaves(tmp_path):
         rewards = [reward for group in held_out[side]["rewards"] for reward in group]
         assert held_out[side]["scores"]["reward"] == pytest.approx(sum(rewards) / 12)
     assert (out / "checkpoint-2" / "reward_state.json").exists()
+
+
+# accelerate's settings for FSDP 2 and ZeRO-3, for two processes on a CPU.
+SPREAD = {"FSDP 2": ("fsdp", [HERE / "fsdp_on_cpu.py"]), "ZeRO-3": ("zero3", [])}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", SPREAD)
+@pytest.mark.parametrize(
+    ("trained", "kind"),
+    [("adapter_model", ["--save_merged", "--beta", "0.1"]), ("model", ["--full_finetuning"])],
+    ids=["adapter, its own scorer", "all weights, a frozen copy as scorer"],
+)
+def test_weights_that_are_spread_train_as_whole_ones_do(tmp_path, way, trained, kind):
+    if way == "ZeRO-3":
+        pytest.importorskip("deepspeed")
+    name, start = SPREAD[way]
+    content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    config = tmp_path / "spread.yaml"
+    config.write_text(yaml.dump({**content, "num_processes": 2, "mixed_precision": "no", "main_process_port": 0}))
+    script = ["train_grpo_multilevel_unsloth.py", "--no_unsloth", "--no-load_in_4bit", *SHORT, *kind]
+    script += ["--max_steps", "2", "--save_steps", "1", "--learning_rate", "1e-3", "--output_dir"]
+    resume = ["--resume_from_checkpoint", tmp_path / "resumed" / "checkpoint-1"]
+    runs = {
+        "whole": launch(*script, tmp_path / "whole"),
+        "spread": launch(*start, *script, tmp_path / "spread", config=config),
+    }
+    for run in runs.values():
+        finished(run)
+    shutil.copytree(tmp_path / "spread", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-2")
+    finished(launch(*start, *script, tmp_path / "resumed", *resume, config=config))
+
+    first = sorted(path.name for path in (tmp_path / "spread" / "checkpoint-1").iterdir())
+    assert {"FSDP 2": "pytorch_model_fsdp.bin", "ZeRO-3": "global_step1"}[way] in first  # it was spread
+    whole, spread, resumed = (tmp_path / run for run in ("whole", "spread", "resumed"))
+    logs = {}
+    for run in (whole, spread, resumed):
+        entries = (entry.items() for entry in log_history(run, 2))
+        logs[run] = [{key: one for key, one in entry if not re.search("time|per_second", key)} for entry in entries]
+    for other in (spread, resumed):
+        for one, same in zip(logs[whole], logs[other], strict=True):
+            assert same == pytest.approx(one, abs=1e-4)
+        one, same = (json.loads((run / "heldout.json").read_text())["after"] for run in (whole, other))
+        assert same["completions"] == one["completions"]
+        assert same["scores"] == pytest.approx(one["scores"], abs=1e-5)
+        assert one["scores"]["KL"] != 0
+    files = [f"{trained}.safetensors", *(["merged/model.safetensors"] if "--save_merged" in kind else [])]
+    for file in files:
+        one, same, again = (load_file(run / file) for run in (whole, spread, resumed))
+        for key, tensor in one.items():
+            # A gradient near 0 may have another sign, and Adam makes a step of it: 1e-4 is a tenth of one. What is
+            # merged is rounded to bfloat16.
+            rtol = 2**-7 if tensor.dtype == torch.bfloat16 else 0
+            torch.testing.assert_close(same[key], tensor, rtol=rtol, atol=1e-4)
+            assert torch.equal(again[key], same[key])
+    loader = AutoPeftModelForCausalLM if trained == "adapter_model" else AutoModelForCausalLM
+    ids = torch.arange(4, 24)[None]
+    logits = [loader.from_pretrained(run)(ids).logits for run in (whole, spread)]
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-3)
 
 
 def test_one_held_out_prompt_is_enough_for_two_processes(tmp_path):

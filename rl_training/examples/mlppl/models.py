@@ -225,6 +225,20 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def whole_weights() -> Iterator[None]:
+    """Within it, DeepSpeed ZeRO-3 leaves the weights whole that are loaded. It spreads them over the processes when
+    training begins, as FSDP does: a policy is scored before that, and a scorer of its own is never spread."""
+    from transformers.integrations import deepspeed
+
+    settings = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = settings
+
+
 def where(name: str, model) -> str:
     """On what, and in which precision, a model runs."""
     dtype, in_4bit = str(model.dtype).removeprefix("torch."), getattr(model, "is_loaded_in_4bit", False)
@@ -340,7 +354,8 @@ def _from_transformers(path: str, name: str, load_in_4bit: bool, dtype: str, dev
             tokenizer_path = base_of_adapter(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-        model = loader.from_pretrained(path, **options)
+        with whole_weights():
+            model = loader.from_pretrained(path, **options)
     # transformers raises these for a name, a folder or a file it can make nothing of, and for a hub out of reach.
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(

@@ -60,6 +60,18 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """One that FSDP 2 or ZeRO-3 spreads over processes, gathered; every process must call. Any other one as it is."""
+    from torch.distributed.tensor import DTensor
+
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def in_step(items: Sequence) -> Iterator:
     """The items, and then None until every process has had as many turns as the one with the most items."""
     turns = torch.tensor(len(items))

@@ -8,6 +8,7 @@ not depend on who wrote it, so any number of processes, in any number of runs, m
 import fcntl
 import json
 import os
+import platform
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -159,7 +160,13 @@ class Processes:
                 raise SystemExit(1) from None
 
     def claim(self, parts: Parts) -> None:
-        """Take this process's lock, which a dead one has lost. Raises `InputError` if another run has it."""
+        """Take this process's lock, which a dead one has lost. Raises `InputError` if another run has it, or if this
+        machine does not see the folder."""
+        if not parts.folder.exists():
+            raise InputError(
+                f"{parts.folder}, which the first process has made, is not to be seen on {platform.node()}: choose an "
+                "output in a folder that all machines share"
+            )
         with cannot_write(parts.folder):
             lock = open(parts.folder / f"process-{self.index}", "a+")  # noqa: SIM115
         try:

@@ -221,6 +221,7 @@ class SurprisalScorer:
                 "expected a causal language model"
             )
         self.model = model
+        self._dtype = model.dtype
         self.adapters = adapters
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -253,6 +254,7 @@ class SurprisalScorer:
         scored: list[tuple[list[Row], torch.Tensor]] = []
         if is_sharded(self.model):
             with frozen(self.model, self.adapters):
+                self.way = self._way_in_step  # also where it was packed before its weights were spread
                 self._score_in_step(self._rows(texts), scored)
         elif any(len(text.positions) for text in texts):
             with frozen(self.model, self.adapters), fast_products(self.model):
@@ -351,8 +353,8 @@ class SurprisalScorer:
     def _compare(self) -> str:
         """The fastest way that gives the model's own numbers."""
         if self._noise is None:
-            self._noise = self._compare_lengths()
-        if self._noise > max(1e-3, 12 * self._rounding):
+            self._noise = self._compare_lengths(self._base)
+        if self._noise > self._most_noise:
             return ROW_BY_ROW
         if self._agrees(self._compare_head):
             return PACKED if self._agrees(self._compare_packs) else PADDED
@@ -362,6 +364,23 @@ class SurprisalScorer:
                 type(self._base).__name__,
             )
         return OWN_LOGITS
+
+    @functools.cached_property
+    def _way_in_step(self) -> str:
+        """Of weights that are spread over processes, which the whole model's own forward pass gathers. A comparison of
+        its own: all processes make it at the same call, whatever each has scored before the weights were spread.
+
+        Raises `InputError` for mixed precision, which would change what the frozen model computes.
+        """
+        found = self.model(input_ids=self._probe_ids()[:, :1], use_cache=False).logits.dtype
+        if not self.adapters and found not in (self._dtype, torch.float32):
+            own, mixed = (str(one).removeprefix("torch.") for one in (self._dtype, found))
+            raise InputError(
+                f"mixed precision of FSDP or DeepSpeed reads the scorer's {own} weights in {mixed}, and its baselines "
+                f"are of {own}: load it with --dtype {mixed}, or train without mixed precision (accelerate launch "
+                "--mixed_precision no ..., and --bf16 false --fp16 false)"
+            )
+        return ROW_BY_ROW if self._compare_lengths(self.model) > self._most_noise else OWN_LOGITS
 
     def _agrees(self, compare: Callable[[], bool]) -> bool:
         """What `compare` gives, asked once. What raises does not agree; what runs out of memory is asked again another
@@ -379,8 +398,7 @@ class SurprisalScorer:
         return self._agree[name]
 
     def _probe_ids(self) -> torch.Tensor:
-        vocabulary = self._base.get_input_embeddings().weight.shape[0]
-        return torch.linspace(0, vocabulary - 1, 12, device=self.model.device).long()[None]
+        return torch.linspace(0, self._head.vocabulary - 1, 12, device=self.model.device).long()[None]
 
     @property
     def _rounding(self) -> float:
@@ -389,16 +407,21 @@ class SurprisalScorer:
             return torch.finfo(torch.bfloat16).eps
         return max(1e-5, torch.finfo(self.model.dtype).eps)
 
-    def _compare_lengths(self) -> float:
+    @property
+    def _most_noise(self) -> float:
+        """How much logits may differ with the length of the sequence by rounding alone."""
+        return max(1e-3, 12 * self._rounding)
+
+    def _compare_lengths(self, model) -> float:
         """How much the same logits differ if they are computed in a sequence of another length: by rounding, or because
         the architecture asks for the length (ProphetNet). Raises `InputError` if they depend on what follows."""
         ids = self._probe_ids()
         others = torch.cat([ids[:, :6], ids[:, 6:].flip(1)], dim=1)
-        whole, half, other = (self._own_logits(self._base, one)[0, :6] for one in (ids, ids[:, :6], others))
+        whole, half, other = (self._own_logits(model, one)[0, :6] for one in (ids, ids[:, :6], others))
         found = difference(other, whole)
         if found > _LEAST_LOOK:
             # Beside other rows nothing but rounding can differ (experts that get more tokens), and what is random.
-            here, there = (self._own_logits(self._base, torch.cat([ids, one]))[0, :6] for one in (ids, others))
+            here, there = (self._own_logits(model, torch.cat([ids, one]))[0, :6] for one in (ids, others))
             if found > 8 * difference(there, here):
                 raise InputError(
                     f"{type(self._base).__name__} is not causal: its logits depend on later tokens, so a text has no "

@@ -13,8 +13,8 @@ import torch
 
 from ..data import Text, message_text
 from ..errors import InputError
-from ..models import add_lora, load_model, train_text_only, where
-from ..processes import is_first
+from ..models import add_lora, load_model, train_text_only, where, whole_weights
+from ..processes import is_first, is_sharded, whole
 from ..prompts import render_prompt
 from ..scoring.frozen import frozen
 from ..scoring.sampling import ignores_padding, prompt_ids, settings_kept
@@ -28,6 +28,7 @@ from .job import Job, push_command
 MOST_NATS = 0.1  # that a probe's log-probabilities may be off by, on average
 
 
+@whole_weights()
 def save_merged(model, tokenizer, adapter: str | Path, folder: str | Path) -> None:
     """Save the model with its adapter merged into its weights, and the tokenizer.
 
@@ -35,7 +36,8 @@ def save_merged(model, tokenizer, adapter: str | Path, folder: str | Path) -> No
 
     4-bit weights are turned into the 16-bit numbers they stand for, since those are what the adapter was trained on; to
     merge it into the weights from before quantization, as Unsloth's `save_pretrained_merged` does on a GPU, gives
-    another model than the one that was measured. Works on the CPU and takes 2 bytes a parameter there.
+    another model than the one that was measured. Works on the CPU and takes 2 bytes a parameter there. Of a model whose
+    weights are spread over processes, all of them must call; the first one saves.
     """
     from accelerate import init_empty_weights
     from peft import PeftModel
@@ -48,7 +50,10 @@ def save_merged(model, tokenizer, adapter: str | Path, folder: str | Path) -> No
         del config.quantization_config
     with init_empty_weights():
         plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    plain.load_state_dict(_plain_weights(base, plain, dtype), strict=False, assign=True)
+    weights, trained = _plain_weights(base, plain, dtype), _log_probabilities(model, adapters=True)
+    if not is_first():
+        return
+    plain.load_state_dict(weights, strict=False, assign=True)
     plain.tie_weights()
     plain.generation_config = base.generation_config
 
@@ -62,7 +67,10 @@ def save_merged(model, tokenizer, adapter: str | Path, folder: str | Path) -> No
         merged = PeftModel.from_pretrained(plain, adapter).merge_and_unload()
     except Exception as error:  # PEFT has kinds of adapters that it cannot merge, and says so in many ways
         raise refusal(f"PEFT cannot merge this adapter ({type(error).__name__}: {error})") from error
-    if not (difference := _difference(model, merged)) <= MOST_NATS:
+    # Large where an adapter is on an embedding that the LM head shares: merged, it changes the head, too.
+    of_merged = _log_probabilities(merged)
+    off = (of_merged - trained).abs().masked_fill(of_merged == trained, 0.0)  # two infinities are equal
+    if not (difference := float(off.mean())) <= MOST_NATS:
         raise refusal(
             f"the merged model's log-probabilities are {difference:.2f} nats off the trained one's, more than 16 bit "
             "loses (an adapter on tied embeddings?)"
@@ -77,17 +85,11 @@ def save_merged(model, tokenizer, adapter: str | Path, folder: str | Path) -> No
     os.replace(partial, folder)
 
 
-def _difference(model, merged) -> float:
-    """The mean difference of both models' log-probabilities, in nats.
-
-    It is large where an adapter is on an embedding that the LM head shares: merged, it changes the head, too.
-    """
-    ids = torch.linspace(0, merged.get_input_embeddings().weight.shape[0] - 1, 12).long()[None]
-    with frozen(model, adapters=True):
-        trained = model(input_ids=ids.to(model.device)).logits.float().cpu().log_softmax(-1)
-    with frozen(merged):
-        of_merged = merged(input_ids=ids).logits.float().log_softmax(-1)
-    return float((of_merged - trained).abs().masked_fill(of_merged == trained, 0.0).mean())  # two infinities are equal
+def _log_probabilities(model, adapters: bool = False) -> torch.Tensor:
+    """float32 [1, 12, V], nats, of a probe, on the CPU."""
+    ids = torch.linspace(0, model.config.get_text_config(decoder=True).vocab_size - 1, 12).long()[None]
+    with frozen(model, adapters):
+        return model(input_ids=ids.to(model.device)).logits.float().cpu().log_softmax(-1)
 
 
 def _plain_weights(base, plain, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -104,6 +106,7 @@ def _plain_weights(base, plain, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         if any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_")):
             continue
         owner, _, last = re.sub(r"(?<=\.)(base_layer|original_module|token_adapter)\.", "", name).rpartition(".")
+        value = whole(value)
         if isinstance(value, torch.nn.Parameter):
             quantized = not value.is_floating_point()
             value = dequantize_bnb_weight(value)
@@ -227,7 +230,8 @@ def publish(trainer, job: Job) -> bool:
 
 def merge(job: Job, policy: Loaded) -> None:
     """The merged model that --save_merged asks for; last of all, so that nothing else is lost if it cannot be had."""
-    if job.models.save_merged and is_first():
+    if job.models.save_merged and (is_first() or is_sharded(policy.model)):
         folder = job.output / "merged"
         save_merged(policy.model, policy.tokenizer, job.output, folder)
-        print(f"Merged model, in 16 bits: {folder}")
+        if is_first():
+            print(f"Merged model, in 16 bits: {folder}")
