@@ -6,6 +6,7 @@
 #   make smollm2  SmolLM2-135M-Instruct, which is smollm2 as a --model_name, and what reads GGUF files: 98 MB
 #   make newest   the training script and the scoring again, with the newest TRL, transformers and datasets that are known
 #                 to work: Python 3.11 to 3.14
+#   make pythons  the fast tests with Python 3.10, 3.13 and 3.14, each in a .venv of its own; PYTHONS=3.13 for one of them
 #   make engines  OpenRLHF's, verl's and Ray's own code with our files, in .venv-engines
 #   make docs     the documents as pages in output_docs, with one of all flags and one of the docstrings: Python 3.11 to 3.14
 #   make vllm     a server of vLLM on the CPU as scorer, in .venv-vllm (2 GB; x86 with AVX2)
@@ -57,7 +58,7 @@ ifneq ($(MODEL),smollm2)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test newest engines docs vllm lint clean setup browser smollm2
+.PHONY: help demo check test newest pythons engines docs vllm lint clean setup browser smollm2
 
 # `make` alone says what there is to make: the head of this file.
 help:
@@ -133,6 +134,23 @@ newest: setup
 	@mkdir -p .venv/newest && $(PIP) install --no-deps --upgrade --target .venv/newest $(NEWEST)
 	PYTHONPATH=$(abspath .venv/newest) $(PY) -m pytest -q $(NEWEST_TESTS:%=tests/test_%.py) $(ASYNC)
 
+# uv finds the machine's interpreters, pyenv's too, and downloads the others.
+PYTHONS := 3.10 3.13 3.14
+UV = PYENV_VERSION="$$(pyenv versions --bare 2>/dev/null | paste -sd: -)" .venv/bin/uv -q
+
+pythons: $(PYTHONS:%=.venv-%/.installed)
+	@for one in $(PYTHONS); do \
+	    .venv-$$one/bin/python -VV && .venv-$$one/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 \
+	        $(FAST:%=tests/test_%.py) || exit 1; \
+	done
+
+.venv-3.%/.installed: requirements-cpu.txt | setup
+	$(PIP) install uv==0.13.9
+	rm -rf $(@D) && $(UV) venv --python 3.$* $(@D)
+	$(UV) pip install --python $(@D) $(TORCH_ARGS) '$(TORCH)'
+	$(UV) pip install --python $(@D) --no-deps -r $<
+	touch $@
+
 engines: setup .venv-engines/.installed
 	.venv-engines/bin/python -m pytest -q --durations=5 engine_tests --ignore engine_tests/test_vllm.py
 
@@ -185,7 +203,7 @@ lint: setup
 
 clean:
 	@if [ -e .venv ] && ! [ -e $(OURS) ]; then echo "Kept .venv, which make did not create."; else rm -rf .venv; fi
-	rm -rf .venv-engines .venv-docs .venv-vllm output_docs .pytest_cache .ruff_cache .mypy_cache .hypothesis rl_training/examples/*.egg-info
+	rm -rf .venv-engines .venv-docs .venv-vllm .venv-3.* output_docs .pytest_cache .ruff_cache .mypy_cache .hypothesis rl_training/examples/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup: $(STAMP)
@@ -222,11 +240,8 @@ INSTALL_cpu = \
 	echo "1/2  $(TORCH), 180 MB to several GB to download (see TORCH_ARGS in the Makefile): 1 to 10 minutes" && \
 	$(PIP) install $(TORCH_ARGS) '$(TORCH)' && \
 	echo "2/2  $(REQUIREMENTS), about 130 packages, 350 MB to download: 1 to 5 minutes" && \
-	$(PIP) install --no-deps -r $(REQUIREMENTS) && $(INSTALL_package)
-
-# So that studies and benchmarks find mlppl/; the scripts have it beside them.
-INSTALL_package = $(PIP) install --no-deps --no-build-isolation -e .
+	$(PIP) install --no-deps -r $(REQUIREMENTS) && \
+	$(PIP) install --no-deps --no-build-isolation -e .
 
 INSTALL_gpu = \
-	echo "1/1  $(REQUIREMENTS), several GB to download: 5 to 30 minutes" && $(PIP) install -r $(REQUIREMENTS) && \
-	$(INSTALL_package)
+	echo "1/1  $(REQUIREMENTS), several GB to download: 5 to 30 minutes" && $(PIP) install -r $(REQUIREMENTS)

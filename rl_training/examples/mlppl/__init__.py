@@ -22,9 +22,13 @@ processes.py  several processes of one run, weights spread over them
 """
 
 import logging
+import re
 import sys
 import warnings
 from pathlib import Path
+
+# What `pip install` copied has the embedded model inside. In a clone that stands beside this folder.
+INSTALLED = (Path(__file__).parent / "tiny_stories").exists()
 
 # What libraries say when they are imported, and nobody can act on: of a kernel that bitsandbytes does without, and of
 # widgets that a notebook does not have.
@@ -36,16 +40,24 @@ def _in_one_line(kind, error, traceback) -> None:
     """What a script says that was started with a Python without its packages, in place of a traceback."""
     if not isinstance(error, ModuleNotFoundError) or "--debug" in sys.argv:
         return sys.__excepthook__(kind, error, traceback)
-    venv = Path(__file__).parents[3] / ".venv"
-    print(
-        f"error: {sys.executable} has no package {error.name}: start the script with the Python of .venv, after "
-        f"`source {venv}/bin/activate` (`make setup` makes it), or install the package there",
-        file=sys.stderr,
-    )
+    if INSTALLED:
+        from importlib import metadata
+
+        needs = "\n".join(metadata.requires("multilevel-ppl-rewards"))
+        extra = re.search(rf"^{error.name}\b.* extra == .(\w+)", needs, flags=re.MULTILINE)
+        remedy = f"pip install 'multilevel-ppl-rewards[{extra[1]}]'" if extra else f"pip install {error.name}"
+    else:
+        venv = Path(__file__).parents[3] / ".venv"
+        remedy = (
+            f"start the script with the Python of .venv, after `source {venv}/bin/activate` (`make setup` makes it), "
+            "or install the package there"
+        )
+    print(f"error: {sys.executable} has no package {error.name}: {remedy}", file=sys.stderr)
     raise SystemExit(2)
 
 
 # Here, since this runs before any of the packages is imported; not where somebody's own program imports this.
 _started = Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve()
-if _started.parent == Path(__file__).parent.parent or "mlppl.pages.compare" in sys.orig_argv:
+_is_script = _started.parent == Path(__file__).parent.parent and not INSTALLED
+if _is_script or Path(sys.argv[0]).name.startswith("mlppl-") or "mlppl.pages.compare" in sys.orig_argv:
     sys.excepthook = _in_one_line

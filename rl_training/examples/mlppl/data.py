@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import regex
 
+from . import INSTALLED
 from .config import DEFAULT_LANGUAGE, DEFAULT_PROMPT_TEMPLATE
 from .errors import InputError
 from .files import write_text
 
-TINY_STORIES = Path(__file__).parent.parent / "tiny_stories"
+TINY_STORIES = Path(__file__).parents[0 if INSTALLED else 1] / "tiny_stories"
 PROMPT_COLUMNS = ("prompt", "query", "text", "input")
 REFERENCE_COLUMNS = ("reference", "completion")
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # suffix -> builder of datasets

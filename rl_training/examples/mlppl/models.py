@@ -356,6 +356,8 @@ def _from_transformers(path: str, name: str, load_in_4bit: bool, dtype: str, dev
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
         with whole_weights():
             model = loader.from_pretrained(path, **options)
+    except ImportError as error:  # of a package that only some weights need, such as those in 4 bits
+        raise InputError(f"cannot load model {name!r}: {_first_line(error)}") from error
     # transformers raises these for a name, a folder or a file it can make nothing of, and for a hub out of reach.
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(

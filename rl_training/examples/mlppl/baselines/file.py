@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import INSTALLED
 from ..cli import runnable
 from ..config import LEVELS, RewardConfig
 from ..data import PromptForm, Text, message_text, stable_id
@@ -323,7 +324,8 @@ def _command(baselines: Baselines, expected: Mapping, differing: Mapping) -> str
         "output_path": baselines.source,
         "overwrite": True,
     }
-    words = ["python", os.path.relpath(Path(__file__).parents[2] / "compute_baselines_trl.py")]
+    script = os.path.relpath(Path(__file__).parents[2] / "compute_baselines_trl.py")
+    words = ["mlppl-baselines"] if INSTALLED else ["python", script]
     for key, value in flags.items():
         if value is not None and value is not False:
             values = value if isinstance(value, tuple) else [json.dumps(value) if isinstance(value, dict) else value]

@@ -48,9 +48,10 @@ def parse(
             args, rest = parser.parse_known_args([*config_words(args.config, actions, others - actions.keys()), *argv])
         if rest and not trains:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        check_names([word for word in rest if word.startswith("--")], actions)
-        if rest and not rest[0].startswith("--"):
-            raise InputError(f"{rest[0]!r} belongs to no flag: see --help")
+        if rest:
+            check_names([word for word in rest if word.startswith("--")], actions)
+            if not rest[0].startswith("--"):
+                raise InputError(f"{rest[0]!r} belongs to no flag: see --help")
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
     return cli.parsed(parser, args), rest
@@ -298,9 +299,10 @@ def resume_command(argv: Sequence[str], checkpoint: str) -> str:
 
 def launched(argv: Sequence[str]) -> list[str]:
     """The words of the command line that started this process, its launcher's included, with these arguments."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    launcher = ["python"] if processes == "1" else _launcher() or ["accelerate", "launch", "--num_processes", processes]
-    return [*launcher, script_name(SCRIPT), *argv]
+    processes, script = os.environ.get("WORLD_SIZE", "1"), script_name(SCRIPT)
+    if processes == "1":
+        return [*(["python", script] if script.endswith(".py") else [Path(script).name]), *argv]
+    return [*(_launcher() or ["accelerate", "launch", "--num_processes", processes]), script, *argv]
 
 
 def _launcher() -> list[str]:
