@@ -77,7 +77,7 @@ def served():
 
 
 def run(framework, examples, settings="", replace=()):
-    """The framework's command in the README, in a folder of its own packages. settings: a further line of reward.yaml."""
+    """The framework's command in the README, with its own packages. settings: a further line of reward.yaml."""
     [command] = [text for text in re.findall(r"^```\n(.*?)^```$", README, re.M | re.S) if COMMANDS[framework] in text]
     for old, new in replace:
         assert old in command
@@ -127,7 +127,9 @@ def test_ms_swift_trains_on_the_direct_rewards_numbers(examples, direct):
     assert code == 0, output[-3000:]
     [file] = examples.glob("output_swift/*/completions.jsonl")
     steps = [json.loads(line) for line in file.read_text().splitlines()]
-    found = [one for step in steps for one in zip(step["prompt"], step["completion"], step["MultiLevelPPL"], strict=True)]
+    found = [
+        one for step in steps for one in zip(step["prompt"], step["completion"], step["MultiLevelPPL"], strict=True)
+    ]
     assert len(found) == 16
     expected = [direct(prompt.removeprefix("<|bos|>"), text, chat=True) for prompt, text, _ in found]
     assert [reward for _, _, reward in found] == pytest.approx(expected, abs=1e-4)
@@ -138,9 +140,9 @@ def test_verifiers_evaluates_a_served_model(examples, served, direct):
     code, output = run("verifiers", examples, replace=where)
     assert code == 0, output[-3000:]
     [file] = examples.glob("output_verifiers/*/traces.jsonl")
-    traces = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len(traces) == 4
-    for trace in traces:
+    episodes = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(episodes) == 4
+    for [trace] in (episode["traces"] for episode in episodes):
         expected = direct(trace["task"]["data"]["prompt"], WRITTEN)
         assert trace["rewards"]["multi_level_ppl"]["score"] == pytest.approx(expected, abs=1e-4)
         assert set(trace["metrics"]) >= {"reward_word", "reward_phrase", "reward_sentence"}
