@@ -1,4 +1,4 @@
-"""The reward in verifiers (0.4): rows of a .jsonl, {"prompt": ..., "reference": ...}, by `vf-eval verifiers-taskset`."""
+"""The reward in verifiers 0.4: rows of a .jsonl, {"prompt": ..., "reference": ...}, by `vf-eval verifiers-taskset`."""
 
 import asyncio
 
