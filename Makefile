@@ -6,7 +6,8 @@
 #   make smollm2  SmolLM2-135M-Instruct, which is smollm2 as a --model_name, and what reads GGUF files: 98 MB
 #   make newest   the training script and the scoring again, with the newest TRL, transformers and datasets that are known
 #                 to work: Python 3.11 to 3.14
-#   make engines  the own code of OpenRLHF, verl, Ray, axolotl, ms-swift and verifiers with our files, in .venv-engines
+#   make engines  the own code of OpenRLHF, verl, Ray, axolotl, ms-swift and verifiers with our files, in .venv-engines:
+#                 Python 3.11 or newer
 #   make docs     the documents as pages in output_docs, with one of all flags and one of the docstrings: Python 3.11 to 3.14
 #   make vllm     a server of vLLM on the CPU as scorer, in .venv-vllm (2 GB; x86 with AVX2)
 #   make check    lint, types and the fast tests: what one runs while working
