@@ -7,7 +7,8 @@
 #   make newest   the training script and the scoring again, with the newest TRL, transformers and datasets that are known
 #                 to work: Python 3.11 to 3.14
 #   make pythons  the fast tests with Python 3.10, 3.13 and 3.14, each in a .venv of its own; PYTHONS=3.13 for one of them
-#   make engines  OpenRLHF's, verl's and Ray's own code with our files, in .venv-engines
+#   make engines  the own code of OpenRLHF, verl, Ray, axolotl, ms-swift and verifiers with our files, in .venv-engines:
+#                 Python 3.11 or newer
 #   make docs     the documents as pages in output_docs, with one of all flags and one of the docstrings: Python 3.11 to 3.14
 #   make vllm     a server of vLLM on the CPU as scorer, in .venv-vllm (2 GB; x86 with AVX2)
 #   make check    lint, types and the fast tests: what one runs while working
@@ -151,7 +152,9 @@ pythons: $(PYTHONS:%=.venv-%/.installed)
 	$(UV) pip install --python $(@D) --no-deps -r $<
 	touch $@
 
-engines: setup .venv-engines/.installed
+FRAMEWORKS := axolotl ms-swift verifiers verifiers-rubric
+
+engines: setup .venv-engines/.installed $(FRAMEWORKS:%=.venv-engines/%/.installed)
 	.venv-engines/bin/python -m pytest -q --durations=5 engine_tests --ignore engine_tests/test_vllm.py
 
 docs: setup .venv-docs/.installed
@@ -165,6 +168,11 @@ docs: setup .venv-docs/.installed
 	$(PY) -c 'import site; print(site.getsitepackages()[0])' \
 	    >"$$(.venv-$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/packages_of_venv.pth"
 	.venv-$*/bin/python -m pip --disable-pip-version-check -qq install --no-deps -r $<
+	touch $@
+
+# Each of these wants another TRL, or another version of itself: a folder that stands before .venv-engines in its test.
+.venv-engines/%/.installed: engine_tests/requirements/%.txt .venv-engines/.installed
+	rm -rf $(@D) && .venv-engines/bin/python -m pip --disable-pip-version-check -qq install --no-deps --target $(@D) -r $<
 	touch $@
 
 # vLLM has a torch of its own. What it brings for pictures and sound is of another build of torch, and is not needed.
