@@ -186,7 +186,7 @@ class OneLineProgress(ProgressCallback):
                 gains = {level: of[f"reward_{level}"] for level in levels}
                 form = "{:+.1f} %"
                 if self._nested:
-                    gains = {level: None if gain is None else as_nats(gain) for level, gain in gains.items()}
+                    gains = {level: None if gain is None else float(as_nats(gain)) for level, gain in gains.items()}
                     form = "{:+.2f} nats"
                 told = [f"{level} {or_none(gain, form)}" for level, gain in gains.items()]
                 told.append(f"{of['completions/mean_length']:.0f} tokens")
