@@ -108,7 +108,7 @@ def nats(baseline: np.ndarray, current: np.ndarray) -> np.ndarray:
         return np.log(baseline) - np.log(current)
 
 
-def as_nats(improvement: np.ndarray) -> np.ndarray:
+def as_nats(improvement: np.ndarray | float) -> np.ndarray:
     """ln baseline - ln current, in nats a token, of improvements in percent: what is shown of nested levels, whose
     ratios make hundreds of percent of a small difference.
 
