@@ -158,8 +158,8 @@ def test_the_pins_lie_in_the_ranges(file, wheel):
 
 
 def test_every_package_that_is_imported_is_asked_for(wheel):
-    """But those that a setting asks for by name, those of a notebook, and what comes with one that is asked for."""
-    optional = {"wandb", "trackio", "IPython"}
+    """But those that a setting or launcher asks for by name, those of a notebook, and what comes with one of these."""
+    optional = {"wandb", "trackio", "deepspeed", "IPython"}
     brought = {  # by which
         "huggingface_hub": "transformers", "safetensors": "transformers", "tokenizers": "transformers",
         "yaml": "transformers", "markupsafe": "jinja2", "pandas": "datasets", "pyarrow": "datasets",
