@@ -155,7 +155,7 @@ pythons: $(PYTHONS:%=.venv-%/.installed)
 FRAMEWORKS := axolotl ms-swift verifiers verifiers-rubric
 
 engines: setup .venv-engines/.installed $(FRAMEWORKS:%=.venv-engines/%/.installed)
-	.venv-engines/bin/python -m pytest -q --durations=5 engine_tests --ignore engine_tests/test_vllm.py
+	.venv-engines/bin/python -m pytest -q --durations=5 $(filter-out %/test_vllm.py,$(wildcard engine_tests/test_*.py))
 
 docs: setup .venv-docs/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
