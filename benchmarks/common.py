@@ -84,12 +84,17 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> float:
 
 def whole_rows():
     """The scorer's class with prefix sharing left out."""
+    import numpy as np
+
     from mlppl.scoring.batching import Group
     from mlppl.scoring.surprisal import SurprisalScorer
 
     class WholeRows(SurprisalScorer):
         def groups(self, rows):
             return [Group(0, rows)]
+
+        def behind(self, groups):
+            return [(np.array([], dtype=np.int64), groups)]
 
     return WholeRows
 

@@ -383,6 +383,9 @@ class WithoutSharing(SurprisalScorer):
     def groups(self, rows):
         return [Group(0, rows)]
 
+    def behind(self, groups):
+        return [(np.array([], dtype=np.int64), groups)]
+
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])  # packed end to end; padded, with a cache of keys and values
 @pytest.mark.parametrize("limits", [{}, {"batch_size": 1}, {"max_batch_tokens": 24}, {"max_batch_tokens": 300}])

@@ -490,7 +490,7 @@ class SurprisalScorer:
     def _score_rows(self, rows: list[Row], scored: list) -> None:
         groups = self.groups(rows)
         past, used = self._kept, []
-        for ids, some in self._behind_pasts(groups):
+        for ids, some in self.behind(groups):
             past = self._continued(max(self._kept, past, key=lambda one: in_common(one.ids, ids)), ids)
             used.append(past)
             self._score_groups(some, past, scored)
@@ -498,7 +498,7 @@ class SurprisalScorer:
         used += [Past(group.rows[0].inputs[: group.prefix or group.rows[0].read[0]], None) for group in groups]
         self._kept = max(used, key=lambda one: (one.cache is not None, len(one.ids)))
 
-    def _behind_pasts(self, groups: list[Group]) -> list[tuple[np.ndarray, list[Group]]]:
+    def behind(self, groups: list[Group]) -> list[tuple[np.ndarray, list[Group]]]:
         """(ids that run before, groups that begin with them)."""
         if self.way != PACKED:
             return [(group.rows[0].inputs[: group.prefix], [group]) for group in groups]
