@@ -1,5 +1,6 @@
 """What the benchmarks need: alternating timings, a process apart, a timed GRPO step, rows and tables."""
 
+import functools
 import itertools
 import json
 import multiprocessing
@@ -15,6 +16,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "rl_training" / "examples"
+# Of levels prompt and examples: rows that are shown, other rows, and at most so many times geometric's time.
+SHOWN, OTHERS, OUTER = 3, 2, 4.5
 
 
 def machine() -> str:
@@ -75,6 +78,37 @@ def in_turn(run: Callable, groups: Sequence) -> Callable[[], object]:
     and in training the prompts change."""
     following = itertools.cycle(groups)
     return lambda: run(next(following))
+
+
+def behind_prompts(texts: Sequence[str], group: int) -> list[list[tuple[str, str]]]:
+    """(prompt, completion) of each completion of some groups. texts: of each group its prompt, then its completions."""
+    return [
+        [(texts[start], f" {text}") for text in texts[start + 1 : start + 1 + group]]
+        for start in range(0, len(texts), 1 + group)
+    ]
+
+
+def time_outer_levels(model, tokenizer, texts: Sequence[str], groups: Sequence, rounds: int) -> tuple[dict, dict]:
+    """({name: calculator}, {name: seconds of each round}) of the geometric levels, and of levels prompt and examples.
+
+    texts: prompt and reference of `SHOWN` examples, then of the rows that `OTHERS` are drawn from. groups: of
+    `behind_prompts`.
+    """
+    from mlppl.scoring.calculator import MultiLevelPPLCalculator
+
+    rows = list(zip(texts[::2], texts[1::2], strict=True))
+    outer = {"levels": ("prompt", "examples"), "examples": rows[:SHOWN], "others": rows[SHOWN:], "contrast": OTHERS}
+    calculators = {
+        "geometric": MultiLevelPPLCalculator(tokenizer),
+        "levels prompt and examples": MultiLevelPPLCalculator(tokenizer, aggregation="nested", **outer),
+    }
+
+    def measure(calculator, pairs):
+        prompts, completions = map(list, zip(*pairs, strict=True))
+        return calculator.compute_all_levels(model, completions, prompts)
+
+    runs = {name: in_turn(functools.partial(measure, one), groups) for name, one in calculators.items()}
+    return calculators, alternate(runs, rounds)
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> float:

@@ -6,7 +6,21 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from common import EXAMPLES, Rows, alternate, device, in_turn, peak_bytes, ratio, whole_rows
+from common import (
+    EXAMPLES,
+    OTHERS,
+    OUTER,
+    SHOWN,
+    Rows,
+    alternate,
+    behind_prompts,
+    device,
+    in_turn,
+    peak_bytes,
+    ratio,
+    time_outer_levels,
+    whole_rows,
+)
 from gpu_models import PUBLISHED, TOY, in_4bit, parameters, random_model, random_texts, word_tokenizer
 
 
@@ -22,7 +36,6 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(PUBLISHED, 8192, 96, 4096, 8, 256, 4096, 3)
-SHOWN, OTHERS, OUTER = 3, 2, 4.5  # examples, other rows, and at most so many times geometric's time
 SMALL = Sizes(TOY, 64, 6, 256, 4, 16, 256, 1)
 
 
@@ -120,9 +133,8 @@ def scoring_rows(rows: Rows, title: str, model, tokenizer, count: int, sizes: Si
 
     if scorer.window <= sizes.prompt + sizes.completion:
         return
-    texts = iter(random_texts(tokenizer, ([sizes.prompt] + [sizes.completion] * sizes.group) * (sizes.rounds + 1)))
-    prompts = (next(texts) for _ in range(sizes.rounds + 1))
-    groups = [[(prompt, f" {next(texts)}") for _ in range(sizes.group)] for prompt in prompts]
+    lengths = ([sizes.prompt] + [sizes.completion] * sizes.group) * (sizes.rounds + 1)
+    groups = behind_prompts(random_texts(tokenizer, lengths), sizes.group)
     encoded = [TextEncoder(tokenizer).encode(*zip(*pairs, strict=True)) for pairs in groups]
     a, b = (np.concatenate(one.score(encoded[0])) for one in (scorer, alone))
     runs = {"alone": in_turn(alone.score, encoded), "shared": in_turn(scorer.score, encoded)}
@@ -143,32 +155,15 @@ def scoring_rows(rows: Rows, title: str, model, tokenizer, count: int, sizes: Si
 
 def outer_row(rows: Rows, title: str, model, tokenizer, sizes: Sizes, target=None) -> None:
     """Levels prompt and examples, with other rows and examples as long as the group's own prompt and completions."""
-    from mlppl.scoring.calculator import MultiLevelPPLCalculator
-
     prompt, completion = sizes.prompt // 8, sizes.completion // 2
-    lengths = [prompt, completion] * (SHOWN + OTHERS + 1)
-    texts = random_texts(tokenizer, lengths + ([prompt] + [completion] * sizes.group) * (sizes.rounds + 1))
-    shown, following = list(zip(texts[: len(lengths) : 2], texts[1::2], strict=False)), iter(texts[len(lengths) :])
-    groups = []
-    for _ in range(sizes.rounds + 1):
-        own = next(following)
-        groups.append(([f" {next(following)}" for _ in range(sizes.group)], [own] * sizes.group))
-    calculators = {
-        "geometric": MultiLevelPPLCalculator(tokenizer),
-        "outer": MultiLevelPPLCalculator(
-            tokenizer, aggregation="nested", levels=("prompt", "examples"), examples=shown[:SHOWN],
-            others=shown[SHOWN:], contrast=OTHERS,
-        ),
-    }  # fmt: skip
-    runs = {
-        name: in_turn(lambda pairs, one=one: one.compute_all_levels(model, *pairs), groups)
-        for name, one in calculators.items()
-    }
-    seconds = alternate(runs, sizes.rounds)
+    texts = random_texts(tokenizer, [prompt, completion] * (SHOWN + OTHERS + 1))
+    lengths = ([prompt] + [completion] * sizes.group) * (sizes.rounds + 1)
+    groups = behind_prompts(random_texts(tokenizer, lengths, seed=1), sizes.group)
+    _, seconds = time_outer_levels(model, tokenizer, texts, groups, sizes.rounds)
+    geometric, outer = seconds.values()
     what = f"{title}: levels prompt and examples of {sizes.group} x {completion} tokens behind {prompt}"
-    slower = ratio(seconds["outer"], seconds["geometric"])
     of = f"its time to geometric's, {SHOWN} examples and {OTHERS} other rows as long"
-    rows.add(what, statistics.median(seconds["outer"]), "s", slower, target, least=False, of=of)
+    rows.add(what, statistics.median(outer), "s", ratio(outer, geometric), target, least=False, of=of)
 
 
 def memory_row(rows: Rows, title: str, model, tokenizer, sizes: Sizes) -> None:

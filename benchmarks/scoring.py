@@ -19,8 +19,12 @@ from collections.abc import Callable
 
 from common import (
     EXAMPLES,
+    OTHERS,
+    OUTER,
+    SHOWN,
     alternate,
     apart,
+    behind_prompts,
     grpo_step,
     in_turn,
     judged,
@@ -29,6 +33,7 @@ from common import (
     print_table,
     quiet,
     ratio,
+    time_outer_levels,
     whole_rows,
 )
 
@@ -38,7 +43,6 @@ PEER_BATCHES = (1, 8)  # lm-evaluation-harness: the faster of its default and th
 EQUAL = 256  # tokens of a row where the shape is free; 4 of them run fastest together
 GROUP, PROMPT, COMPLETION = 8, 512, 128
 NESTED_GROUP, NESTED_TEXTS = 2.0, 3.2  # at most so many times geometric's time
-OUTER_GROUP, EXAMPLES_SHOWN, OTHER_ROWS = 4.5, 3, 2  # the same of levels prompt and examples; rows that are read
 # name -> what measures it, of (model, tokenizer, texts, args): a title's row, and the rows
 PARTS = {
     "mixed": lambda model, tokenizer, texts, args: mixed_texts(model, tokenizer, texts, args.rounds),
@@ -296,9 +300,7 @@ def shared_prompt(model, tokenizer, rounds, seed):
 
 
 def groups_behind_prompts(tokenizer, count, seed) -> list[list[tuple[str, str]]]:
-    """(prompt, completion) of each completion of so many groups."""
-    texts = iter(stories(tokenizer, ([PROMPT] + [COMPLETION] * GROUP) * count, seed))
-    return [[(prompt, f" {next(texts)}") for _ in range(GROUP)] for prompt in (next(texts) for _ in range(count))]
+    return behind_prompts(stories(tokenizer, ([PROMPT] + [COMPLETION] * GROUP) * count, seed), GROUP)
 
 
 # --- nested levels against geometric ones ----------------------------------------------------------------------------
@@ -341,41 +343,25 @@ def outer_levels(tokenizer, rounds, seed):
     """A group behind a prompt: levels prompt and examples, with other rows and examples as long as the group's own."""
     import numpy as np
 
-    from mlppl.scoring.calculator import MultiLevelPPLCalculator
     from mlppl.scoring.contexts import BETWEEN
 
     model = random_gpt2(seed, window=4096)
-    count = EXAMPLES_SHOWN + OTHER_ROWS + 1
-    texts = stories(tokenizer, [PROMPT, COMPLETION] * count, seed + 2)
-    shown = list(zip(texts[::2], texts[1::2], strict=True))
+    texts = stories(tokenizer, [PROMPT, COMPLETION] * (SHOWN + OTHERS + 1), seed + 2)
     groups = groups_behind_prompts(tokenizer, rounds + 1, seed + 3)
-    calculators = {
-        "geometric": MultiLevelPPLCalculator(tokenizer),
-        "levels prompt and examples": MultiLevelPPLCalculator(
-            tokenizer, aggregation="nested", levels=("prompt", "examples"), examples=shown[:EXAMPLES_SHOWN],
-            others=shown[EXAMPLES_SHOWN:], contrast=OTHER_ROWS,
-        ),
-    }  # fmt: skip
-
-    def measure(calculator, pairs):
-        prompts, completions = zip(*pairs, strict=True)
-        return calculator.compute_all_levels(model, list(completions), list(prompts))
-
-    seconds = alternate(
-        {name: in_turn(functools.partial(measure, one), groups) for name, one in calculators.items()}, rounds
-    )
-    of = f"{EXAMPLES_SHOWN} examples, {OTHER_ROWS} other rows, all of {PROMPT} + {COMPLETION} tokens"
+    calculators, seconds = time_outer_levels(model, tokenizer, texts, groups, rounds)
+    of = f"{SHOWN} examples, {OTHERS} other rows, all of {PROMPT} + {COMPLETION} tokens"
     table = [[f"[bold]{GROUP} completions of {COMPLETION} tokens behind a prompt of {PROMPT}; {of}"]]
     table += [[name, f"{statistics.median(one):.2f} s", "", "", ""] for name, one in seconds.items()]
     geometric, outer = seconds.values()
     table.append(
-        ["levels prompt and examples", "", *judged(ratio(outer, geometric), OUTER_GROUP, least=False), "geometric's"]
+        ["levels prompt and examples", "", *judged(ratio(outer, geometric), OUTER, least=False), "geometric's"]
     )
     # Together they are what the examples and the prompt change of the ordinary perplexity.
     calculator = calculators["levels prompt and examples"]
     prompt, completion = groups[0][0]
-    levels = measure(calculator, groups[0][:1])
-    before = "".join(f"{one} {text}{BETWEEN}" for one, text in shown[:EXAMPLES_SHOWN])
+    levels = calculator.compute_all_levels(model, [completion], [prompt])
+    shown = list(zip(texts[::2], texts[1::2], strict=True))[:SHOWN]
+    before = "".join(f"{one} {text}{BETWEEN}" for one, text in shown)
     others = [other for other, _ in calculator.contexts.others_of(prompt)]
     contexts = [before + prompt, *others]
     e, *c = calculators["geometric"].mean_surprisals(model, [(context, completion) for context in contexts])

@@ -164,7 +164,7 @@ class Processes:
         machine does not see the folder."""
         if not parts.folder.exists():
             raise InputError(
-                f"{parts.folder}, which the first process has made, is not to be seen on {platform.node()}: choose an "
+                f"{parts.folder}, which the first process made, cannot be seen on {platform.node()}: choose an "
                 "output in a folder that all machines share"
             )
         with cannot_write(parts.folder):

@@ -184,7 +184,7 @@ def pasts(parts: Sequence[Group], kept: np.ndarray, least: int) -> list[tuple[np
     """(int64 [P], parts of groups that begin with these ids): what runs before them, once for all; nothing for those to
     which it would save fewer than `least` tokens, which come first.
 
-    parts: groups that are run apart. kept: the ids of what ran before the call before, which may be had again.
+    parts: groups that are run apart. kept: ids with which rows of the last call began.
     """
     # What a part has in common with others ends where it branches, or is read.
     ends = [min(part.prefix or len(part.rows[0].inputs), *(row.read[0] for row in part.rows)) for part in parts]

@@ -266,10 +266,8 @@ class SurprisalScorer:
 
     def _forget_if_changed(self) -> None:
         """Keep nothing from before the weights changed."""
-        version = None if self.adapters else weights_version(self.model)
-        if version is None or version != self._kept_under:
+        if self._kept.cache and (self.adapters or weights_version(self.model) != self._kept_under):
             self._kept = _NO_PAST
-        self._kept_under = version
 
     def __getstate__(self) -> dict:
         # A copy's parameters count their changes anew.
@@ -497,6 +495,8 @@ class SurprisalScorer:
         # Where nothing ran before, a next call that begins alike has reason to let it.
         used += [Past(group.rows[0].inputs[: group.prefix or group.rows[0].read[0]], None) for group in groups]
         self._kept = max(used, key=lambda one: (one.cache is not None, len(one.ids)))
+        if self._kept.cache and not self.adapters:
+            self._kept_under = weights_version(self.model)
 
     def behind(self, groups: list[Group]) -> list[tuple[np.ndarray, list[Group]]]:
         """(ids that run before, groups that begin with them)."""
