@@ -23,6 +23,7 @@ from mlppl.files import write_text
 GO_ON = "Here is the beginning of a story.\n\n{prompt}\n\nGo on with the story."
 PLAN = "Here is the beginning of a story.\n\n{prompt}\n\nSay in one sentence what happens next."
 SUM_UP = "Here is a story.\n\n{prompt}\n\nSay in one sentence what happens in it."
+ASKED = {"stories": GO_ON, "texts": "{prompt}", "plans": PLAN, "summaries": SUM_UP}
 # What the scorer reads before a reference: the plan between beginning and what comes next; the summary alone.
 PLANNED = "{prompt}{completion}<|im_end|>\n<|im_start|>user\nGo on with the story.<|im_end|>\n<|im_start|>assistant\n"
 TOLD = "<|im_start|>user\nTell me this story: {completion}<|im_end|>\n<|im_start|>assistant\n"

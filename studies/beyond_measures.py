@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from beyond import GO_ON, PERMUTED, TASKS, TOLD
+from beyond import ASKED, PERMUTED, PLANNED, TASKS, TOLD
 from common import print_table, run_folder, write_json
 from judges import embedder, gemma_file
 from measures import (
@@ -34,6 +34,11 @@ from mlppl.training.diagnostics import described
 from mlppl.training.found import found
 
 K, COLD = 16, (0.8, 0.6)
+# What the judge, which has seen no chats, reads before a reference.
+READ = {
+    "summaries": "In one sentence: {completion}\n\nThe story: ",
+    "plans": "{beginning}\n\nWhat happens next: {completion}\n\nThe story goes on: ",
+}
 
 
 def main(argv=None) -> int:
@@ -102,7 +107,7 @@ def measure(args: argparse.Namespace) -> int:
         show(task, of_task)
         for index in range(args.shown if shown else 0):
             prompt = shown[next(iter(shown))][0][index]
-            print(f"\n**{plain(prompt, '', GO_ON)[0][:300]}**")
+            print(f"\n**{plain(prompt, '', ASKED[task])[0][:300]}**")
             for name, (_, groups) in shown.items():
                 print(f"- {name}: {' '.join(groups[index][0].split())}")
     return 0
@@ -137,7 +142,7 @@ def measured(bench: Bench, task: str, prompts, groups: list[list[str]], referenc
     texts = [text for group in groups for text in group]
     each = len(groups[0])
     rows = [index for index in range(len(prompts)) for _ in range(each)]
-    beginnings = [plain(prompt, "", GO_ON)[0] for prompt in prompts]
+    beginnings = [plain(prompt, "", ASKED[task])[0] for prompt in prompts]
     whole = [described([text for text in texts if text.strip()] or ["."])]
     result = {
         "words": whole[0]["words"],
@@ -157,48 +162,53 @@ def measured(bench: Bench, task: str, prompts, groups: list[list[str]], referenc
             "told from human": two_sample_accuracy(human, first),
             "variety": semantic_variety(first),
         }
-        pairs = [(beginnings[other], f" {text}") for text in said for other in range(len(prompts))]
-        contexts = [pairs[start : start + len(prompts)] for start in range(0, len(pairs), len(prompts))]
-        result |= found_by(bench, contexts, rows, len(prompts), each)
-    else:
-        put = (
-            (lambda row, text: TOLD.format(completion=text))
-            if task == "summaries"
-            else (lambda row, text: bench.own.render(prompts[row]) + text)
-        )
-        alone = bench.nats([(put(row, ""), references[row]) for row in range(len(prompts))], judge=False)
-        first = [groups[index][0].strip() or "." for index in range(len(prompts))]
+        # By the judge, as text: the first completion of each prompt behind each of K prompts.
         scores = np.full((len(prompts), len(prompts)), np.nan)
-        for start in range(0, len(prompts) - len(prompts) % K, K):
-            block = range(start, start + K)
-            values = bench.nats([(put(j, first[i]), references[j]) for i in block for j in block], judge=False)
-            scores[start : start + K, start : start + K] = alone[start : start + K] - values.reshape(K, K)
+        for row in range(len(prompts) - len(prompts) % K):
+            block = list(range(row - row % K, row - row % K + K))
+            scores[row, block] = -bench.nats([(beginnings[other], f" {said[row * each]}") for other in block])
         size = len(prompts) - len(prompts) % K
-        own = np.diag(scores)[:size]
-        others = scores[:size, :size][~np.eye(size, dtype=bool)]
-        seen = found(np.nan_to_num(scores[:size, :size], nan=0.0), K)
-        result |= {
-            "own": float(own.mean()),
-            "others": float(np.nanmean(others)),
-            f"found among {K}": seen.top_1,
-            "p": float(seen.p),
-        }
+        seen = found(scores[:size, :size], K)
+        result |= {f"found among {K}": seen.top_1, "p": float(seen.p)}
+    else:
+        first, put_together = (
+            [said[index * each] for index in range(len(prompts))],
+            {"summaries": TOLD, "plans": PLANNED},
+        )
+
+        def put(row: int, text: str) -> str:
+            return put_together[task].format(prompt=bench.own.render(prompts[row]), completion=text)
+
+        def put_as_text(row: int, text: str) -> str:
+            return READ[task].format(beginning=beginnings[row], completion=text)
+
+        result |= gains(lambda pairs: bench.nats(pairs, judge=False), put, first, references, K)
+        by_judge = gains(bench.nats, put_as_text, first, references, 2)
+        result |= {f"{name} (judge)": by_judge[name] for name in ("own", "others")}
         result["copied of reference"] = copied(
             [references[row] for row in rows], texts, split=tokens_of(bench.tokenizer)
         )
     return result
 
 
-def found_by(bench: Bench, contexts, rows, prompts: int, each: int) -> dict[str, float]:
-    """By the judge, as text: each completion behind each of K prompts."""
-    size = prompts - prompts % K
-    scores = np.full((size * each, size), np.nan)
-    for index, row in enumerate(rows):
-        if row < size:
-            block = range(row - row % K, row - row % K + K)
-            scores[index, list(block)] = -bench.nats([contexts[index][other] for other in block])
-    seen = found(scores, K)
-    return {f"found among {K}": seen.top_1, "p": float(seen.p)}
+def gains(nats, put, texts: list[str], references: list[str], k: int) -> dict[str, float]:
+    """How much likelier, in nats a token, what was written makes its own reference and others', and how often its own
+    the most among k. put: of a row's number and a text, what stands before the row's reference."""
+    size = len(texts) - len(texts) % k
+    alone = nats([(put(row, ""), references[row]) for row in range(size)])
+    scores = np.full((size, size), np.nan)
+    for start in range(0, size, k):
+        block = range(start, start + k)
+        values = nats([(put(j, texts[i]), references[j]) for i in block for j in block])
+        scores[start : start + k, start : start + k] = alone[start : start + k] - values.reshape(k, k)
+    seen = found(scores, k)
+    others = scores[~np.eye(size, dtype=bool)]
+    return {
+        "own": float(np.diag(scores).mean()),
+        "others": float(np.nanmean(others)),
+        f"found among {k}": seen.top_1,
+        "p": float(seen.p),
+    }
 
 
 def show(task: str, of_task: dict[str, dict]) -> None:

@@ -219,8 +219,16 @@ def test_two_runs_are_paired_by_the_prompts_that_they_share(runs, capsys):
     assert "b 0.000 3.000 +3.000 ± 0.000 +1.600 ± 0.245" in printed
     assert "word PPL a 4.000 2.000 -0.693 ± 0.000" in printed
     assert "words a 9.000 9.200 no difference seen ± 0.200" in printed and "9.200 no difference" in printed
-    for line in ("prompt: Prompt 0", "Before: a, b: Prompt 0, it said.", "After: b: Prompt 0, it said."):
+    for line in ("Prompt: Prompt 0", "Before: a, b: Prompt 0, it said.", "After: b: Prompt 0, it said."):
         assert line in printed
+
+
+def test_one_run_is_shown_before_and_after(runs, capsys):
+    assert compare([str(runs[0])]) == 0
+    printed = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "reward a 0.000 1.400 +1.400 ± 0.245" in printed and "against" not in printed
+    told = [f"Prompt: Prompt {n} Before: a: Prompt {n}, it said. After: a: Prompt {n}, it said." for n in range(3)]
+    assert " ".join(told) in printed
 
 
 def test_what_is_not_the_same_in_two_runs_is_not_compared(tmp_path, capsys):
@@ -247,7 +255,6 @@ def test_what_cannot_be_compared_is_refused_in_one_line(runs, tmp_path, capsys):
         return line
 
     a = runs[0]
-    assert "expected two or more" in refusal(a)
     assert "holds no heldout.json: expected the --output_dir of a training" in refusal(a, tmp_path)
     other = write_run(
         tmp_path / "c", held_out(prompts=["Another"] * 1, reward=[1.0]), held_out(prompts=["Another"], reward=[1.0])

@@ -11,6 +11,7 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import toys
 import warm
@@ -529,3 +530,40 @@ def test_each_arm_of_the_settings_changes_what_its_flags_name_and_nothing_else(d
     for arm, flags in ARMS.items():
         changed = {name for name, value in asked(flags).items() if value != default[name]}
         assert changed == {word.removeprefix("--") for word in flags.split() if word.startswith("--")}, arm
+
+
+def test_rewards_beyond_the_sentence_are_asked_of_rows_that_the_task_has(damage, tmp_path):
+    from beyond import PERMUTED, RUNS, TASKS, rows_file
+
+    from train_grpo_multilevel_unsloth import parse_args
+
+    for task, (flags, _, arms) in TASKS.items():
+        for words in arms.values():
+            args, _ = parse_args([*RUNS, *flags, *words.split()])  # which refuses what makes no sense
+            assert args.target == ("reference" if task in ("plans", "summaries") else "completion")
+    assert {PERMUTED} <= TASKS["plans"][2].keys() & TASKS["summaries"][2].keys()
+
+    def rows(task: str, permuted: bool) -> list[dict]:
+        return [json.loads(line) for line in rows_file(tmp_path, task, permuted).read_text("utf-8").splitlines()]
+
+    documents, shifted, plans = rows("summaries", False), rows("summaries", True), rows("plans", False)
+    assert all(row["prompt"] == row["reference"] for row in documents) and len(documents) > 200
+    assert [row["reference"] for row in shifted[1:]] == [row["reference"] for row in documents[:-1]]
+    assert [row["prompt"] for row in shifted] == [row["prompt"] for row in documents]
+    assert all(
+        f"{plan['prompt']} {plan['reference']}" == row["prompt"] for plan, row in zip(plans, documents, strict=True)
+    )
+
+
+def test_what_a_text_does_for_its_own_reference_stands_beside_what_it_does_for_others(damage):
+    from beyond_measures import gains
+
+    references = ["r0", "r1", "r2", "r3"]
+
+    def nats(pairs):  # a reference has 2 nats alone, 1.5 behind its own text, 2.1 behind another's of its pair
+        return np.array([{"": 2.0, "t" + reference[1]: 1.5}.get(text, 2.1) for text, reference in pairs])
+
+    values = gains(nats, lambda row, text: text, ["t0", "t1", "t2", "t3"], references, 2)
+    assert values["own"] == pytest.approx(0.5) and values["others"] == pytest.approx(-0.1)
+    assert values["found among 2"] == 1
+    assert gains(nats, lambda row, text: text, ["t1", "t0", "t3", "t2"], references, 2)["found among 2"] == 0

@@ -1,6 +1,6 @@
-"""Two runs or more side by side: what changed on the held-out prompts that they share, and what each writes.
+"""Runs side by side: what changed on the held-out prompts that they share, and what each writes, before and after.
 
-    python -m mlppl.pages.compare RUN RUN [RUN ...] --html compare.html
+    python -m mlppl.pages.compare RUN [RUN ...] --html compare.html
 
 RUN is the --output_dir of a training that has ended. The first is the one that the others are compared with.
 """
@@ -18,7 +18,7 @@ from ..files import writable_file, write_text
 if TYPE_CHECKING:  # to import it takes seconds
     from ..training.results import HeldOut, Row
 
-SHOWN = 8  # prompts whose completions stand on the page
+SHOWN, PRINTED = 8, 3  # prompts whose completions stand on the page, and in the terminal
 OF_TEXTS = ("KL", "distinct-2", "repetition", "words")  # scores that no scorer and no reward changes
 # Settings of a reward that no perplexity depends on. (Levels with another view have another name.)
 PAID = {"form", "weights", "reward_thresholds", "rewards", "missing", "allow_baseline_mismatch", "normalize", "levels",
@@ -45,12 +45,9 @@ class Line(NamedTuple):
 def parse_args(argv=None):
     parser = cli.parser("Compares trainings by what their held-out prompts gave, paired by prompt.")
     parser.prog = "python -m mlppl.pages.compare"
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="--output_dir of a training that has ended: two or more")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="--output_dir of a training that has ended")
     parser.add_argument("--html", metavar="OUT", help="also write a page with charts and stories to this file")
-    args = parser.parse_args(argv)
-    if len(args.runs) < 2:
-        parser.error("one run: expected two or more")
-    return args
+    return parser.parse_args(argv)
 
 
 @cli.script
@@ -180,18 +177,21 @@ def print_lines(table: Mapping[str, Sequence[Line]], runs: Sequence[Run], notes:
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("mean of", "run"):
         shown.add_column(name)
-    for name in ("before", "after", "change", f"against {runs[0].name}"):
+    for name in ("before", "after", "change", *([f"against {runs[0].name}"] if len(runs) > 1 else [])):
         shown.add_column(name, justify="right")
     for name, of_runs in table.items():
         for index, (run, row, against) in enumerate(of_runs):
             cells = [decimal(row.before), decimal(row.after), row.shown, against.shown if against else ""]
-            shown.add_row("" if index else name, run, *cells)
+            shown.add_row("" if index else name, run, *cells[: len(shown.columns) - 2])
         shown.add_section()
     console = Console()
     console.print(shown)
-    prompt, texts = stories(runs)[0]
-    for title, text in (*((note, "") for note in notes), ("prompt", prompt), *texts):
-        console.print(" ".join(f"{title}: {text}".split() if text else title.split()), markup=False, highlight=False)
+    for note in notes:
+        console.print(" ".join(note.split()), markup=False, highlight=False)
+    for prompt, texts in stories(runs)[:PRINTED]:
+        console.print()
+        for title, text in (("Prompt", prompt), *texts):
+            console.print(" ".join(f"{title}: {text}".split()), markup=False, highlight=False)
 
 
 def html(table: Mapping[str, Sequence[Line]], runs: Sequence[Run], notes: Sequence[str]) -> str:
