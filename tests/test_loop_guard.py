@@ -19,7 +19,7 @@ from mlppl.config import LOOP_PENALTY
 from mlppl.data import TINY_STORIES
 from mlppl.errors import InputError
 from mlppl.reward.function import MultiLevelPPLRewardFunction
-from mlppl.reward.loop_guard import NGRAM, RepeatedShare, loop_guard, loop_veto
+from mlppl.reward.loop_guard import NGRAM, RepeatedShare, copy_guard, loop_guard, loop_veto
 from mlppl.reward.terms import normalized
 from mlppl.scoring.sampling import sample_completions
 from mlppl.scoring.units import segment
@@ -246,6 +246,24 @@ def test_no_copy_of_the_prompt_out_earns_the_story_and_honest_prose_quotes_for_n
     assert -of_human.mean() == pytest.approx(0.019, abs=0.003) and np.sum(of_human < without) == 4
     veto = loop_veto(tokenizer=tokenizer)
     assert not any(veto(completion_ids=human, prompts=prompts)) and all(veto(completion_ids=copies, prompts=prompts))
+
+
+def test_a_quotation_of_a_document_costs_more_than_any_summary_earns(embedded):
+    tokenizer, _, stories = embedded
+    penalty, weight = copy_guard(1.0, tokenizer)  # 1: the most that nats can earn
+    documents = [story["completion"] for story in stories]
+    quoted = [text[: text.index(" ", len(text) // 3)] for text in documents]  # of whole words
+    shares = -np.array(penalty(None, quoted, documents))
+    assert shares.min() == 1 and 1 - weight * shares.max() == -2
+    others = -np.array(penalty(None, quoted[1:] + quoted[:1], documents))
+    assert others.mean() < 0.02
+    # By hand: of the runs of four tokens in a quotation and what is one's own, those of the quotation.
+    text, document = quoted[0] + " Zebras hummed quietly.", documents[0]
+    runs = list(zip(*(ids_of(tokenizer, " " + text.strip())[start:] for start in range(4)), strict=False))
+    there = ids_of(tokenizer, " " + document.strip())
+    inside = [any(there[at : at + 4] == list(run) for at in range(len(there))) for run in runs]
+    assert penalty(None, [text], [document]) == [-sum(inside) / len(inside)] and 0 < sum(inside) < len(inside)
+    assert penalty(None, ["Hm."], [document]) == [0]
 
 
 LIST = """

@@ -123,11 +123,12 @@ def copy_guard(highest: float, tokenizer, skips: Callable | None = None) -> tupl
     quote a document makes it likelier than to say what happens in it.
 
     The penalty is minus the share of the completion's runs of `QUOTED` tokens that stand in the reference. The weight
-    is `highest`, the most that a completion can earn: what is quoted throughout earns nothing in sum.
+    is three times `highest`, the most that a completion can earn: under SmolLM2 summaries of five sentences earned 1.6
+    to 3.0 nats for a share of 1, so that a quotation costs what it earns or more.
 
     highest: of `mlppl.config.RewardConfig`. tokenizer: any. skips: as for `loop_guard`.
     """
-    return CopyPenalty(tokenizer, skips), highest
+    return CopyPenalty(tokenizer, skips), 3 * highest
 
 
 class CopyPenalty:
