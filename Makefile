@@ -70,19 +70,23 @@ MODEL ?= tiny-stories
 OUT ?= $(CURDIR)/demo_output
 
 DEMO_STEPS_tiny-stories := 100
-DEMO_BASELINES_tiny-stories := --load_in_4bit
+DEMO_BASELINES_tiny-stories := --load_in_4bit --generate 4
 DEMO_TRAINING_tiny-stories := --learning_rate 2e-3
 
-# Few prompts and short completions, for 20 minutes in all: on one thread the four scripts took 46, 10, 152 and 716 s of CPU
-# time. Without Unsloth, whose gradient checkpointing takes longer on a CPU.
-DEMO_STEPS_smollm2 := 16
-DEMO_PROMPTS_smollm2 := --chat --prompt_template 'Continue the story in two sentences: {prompt}' --aggregation nested
-DEMO_BASELINES_smollm2 := --no-load_in_4bit --num_samples 40
-DEMO_TRAINING_smollm2 := --no_unsloth --no-load_in_4bit --max_samples 40 --heldout_samples 8 --reward_form nats --ppl_weights 1 1 1 \
-    --learning_rate 1e-3
+# Summaries of five sentences each, few and short: on one thread the training takes about 15 minutes. Without Unsloth, whose
+# gradient checkpointing takes longer on a CPU.
+DEMO_STEPS_smollm2 := 20
+DEMO_DATA_smollm2 = $(PY) -c 'import json, re; rows = json.load(open("rl_training/examples/tiny_stories/train.json"))[:48]; \
+    texts = (re.split("(?<=[.!?])[ ]|(?<=[.!?]\")[ ]", row["prompt"] + row["completion"]) for row in rows); \
+    [print(json.dumps({"text": " ".join(text[:5])})) for text in texts]' > $(OUT)/documents.jsonl
+DEMO_PROMPTS_smollm2 = --dataset_name $(OUT)/documents.jsonl --reference_column text --target reference --chat \
+    --prompt_template "$$(printf 'Here is a story.\n\n{prompt}\n\nSay in one sentence what happens in it.')" --template \
+    "$$(printf '<|im_start|>user\nTell me this story: {completion}<|im_end|>\n<|im_start|>assistant\n{reference}')"
+DEMO_BASELINES_smollm2 := --no-load_in_4bit
+DEMO_TRAINING_smollm2 := --no_unsloth --no-load_in_4bit --heldout_samples 8 --reward_form nats --learning_rate 5e-4
 
 DEMO_TOKENS_tiny-stories := 64
-DEMO_TOKENS_smollm2 := 24
+DEMO_TOKENS_smollm2 := 32
 DEMO_STEPS ?= $(DEMO_STEPS_$(MODEL))
 DEMO = --model_name $(MODEL) $(DEMO_PROMPTS_$(MODEL)) --max_new_tokens $(DEMO_TOKENS_$(MODEL))
 
@@ -96,12 +100,14 @@ RUN = cd rl_training/examples && $(abspath $(PY)) -c '$(STAGE)' $(abspath $(PY))
 demo: setup $(filter smollm2,$(MODEL))
 	$(if $(DEMO_STEPS_$(MODEL)),,$(error MODEL is '$(MODEL)': it can be tiny-stories or smollm2))
 	@mkdir -p $(OUT)
+	@$(DEMO_DATA_$(MODEL))
 	@$(RUN) test_multilevel_ppl_trl.py --model_name $(MODEL)
 	@$(RUN) multi_level_ppl_trl.py --model_name $(MODEL) --file tiny_stories/example.txt --html $(OUT)/heatmap.html
-	@$(RUN) compute_baselines_trl.py $(DEMO) $(DEMO_BASELINES_$(MODEL)) --generate 4 --overwrite \
+	@$(RUN) compute_baselines_trl.py $(DEMO) $(DEMO_BASELINES_$(MODEL)) --overwrite \
 	    --output_path $(OUT)/baselines.pkl --plot $(OUT)/baselines.png
 	@$(RUN) train_grpo_multilevel_unsloth.py $(DEMO) $(DEMO_TRAINING_$(MODEL)) --per_device_train_batch_size 16 \
 	    --baselines_path $(OUT)/baselines.pkl --max_steps $(DEMO_STEPS) --output_dir $(OUT)/training --overwrite
+	@cd rl_training/examples && $(abspath $(PY)) -m mlppl.pages.compare $(OUT)/training
 	@printf '%s\n' "" "Look at" \
 	    "  $(OUT)/heatmap.html          a text coloured by surprise" \
 	    "  $(OUT)/baselines.png         the perplexities before training" \

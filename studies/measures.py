@@ -55,20 +55,23 @@ def tokens_of(tokenizer) -> Callable[[Text], list[int]]:
 
 
 TALK = re.compile(r"\b(story|stories|narrative|tale|version|I'd|I'm|I love|your)\b", re.IGNORECASE)
+SPEECH = re.compile(r"""["\u201c][^"\u201d]*(["\u201d]|$)""")  # of somebody in the story
 
 
 def talks(prompts: Sequence[Text], texts: Sequence[str]) -> list[bool]:
     """Of each text whether it talks about the story instead of telling it: whether it has a word of `TALK`'s that its
-    prompt has not. A curly apostrophe counts as a straight one.
+    prompt has not, outside of direct speech. A curly apostrophe counts as a straight one.
 
     >>> talks(["A fox ran.", "She told a story."], ["I\u2019d love to go on.", "The story was long."])
     [True, False]
+    >>> talks(["A fox ran."], ['"I love your tail," he said. "I'])
+    [False]
     """
     return [bool(_talk(text) - _talk(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def _talk(text: Text) -> set[str]:
-    return {word.lower() for word in TALK.findall(message_text(text).replace("\u2019", "'"))}
+    return {word.lower() for word in TALK.findall(SPEECH.sub("", message_text(text).replace("\u2019", "'")))}
 
 
 def two_sample_accuracy(human: np.ndarray, generated: np.ndarray) -> float:

@@ -226,7 +226,7 @@ def test_two_runs_are_paired_by_the_prompts_that_they_share(runs, capsys):
 def test_one_run_is_shown_before_and_after(runs, capsys):
     assert compare([str(runs[0])]) == 0
     printed = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "reward a 0.000 1.400 +1.400 ± 0.245" in printed and "against" not in printed
+    assert "reward 0.000 1.400 +1.400 ± 0.245" in printed and "against" not in printed
     told = [f"Prompt: Prompt {n} Before: a: Prompt {n}, it said. After: a: Prompt {n}, it said." for n in range(3)]
     assert " ".join(told) in printed
 

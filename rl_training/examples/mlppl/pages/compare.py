@@ -175,15 +175,17 @@ def print_lines(table: Mapping[str, Sequence[Line]], runs: Sequence[Run], notes:
         f"Means over {len(runs[0].before.prompts)} held-out prompts, ± standard error of paired differences; {scales}"
     )
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("mean of", "run"):
+    several = len(runs) > 1
+    for name in ("mean of", *(["run"] if several else [])):
         shown.add_column(name)
-    for name in ("before", "after", "change", *([f"against {runs[0].name}"] if len(runs) > 1 else [])):
+    for name in ("before", "after", "change", *([f"against {runs[0].name}"] if several else [])):
         shown.add_column(name, justify="right")
     for name, of_runs in table.items():
         for index, (run, row, against) in enumerate(of_runs):
-            cells = [decimal(row.before), decimal(row.after), row.shown, against.shown if against else ""]
-            shown.add_row("" if index else name, run, *cells[: len(shown.columns) - 2])
-        shown.add_section()
+            cells = [decimal(row.before), decimal(row.after), row.shown]
+            if several:
+                cells = [run, *cells, against.shown if against else ""]
+            shown.add_row("" if index else name, *cells, end_section=several and index == len(of_runs) - 1)
     console = Console()
     console.print(shown)
     for note in notes:
