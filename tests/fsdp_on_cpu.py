@@ -4,6 +4,8 @@ accelerate 1.15 takes FSDP on accelerators only. On a CPU it reads the same conf
 DDP. All but its word for the kind of processes is ready, so this sets the word.
 """
 
+import atexit
+import os
 import runpy
 import sys
 
@@ -23,5 +25,14 @@ def _with_fsdp(self, *args, fsdp_plugin=None, **kwargs) -> None:
 
 if __name__ == "__main__":
     AcceleratorState.__init__ = _with_fsdp
-    sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.argv, code = sys.argv[1:], 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    # What FSDP holds of gloo outlives the process group, and an interpreter that ends while a thread of gloo still
+    # holds a tensor is aborted (pytorch/pytorch#179291).
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
