@@ -151,30 +151,23 @@ def measured(bench: Bench, task: str, prompts, groups: list[list[str]], referenc
         "copied of prompt": copied([prompts[row] for row in rows], texts, split=tokens_of(bench.tokenizer)),
     }
     said = [text.strip() or "." for text in texts]
+    first = said[::each]
     if task in ("stories", "texts"):
         common = commonest_words(references)
-        human, first = bench.embed(references), bench.embed([said[index * each] for index in range(len(prompts))])
+        human, written = bench.embed(references), bench.embed(first)
         result |= {
             "judge PPL": float(
                 np.exp(bench.nats([(beginnings[row], f" {text}") for row, text in zip(rows, said, strict=True)]).mean())
             ),
             "bland": common_share(texts, common),
-            "told from human": two_sample_accuracy(human, first),
-            "variety": semantic_variety(first),
+            "told from human": two_sample_accuracy(human, written),
+            "variety": semantic_variety(written),
         }
-        # By the judge, as text: the first completion of each prompt behind each of K prompts.
-        scores = np.full((len(prompts), len(prompts)), np.nan)
-        for row in range(len(prompts) - len(prompts) % K):
-            block = list(range(row - row % K, row - row % K + K))
-            scores[row, block] = -bench.nats([(beginnings[other], f" {said[row * each]}") for other in block])
-        size = len(prompts) - len(prompts) % K
-        seen = found(scores[:size, :size], K)
+        # By the judge, as text.
+        seen = found(-in_blocks(bench.nats, lambda i, j: (beginnings[j], f" {first[i]}"), len(first), K), K)
         result |= {f"found among {K}": seen.top_1, "p": float(seen.p)}
     else:
-        first, put_together = (
-            [said[index * each] for index in range(len(prompts))],
-            {"summaries": TOLD, "plans": PLANNED},
-        )
+        put_together = {"summaries": TOLD, "plans": PLANNED}
 
         def put(row: int, text: str) -> str:
             return put_together[task].format(prompt=bench.own.render(prompts[row]), completion=text)
@@ -194,21 +187,27 @@ def measured(bench: Bench, task: str, prompts, groups: list[list[str]], referenc
 def gains(nats, put, texts: list[str], references: list[str], k: int) -> dict[str, float]:
     """How much likelier, in nats a token, what was written makes its own reference and others', and how often its own
     the most among k. put: of a row's number and a text, what stands before the row's reference."""
-    size = len(texts) - len(texts) % k
-    alone = nats([(put(row, ""), references[row]) for row in range(size)])
-    scores = np.full((size, size), np.nan)
-    for start in range(0, size, k):
-        block = range(start, start + k)
-        values = nats([(put(j, texts[i]), references[j]) for i in block for j in block])
-        scores[start : start + k, start : start + k] = alone[start : start + k] - values.reshape(k, k)
+    values = in_blocks(nats, lambda i, j: (put(j, texts[i]), references[j]), len(texts), k)
+    scores = nats([(put(row, ""), references[row]) for row in range(len(values))]) - values
     seen = found(scores, k)
-    others = scores[~np.eye(size, dtype=bool)]
+    others = scores[~np.eye(len(scores), dtype=bool)]
     return {
         "own": float(np.diag(scores).mean()),
         "others": float(np.nanmean(others)),
         f"found among {k}": seen.top_1,
         "p": float(seen.p),
     }
+
+
+def in_blocks(nats, pair, rows: int, k: int) -> np.ndarray:
+    """[text, row] of `pair(text, row)`, each of k rows' texts with these rows; nan elsewhere. What is no whole block is
+    left out."""
+    size = rows - rows % k
+    values = np.full((size, size), np.nan)
+    for start in range(0, size, k):
+        block = range(start, start + k)
+        values[start : start + k, start : start + k] = nats([pair(i, j) for i in block for j in block]).reshape(k, k)
+    return values
 
 
 def show(task: str, of_task: dict[str, dict]) -> None:
