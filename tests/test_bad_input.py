@@ -89,6 +89,10 @@ CASES = [
     (COMPUTE, "--model_name folder.pkl", "'folder.pkl' is no model: expected a folder with config.json"),
     (COMPUTE, "--model_name without_weights", "model folder 'without_weights' holds no weights"),
     (COMPUTE, "--model_name damaged_weights", "cannot load model 'damaged_weights'"),
+    (COMPUTE, "--model_name list_config", "list_config/config.json holds [], expected a JSON object"),
+    (COMPUTE, "--model_name cut_generation_config", "cut_generation_config/generation_config.json is damaged"),
+    (COMPUTE, "--model_name number_tokenizer_config", "tokenizer_config.json holds 3, expected a JSON object"),
+    (COMPUTE, "--model_name nameless", "says base_model_name_or_path is None, expected the name of its model"),
     (COMPUTE, "--model_name slow", "'slow' has a slow tokenizer, CTRLTokenizer"),
     (COMPUTE, "--model_name more_tokens", "'more_tokens' has more tokens", "'<more 119>' is number 515", "0 to 511"),
     (COMPUTE, "--model_name model --dataset_name messages.jsonl", "the tokenizer has no chat template"),
@@ -133,6 +137,12 @@ def files(tmp_path_factory):
     toys.byte_level().save_pretrained(folder / "model")
     for name in ("without_weights", "damaged_weights", "slow", "more_tokens"):
         shutil.copytree(folder / "model", folder / name)
+    of_settings = {"list_config": "[]", "cut_generation_config": '{"eos_token_id": 2', "number_tokenizer_config": "3"}
+    for name, text in of_settings.items():
+        shutil.copytree(folder / "model", folder / name)
+        (folder / name / f"{name.partition('_')[2]}.json").write_text(text)
+    shutil.copytree(folder / "model", folder / "nameless")
+    (folder / "nameless" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     toys.with_tokens(120).save_pretrained(folder / "more_tokens")
     (folder / "without_weights" / "model.safetensors").unlink()
     (folder / "damaged_weights" / "model.safetensors").write_bytes(b"\x10" + bytes(200))

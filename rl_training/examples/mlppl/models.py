@@ -46,7 +46,25 @@ def model_path(name: str) -> str:
         )
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise InputError(f"model folder {name!r} holds no weights: expected a .safetensors or .bin file in it")
+    check_settings(path)
     return str(path)
+
+
+def check_settings(folder: str | Path) -> None:
+    """Raises `InputError` for a folder's file of settings that holds no JSON object.
+
+    transformers passes over a generation_config.json that it cannot read, and with it over what ends a text.
+    """
+    for name in ("config", "generation_config", "tokenizer_config", "adapter_config"):
+        path = Path(folder, f"{name}.json")
+        try:
+            made = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} is damaged ({error}): copy it again from where the model is from") from error
+        if not isinstance(made, dict):
+            raise InputError(f"{path} holds {made!r:.40}, expected a JSON object: copy it again")
 
 
 def check_reachable(name: str) -> None:
@@ -91,6 +109,7 @@ def load_tokenizer(name: str, whose: str):
 
     path = tokenizer_path(name)
     check_reachable(path)
+    check_settings(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
@@ -133,6 +152,8 @@ def load_model(
         remedy = made if Path(base).parent.name == "gguf" else ""
         raise InputError(f"{path} is an adapter of {base}, which does not exist{remedy}")
     check_reachable(base or path)
+    if base is not None:
+        check_settings(base)
     template = None if chat_template_path is None else read_template(chat_template_path)
     reason, loaded = import_unsloth() if unsloth else None, None
     target = _device(device)
@@ -328,7 +349,10 @@ def base_of_adapter(path: str) -> str | None:
     adapter = Path(path, "adapter_config.json")
     if not adapter.exists():
         return None
-    return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise InputError(f"{adapter} says base_model_name_or_path is {base!r}, expected the name of its model")
+    return base
 
 
 def _from_transformers(path: str, name: str, load_in_4bit: bool, dtype: str, device):
