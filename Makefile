@@ -78,8 +78,8 @@ DEMO_TRAINING_tiny-stories := --learning_rate 2e-3
 DEMO_STEPS_smollm2 := 20
 DEMO_DATA_smollm2 = $(PY) -c 'import json, re; rows = json.load(open("rl_training/examples/tiny_stories/train.json"))[:48]; \
     texts = (re.split("(?<=[.!?])[ ]|(?<=[.!?]\")[ ]", row["prompt"] + row["completion"]) for row in rows); \
-    [print(json.dumps({"text": " ".join(text[:5])})) for text in texts]' > $(OUT)/documents.jsonl
-DEMO_PROMPTS_smollm2 = --dataset_name $(OUT)/documents.jsonl --reference_column text --target reference --chat \
+    [print(json.dumps({"text": " ".join(text[:5])})) for text in texts]' > '$(OUT)/documents.jsonl'
+DEMO_PROMPTS_smollm2 = --dataset_name '$(OUT)/documents.jsonl' --reference_column text --target reference --chat \
     --prompt_template "$$(printf 'Here is a story.\n\n{prompt}\n\nSay in one sentence what happens in it.')" --template \
     "$$(printf '<|im_start|>user\nTell me this story: {completion}<|im_end|>\n<|im_start|>assistant\n{reference}')"
 DEMO_BASELINES_smollm2 := --no-load_in_4bit
@@ -99,15 +99,15 @@ RUN = cd rl_training/examples && $(abspath $(PY)) -c '$(STAGE)' $(abspath $(PY))
 
 demo: setup $(filter smollm2,$(MODEL))
 	$(if $(DEMO_STEPS_$(MODEL)),,$(error MODEL is '$(MODEL)': it can be tiny-stories or smollm2))
-	@mkdir -p $(OUT)
+	@mkdir -p '$(OUT)'
 	@$(DEMO_DATA_$(MODEL))
 	@$(RUN) test_multilevel_ppl_trl.py --model_name $(MODEL)
-	@$(RUN) multi_level_ppl_trl.py --model_name $(MODEL) --file tiny_stories/example.txt --html $(OUT)/heatmap.html
+	@$(RUN) multi_level_ppl_trl.py --model_name $(MODEL) --file tiny_stories/example.txt --html '$(OUT)/heatmap.html'
 	@$(RUN) compute_baselines_trl.py $(DEMO) $(DEMO_BASELINES_$(MODEL)) --overwrite \
-	    --output_path $(OUT)/baselines.pkl --plot $(OUT)/baselines.png
+	    --output_path '$(OUT)/baselines.pkl' --plot '$(OUT)/baselines.png'
 	@$(RUN) train_grpo_multilevel_unsloth.py $(DEMO) $(DEMO_TRAINING_$(MODEL)) --per_device_train_batch_size 16 \
-	    --baselines_path $(OUT)/baselines.pkl --max_steps $(DEMO_STEPS) --output_dir $(OUT)/training --overwrite
-	@cd rl_training/examples && $(abspath $(PY)) -m mlppl.pages.compare $(OUT)/training
+	    --baselines_path '$(OUT)/baselines.pkl' --max_steps $(DEMO_STEPS) --output_dir '$(OUT)/training' --overwrite
+	@cd rl_training/examples && $(abspath $(PY)) -m mlppl.pages.compare '$(OUT)/training'
 	@printf '%s\n' "" "Look at" \
 	    "  $(OUT)/heatmap.html          a text coloured by surprise" \
 	    "  $(OUT)/baselines.png         the perplexities before training" \
