@@ -469,6 +469,12 @@ class Sampling:
                 raise InputError(
                     f"--generation_kwargs holds {name!r}: {value!r:.60}, expected {GENERATION_KWARGS[name]}"
                 )
+        least = (self.generation_kwargs or {}).get("min_new_tokens", 0)
+        if least > self.max_new_tokens:
+            raise InputError(
+                f"--generation_kwargs holds 'min_new_tokens': {least}, expected at most --max_new_tokens, which is "
+                f"{self.max_new_tokens}"
+            )
 
     def differences(self, made: Mapping[str, Any]) -> dict[str, tuple]:
         """By name, how `made` and this differ. made: `asdict` of another one; what it does not name is off."""
