@@ -36,10 +36,11 @@ REPORTERS = ("none", "wandb", "tensorboard", "trackio")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a flag's default unless that is None or False: then the help says what happens without it."""
+    """Shows a flag's default unless that is None or False, or the help says what happens without it."""
 
     def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default else action.help
+        told = not action.default or "(default" in action.help
+        return action.help if told else super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
