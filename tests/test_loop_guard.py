@@ -4,6 +4,7 @@ reward."""
 import itertools
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.rewards import get_repetition_penalty_reward
 from written_down import TOKENIZER
 
-from mlppl.config import LOOP_PENALTY
+from mlppl.config import LOOP_PENALTY, RewardConfig
 from mlppl.data import TINY_STORIES
 from mlppl.errors import InputError
 from mlppl.reward.function import MultiLevelPPLRewardFunction
@@ -23,7 +24,9 @@ from mlppl.reward.loop_guard import NGRAM, RepeatedShare, copy_guard, loop_guard
 from mlppl.reward.terms import normalized
 from mlppl.scoring.sampling import sample_completions
 from mlppl.scoring.units import segment
-from mlppl.training.rewards import check_reward_weights
+from mlppl.training.policy import Loaded
+from mlppl.training.rewards import check_reward_weights, name_of
+from train_grpo_multilevel_unsloth import make_rewards
 
 LENGTHS = (64, 128, 256)
 
@@ -264,6 +267,26 @@ def test_a_quotation_of_a_document_costs_more_than_any_summary_earns(embedded):
     inside = [any(there[at : at + 4] == list(run) for at in range(len(there))) for run in runs]
     assert penalty(None, [text], [document]) == [-sum(inside) / len(inside)] and 0 < sum(inside) < len(inside)
     assert penalty(None, ["Hm."], [document]) == [0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "penalty", "allowed", "names"),
+    [
+        ({"target": "reference"}, 20, False, ["loop_penalty"]),
+        ({"target": "reference", "template": "{completion}{reference}"}, 20, False, ["loop_penalty", "copy_penalty"]),
+        ({"target": "reference", "template": "{completion}{reference}"}, 0, False, ["copy_penalty"]),
+        ({"target": "reference", "template": "{completion}{reference}"}, 20, True, ["loop_penalty"]),
+        ({}, 0, False, []),
+    ],
+)
+def test_each_guard_has_a_flag_that_leaves_it_out_and_only_it(embedded, settings, penalty, allowed, names):
+    tokenizer, model, _ = embedded
+    job = SimpleNamespace(
+        reward=RewardConfig(**settings), baselines=None, contexts={}, chat={}, per_level=False, loop_penalty=penalty,
+        allow_copies=allowed, guarded_prompts=lambda tokenizer: {},
+    )  # fmt: skip
+    of_model = Loaded(model, tokenizer)
+    assert [name_of(function) for function, _ in make_rewards(job, of_model, of_model)] == ["multi_level_ppl", *names]
 
 
 LIST = """

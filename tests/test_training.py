@@ -213,6 +213,10 @@ def test_without_unsloth_it_says_why_and_trains_with_peft(tmp_path):
         (["--extract", "In summary:(.*)"], ["--extract", "--target reference"]),
         (["--target", "reference", "--extract", "("], ["'('", "regular expression"]),
         (["--target", "reference", "--template", "{prompt}{reference}"], ["{prompt}{reference}", "once each"]),
+        (
+            ["--target", "reference", "--template", "{completion}{reference}", "--per_level"],
+            ["--per_level has no guard against quoting", "--allow_copies"],
+        ),
         (["--dataset_name", "nowhere.json"], ["nowhere.json"]),
         (["--dataset_split", "dev"], ["dev", "train, test"]),
         (["--prompt_column", "question"], ["question", "prompt, completion"]),
@@ -233,6 +237,7 @@ def test_without_unsloth_it_says_why_and_trains_with_peft(tmp_path):
         (["--max_steps", "-3"], ["--max_steps is -3"]),
         (["--top_p", "2"], ["--top_p is 2.0", "from 0 to 1"]),
         (["--generation_kwargs", '{"num_beams": 2}'], ["--generation_kwargs holds 'num_beams'"]),
+        (["--generation_kwargs", '{"min_new_tokens": 129}'], ["'min_new_tokens': 129", "--max_new_tokens", "128"]),
         (
             ["--use_transformers_continuous_batching", "true", "--repetition_penalty", "1.1"],
             ["--use_transformers_continuous_batching drops --repetition_penalty", "leave it out, or them"],

@@ -70,11 +70,11 @@ def make_rewards(job, policy, scorer):
         rewards = list(zip(perplexity.per_level(veto), asked.weights, strict=True))
     else:
         rewards = [(perplexity, 1.0)]
+        skips = perplexity.skips if asked.missing == "skip" else None
         if guard:
-            skips = perplexity.skips if asked.missing == "skip" else None
             rewards.append(loop_guard(guard, asked.reward_thresholds, form=asked.form, **of_prompts, skips=skips))
-            if not (asked.reference_context.reads_prompt or job.allow_copies):
-                rewards.append(copy_guard(asked.highest, policy.tokenizer, skips))
+        if not (asked.reference_context.reads_prompt or job.allow_copies):
+            rewards.append(copy_guard(asked.highest, policy.tokenizer, skips))
     return rewards
 
 

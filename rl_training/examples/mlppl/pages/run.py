@@ -54,6 +54,7 @@ NOTES = {
     SWAPPED: "mean of the levels; what only belongs to its prompt does nothing here",
     SWAPPED_NATS: "mean of the levels; what only belongs to its prompt does nothing here",
     "loop penalty": "added to the reward",
+    "copy penalty": "added to the reward",
 }
 
 

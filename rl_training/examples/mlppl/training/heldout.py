@@ -21,7 +21,7 @@ from .found import found_among
 from .job import Job
 from .policy import Loaded
 from .results import FOUND, PPL, HeldOut, mean, read_heldout, write_heldout
-from .rewards import Reward, call_as_trl, name_of, perplexity_rewards
+from .rewards import GUARDS, Reward, call_as_trl, name_of, perplexity_rewards
 
 SWAPPED, SWAPPED_NATS = "improvement % with another row's", "improvement, nats, with another row's"
 
@@ -207,7 +207,8 @@ def _measured(reward_fn, columns: Mapping[str, list], written: Sequence[tuple]) 
 
 def row_name(function) -> str:
     """What a reward beside the perplexities is called in the table."""
-    return "loop penalty" if name_of(function) == "loop_penalty" else name_of(function)
+    name = name_of(function)
+    return name.replace("_", " ") if name in GUARDS else name
 
 
 def read_before(path: Path, rows, sampling: dict, rewarded: dict) -> HeldOut | None:

@@ -59,6 +59,11 @@ class Job:
         batches = plan_batches(*numbers, int(os.environ.get("WORLD_SIZE", "1")), sampled_apart)
         check_output(args.output_dir)
         self.reward, sampling, self.form = cli.reward_config(args), cli.sampling(args), cli.prompt_form(args)
+        if self.per_level and not (self.reward.reference_context.reads_prompt or self.allow_copies):
+            raise InputError(
+                "--per_level has no guard against quoting the reference, which a --template without {prompt} pays for: "
+                "leave it out, or add --allow_copies"
+            )
         self._config_name, self._columns, self._prepare = args.dataset_config, cli.column_options(args), prepare_dataset
         self.chat = cli.chat_options(args)
 

@@ -19,6 +19,7 @@ from ..scoring.sampling import prompt_ids
 from .job import Job
 
 Reward = tuple[Any, float]  # a function in TRL's calling convention, and its weight
+GUARDS = {"loop_penalty": "--loop_penalty 0", "copy_penalty": "--allow_copies"}  # what is without a guard
 
 
 def weighted(job: Job, rewards: Sequence[Reward]) -> list[Reward]:
@@ -29,10 +30,11 @@ def weighted(job: Job, rewards: Sequence[Reward]) -> list[Reward]:
     """
     first = perplexity_rewards(rewards)[0]
     names = [name_of(function) for function, _ in rewards]
-    if "loop_penalty" in names and job.config.multi_objective_aggregation == "normalize_then_sum":
+    guards = [flag for name, flag in GUARDS.items() if name in names]
+    if guards and job.config.multi_objective_aggregation == "normalize_then_sum":
         raise InputError(
-            "--multi_objective_aggregation normalize_then_sum normalises the loop guard, too, which then guarantees "
-            "nothing: add --per_level, whose veto holds, or turn the guard off with --loop_penalty 0"
+            "--multi_objective_aggregation normalize_then_sum normalises guards, too, which then guarantee nothing: "
+            f"add --per_level, whose veto holds, or turn them off with {' '.join(guards)}"
         )
     if job.baselines is None and not job.reward.allow_baseline_mismatch:
         check_meta(job.column_meta, first.identity)
