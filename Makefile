@@ -107,7 +107,6 @@ demo: setup $(filter smollm2,$(MODEL))
 	    --output_path '$(OUT)/baselines.pkl' --plot '$(OUT)/baselines.png'
 	@$(RUN) train_grpo_multilevel_unsloth.py $(DEMO) $(DEMO_TRAINING_$(MODEL)) --per_device_train_batch_size 16 \
 	    --baselines_path '$(OUT)/baselines.pkl' --max_steps $(DEMO_STEPS) --output_dir '$(OUT)/training' --overwrite
-	@cd rl_training/examples && $(abspath $(PY)) -m mlppl.pages.compare '$(OUT)/training'
 	@printf '%s\n' "" "Look at" \
 	    "  $(OUT)/heatmap.html          a text coloured by surprise" \
 	    "  $(OUT)/baselines.png         the perplexities before training" \

@@ -122,7 +122,7 @@ def test_the_last_lines_of_a_run_load_what_was_trained_and_write_with_it(way, tm
     printed = train(*SHORT, "--no_unsloth", "--max_steps", "1", *flags, "--output_dir", out).stdout
     prompt = json.loads((out / "heldout.json").read_text())["before"]["prompts"][0]
     text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
-    last = printed[printed.index("To use it") :]
+    last = printed[printed.index("To use it") : printed.index("Means over")]
     for program in ("python", "hf"):
         assert f"\n{Path(warm.python()).with_name(program)} " in last  # as pasted, without .venv in PATH
     written = run_code(last, tmp_path)

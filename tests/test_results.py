@@ -18,7 +18,7 @@ from training_runs import EXAMPLES
 from mlppl.config import TABLE, RewardConfig
 from mlppl.errors import InputError
 from mlppl.pages.compare import main as compare
-from mlppl.pages.run import print_comparison
+from mlppl.pages.compare import print_run
 from mlppl.training.heldout import evaluate, read_before
 from mlppl.training.results import FEW, HeldOut, mean, read_heldout, remarks, rows, write_heldout
 from multi_level_ppl_trl import LEVELS, MultiLevelPPLRewardFunction
@@ -90,7 +90,7 @@ def test_of_few_prompts_nothing_is_said(capsys):
         held_out(prompts=PROMPTS[:2], word_PPL=[889.0] * 2),
     )
     assert row(before, after).said == "too few prompts"
-    print_comparison(before, after)
+    print_run(before, after)
     printed = " ".join(capsys.readouterr().out.split())
     assert "too few prompts" in printed and "2 prompts are too few to say whether anything changed" in printed
     assert "--heldout_samples" in printed
@@ -213,7 +213,7 @@ def runs(tmp_path) -> list[Path]:
 def test_two_runs_are_paired_by_the_prompts_that_they_share(runs, capsys):
     assert compare(list(map(str, runs))) == 0
     printed = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "Means over 5 held-out prompts" in printed and "left out: 'Its own <b>'" in printed
+    assert "Means over 10 completions of 5 held-out prompts" in printed and "left out: 'Its own <b>'" in printed
     # a: 1 1 1 2 2, b: 3 at each; b - a: 2 2 2 1 1 in whichever order they were written.
     assert "reward a 0.000 1.400 +1.400 ± 0.245" in printed
     assert "b 0.000 3.000 +3.000 ± 0.000 +1.600 ± 0.245" in printed
@@ -227,7 +227,7 @@ def test_one_run_is_shown_before_and_after(runs, capsys):
     assert compare([str(runs[0])]) == 0
     printed = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert "reward 0.000 1.400 +1.400 ± 0.245" in printed and "against" not in printed
-    told = [f"Prompt: Prompt {n} Before: a: Prompt {n}, it said. After: a: Prompt {n}, it said." for n in range(3)]
+    told = [f"Prompt: Prompt {n} Before: Prompt {n}, it said. After: Prompt {n}, it said." for n in range(3)]
     assert " ".join(told) in printed
 
 

@@ -120,6 +120,7 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
 
     job = Job(args, rest, command, prepare_dataset)  # imports Unsloth: what imports TRL has to come after it
 
+    from mlppl.pages.compare import print_run
     from mlppl.pages.run import finish_report, start_report
     from mlppl.training.card import print_use
     from mlppl.training.heldout import HeldOutPrompts
@@ -145,10 +146,12 @@ def train(args: argparse.Namespace, rest: list[str], command: list[str]) -> int:
     code = 0 if stopped is None else 128 + stopped
     if stopped is None:
         trainer.save_model(str(job.output), _internal_call=True)  # not pushed yet: the report is not finished
-        finish_report(job, page, perplexity, held_out.after(), trainer.state)
+        finish_report(job, page, perplexity, after := held_out.after(), trainer.state)
         code = 0 if publish(trainer, job) else NOT_PUSHED
         merge(job, policy)
         print_use(job)
+        if trainer.is_world_process_zero():
+            print_run(page.before, after)
     trainer.accelerator.end_training()  # an interpreter that ends with gloo's threads at work may be aborted
     return code
 

@@ -152,15 +152,26 @@ def stories(runs: Sequence[Run]) -> list[tuple]:
     is the same."""
     from ..data import message_text
 
+    def whose(names: str) -> str:
+        return f": {names}" if len(runs) > 1 else ""
+
     found = []
     for index, prompt in enumerate(runs[0].before.prompts):
         before: dict[str, list[str]] = {}
         for run in runs:
             before.setdefault(run.before.completions[index][0], []).append(run.name)
-        texts = [(f"Before: {', '.join(names)}", text) for text, names in before.items()]
-        texts += [(f"After: {run.name}", run.after.completions[index][0]) for run in runs]
+        texts = [(f"Before{whose(', '.join(names))}", text) for text, names in before.items()]
+        texts += [(f"After{whose(run.name)}", run.after.completions[index][0]) for run in runs]
         found.append((message_text(prompt if isinstance(prompt, str) else prompt[-1:]), texts))
     return found
+
+
+def print_run(before: "HeldOut", after: "HeldOut") -> None:
+    """What changed on the held-out prompts of one run, and what it writes, before and after."""
+    from ..training.results import remarks
+
+    run = Run("", {}, {}, before, after)
+    print_lines(lines([run]), [run], remarks(before, after))
 
 
 def print_lines(table: Mapping[str, Sequence[Line]], runs: Sequence[Run], notes: Sequence[str]) -> None:
@@ -171,9 +182,9 @@ def print_lines(table: Mapping[str, Sequence[Line]], runs: Sequence[Run], notes:
     from ..training.results import decimal
 
     scales = "; ".join(dict.fromkeys(run.before.scale for run in runs))
-    title = (
-        f"Means over {len(runs[0].before.prompts)} held-out prompts, ± standard error of paired differences; {scales}"
-    )
+    prompts, completions = len(runs[0].before.prompts), sum(map(len, runs[0].before.completions))
+    over = f"{completions} completions of {prompts} held-out prompts"
+    title = f"Means over {over}, ± standard error of paired differences; {scales}"
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     several = len(runs) > 1
     for name in ("mean of", *(["run"] if several else [])):
@@ -185,7 +196,8 @@ def print_lines(table: Mapping[str, Sequence[Line]], runs: Sequence[Run], notes:
             cells = [decimal(row.before), decimal(row.after), row.shown]
             if several:
                 cells = [run, *cells, against.shown if against else ""]
-            shown.add_row("" if index else name, *cells, end_section=several and index == len(of_runs) - 1)
+            style = "dim" if row.said and not several else None
+            shown.add_row("" if index else name, *cells, style=style, end_section=several and index == len(of_runs) - 1)
     console = Console()
     console.print(shown)
     for note in notes:

@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from transformers import TrainerCallback
 
 from ..cli import in_kernel
@@ -61,26 +58,6 @@ NOTES = {
 def notes_of(table: Sequence[Row]) -> dict[str, str]:
     """What stands beside the names of these rows."""
     return NOTES | {row.name: row.unit for row in table if row.unit}
-
-
-def print_comparison(before: HeldOut, after: HeldOut) -> None:
-    """A table of the held-out scores, and one prompt's completion before and after."""
-    count = sum(map(len, before.completions))
-    title = f"Held-out: {count} completions of {len(before.prompts)} prompts; {before.scale}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("mean of")
-    for name in ("before", "after", "change ± standard error"):
-        table.add_column(name, justify="right")
-    for row in rows(before, after):
-        table.add_row(row.name, decimal(row.before), decimal(row.after), row.shown, style="dim" if row.said else None)
-    console = Console()
-    console.print(table)
-    for line in remarks(before, after):
-        console.print(line, markup=False, highlight=False)
-    prompt = before.prompts[0] if isinstance(before.prompts[0], str) else message_text(before.prompts[0][-1:])
-    for title, text in (("prompt", prompt), ("before", before.completions[0][0]), ("after", after.completions[0][0])):
-        console.print(f"[bold]{title}:[/bold] ", end="")
-        console.print(" ".join(text.split()), markup=False, highlight=False)
 
 
 def plot_training(logs: Sequence[Mapping], path: Path, nested: bool = False) -> None:
@@ -194,7 +171,6 @@ def finish_report(job: Job, page: "RunPage", reward_fn, after: HeldOut, state) -
     logs, picture = [entry for entry in state.log_history if entry.get("reward") is not None], job.output / "reward.png"
     if len(logs) > 1:  # a single dot is no curve
         plot_training(logs, picture, bool(after.names))
-    print_comparison(page.before, after)
     print(f"{'Model' if job.models.lora is None else 'Adapter'} and tokenizer: {job.output}")
     if len(logs) > 1:
         print(f"Reward curve: {picture}")
