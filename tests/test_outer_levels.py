@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import brute_force
 import numpy as np
@@ -134,6 +135,91 @@ def test_a_chat_scored_as_text_reads_what_was_put_into_the_template(model):
     assert details["ppls"]["prompt"].item() == pytest.approx(expected["prompt"], rel=1e-5)
 
 
+def test_a_template_is_taken_off_as_it_was_put_on_escaped_braces_and_a_begun_answer_too(model):
+    tokenizer, form = toys.byte_level(chat=True), "Answer with {{}} signs: {prompt}"
+    options = {"score_without_chat": True, "prompt_template": form}
+    calculator, plain = MultiLevelPPLCalculator(tokenizer, **options), MultiLevelPPLCalculator(tokenizer)
+    asked = [{"role": "user", "content": form.format(prompt=PROMPT)}]
+    begun = [{"role": "user", "content": "A story?"}, {"role": "assistant", "content": asked[0]["content"]}]
+    expected = plain.compute_all_levels(model, " It ran.", PROMPT)
+    for prompt, text in ((asked, "It ran."), (begun, " It ran.")):
+        found = calculator.compute_all_levels(model, [text], [prompt])
+        assert found["word"].item() == pytest.approx(expected["word"], rel=1e-5)
+
+
+@pytest.mark.parametrize("text", [", and it ran.", "ly.", " it ran."])
+def test_behind_an_answer_that_the_prompt_began_the_scorer_reads_on_without_a_space_of_its_own(text, model):
+    tokenizer = toys.byte_level(chat=True)
+    begun = [{"role": "user", "content": "A story?"}, {"role": "assistant", "content": "The fox said"}]
+    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, score_without_chat=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    _, details = reward_fn.compute_rewards([text], [begun], completion_ids=[ids], return_details=True)
+    expected = brute_force.all_levels(model, tokenizer, text, "The fox said")
+    assert details["ppls"]["word"].item() == pytest.approx(expected["word"], rel=1e-4)
+
+
+def test_read_as_text_a_completion_ends_where_its_policy_ended_it(model):
+    tokenizer = toys.byte_level(chat=True)
+    [end] = tokenizer("!", add_special_tokens=False)["input_ids"]
+    policy = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=end))
+    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, policy=(policy, tokenizer), score_without_chat=True)
+    ids = tokenizer("It ran", add_special_tokens=False)["input_ids"]
+    asked = [{"role": "user", "content": PROMPT}]
+    _, details = reward_fn.compute_rewards(["It ran!"], [asked], completion_ids=[[*ids, end]], return_details=True)
+    expected = brute_force.all_levels(model, tokenizer, " It ran", PROMPT)
+    assert details["ppls"]["word"].item() == pytest.approx(expected["word"], rel=1e-4)
+
+
+def test_prompts_that_differ_in_outer_white_space_have_ids_of_their_own(model):
+    tokenizer = toys.byte_level(chat=True)
+    examples = [([{"role": "user", "content": "A crow sat down."}], "It sang.")]
+    ids = tokenizer("It ran.", add_special_tokens=False)["input_ids"]
+    one, other = ([{"role": "user", "content": PROMPT + end}] for end in ("", "\n\n"))
+
+    def level(prompts):
+        reward_fn = MultiLevelPPLRewardFunction(
+            model, tokenizer, aggregation="nested", levels=("examples",), examples=examples, use_cache=False
+        )
+        size = len(prompts)
+        _, details = reward_fn.compute_rewards(
+            ["It ran."] * size, prompts, completion_ids=[ids] * size, return_details=True
+        )
+        return details["ppls"]["examples"].tolist()
+
+    assert level([one, other]) == pytest.approx([*level([one]), *level([other])], rel=1e-5)
+
+
+def test_a_row_with_the_same_reference_is_no_other_row(tokenizer):
+    rows = [(f"Is it {word}?", answer) for word, answer in (("red", "No."), ("wet", " No."), ("old", "Yes."))]
+    contexts = Contexts(tokenizer, (), others=[*rows, ("Is it far?", "No.")], contrast=1)
+    assert contexts.others_of("Is it hot?", "No.", 1) == [rows[2]]
+    with pytest.raises(InputError, match=r"contrast is 1: of 2 other rows 0 have another text than 'No.'"):
+        Contexts(tokenizer, (), others=rows[:2], contrast=1).others_of("Is it hot?", "No.", 1)
+
+
+def test_rows_in_another_form_than_the_prompts_are_refused(model):
+    tokenizer, chat = toys.byte_level(chat=True), [{"role": "user", "content": PROMPT}]
+    of_text = MultiLevelPPLRewardFunction(
+        model, tokenizer, aggregation="nested", levels=("prompt",), others=OTHERS, contrast=2
+    )
+    with pytest.raises(InputError, match=r"another row's prompt is .*expected the form of prompts"):
+        of_text.compute_rewards(["It ran."], [chat])
+    with pytest.raises(InputError, match=r"an example's prompt is .*expected a text, as the prompts are"):
+        Contexts(tokenizer, (), [(chat, "It ran.")]).read(PROMPT)
+
+
+def test_a_reference_behind_nothing_at_all_is_refused_where_no_bos_stands_before_it(model):
+    tokenizer, template = toys.byte_level(bos=False), "{completion}{reference}"
+    reward_fn = MultiLevelPPLRewardFunction(model, tokenizer, target="reference", template=template)
+    with pytest.raises(InputError, match=r"begin the template, .* with a word"):
+        reward_fn.compute_rewards(["It ran."], ["P."], ["Once it fell down."])
+    told = MultiLevelPPLRewardFunction(model, tokenizer, target="reference", template="So: " + template)
+    _, details = told.compute_rewards(["It ran."], ["P."], ["Once it fell down."], return_details=True)
+    for name, before in (("ppls", "So: It ran."), ("baselines", "So: ")):
+        expected = brute_force.all_levels(model, tokenizer, "Once it fell down.", before)
+        assert details[name]["sentence"].item() == pytest.approx(expected["sentence"], rel=1e-4)
+
+
 def test_other_rows_are_the_same_for_a_group_whatever_the_order_and_never_ones_own(tokenizer):
     one = Contexts(tokenizer, ("prompt",), others=OTHERS, contrast=2)
     other = Contexts(tokenizer, ("prompt",), others=OTHERS[::-1], contrast=2)
@@ -200,6 +286,8 @@ def test_a_new_nested_level_is_the_difference_to_the_view_before_it():
         ({"weights": (1, 1), "aggregation": "nested", "levels": ("word",)}, "expected (word)"),
         ({"examples": ["A fox."]}, "expected (prompt, reference)"),
         ({"examples": "rows.jsonl"}, "expected a list of (prompt, reference)"),
+        ({"examples": [([], "A fox.")]}, "examples 0 has a blank prompt"),
+        ({"examples": [("A fox.", " ")]}, "has a blank reference"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(options, message, model, tokenizer):
@@ -223,6 +311,26 @@ def test_examples_that_do_not_fit_the_window_are_refused_with_the_number_that_do
     MultiLevelPPLCalculator(tokenizer, examples=rows[:fit]).compute_all_levels(model, text, PROMPT)
 
 
+def test_of_references_without_their_prompt_the_number_that_fits_is_counted_as_they_are_shown(tokenizer):
+    model = toys.llama(max_position_embeddings=64)
+    rows = [("A long prompt that is never shown. " * 5, f" It fell {number} times.") for number in range(9)]
+    template = "In short: {completion}\n{reference}"
+
+    def score(count):
+        reward_fn = MultiLevelPPLRewardFunction(
+            model, tokenizer, target="reference", template=template, examples=rows[:count]
+        )
+        reward_fn.compute_rewards(["It ran."], ["P."], [" Once."])
+
+    with pytest.raises(InputError, match=r"9 examples.*at most \d of these") as refused:
+        score(9)
+    fit = int(str(refused.value).partition("at most ")[2][0])
+    assert 0 < fit < 9
+    score(fit)
+    with pytest.raises(InputError, match=f"{fit + 1} examples"):
+        score(fit + 1)
+
+
 def test_baselines_made_with_other_examples_are_refused(model, tokenizer):
     plain = MultiLevelPPLRewardFunction(model, tokenizer).identity
     shown = MultiLevelPPLRewardFunction(model, tokenizer, examples=EXAMPLES).identity
@@ -234,6 +342,12 @@ def test_baselines_made_with_other_examples_are_refused(model, tokenizer):
     assert {"levels", "contrast", "others", "examples"} <= set(differences(plain, nested))
     assert set(differences(nested, fewer)) == {"others"}
     assert not differences(nested, nested)
+    # What is taken off has to be what was put on.
+    as_text, other = (
+        MultiLevelPPLRewardFunction(model, tokenizer, score_without_chat=True, prompt_template=form).identity
+        for form in ("{prompt}", "Go on: {prompt}")
+    )
+    assert set(differences(as_text, other)) == {"prompt_template"}
 
 
 def test_a_word_is_coloured_by_what_its_prompt_and_the_examples_help_it(model, tokenizer):

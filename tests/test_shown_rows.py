@@ -9,10 +9,14 @@ import yaml
 from training_runs import SHORT, log_history, refusal, train
 
 from compute_baselines_trl import main as baselines
-from mlppl.data import FIRST, TINY_STORIES, draw, prompt_key, read_shown
+from compute_baselines_trl import parse_args as baselines_args
+from mlppl.baselines.job import prepare
+from mlppl.data import FIRST, TINY_STORIES, draw, message_text, prompt_key, read_shown, write_shown
 from mlppl.errors import InputError
 from mlppl.models import load_model
 from mlppl.reward.configured import reward_from_config
+from mlppl.training.job import Job
+from train_grpo_multilevel_unsloth import parse_args, prepare_dataset
 
 STORIES = TINY_STORIES / "train.json"
 LEVELS = ["--aggregation", "nested", "--levels", "word", "prompt", "examples", "--examples", "1", "--contrast", "2"]
@@ -98,6 +102,111 @@ def test_rows_are_drawn_by_what_they_say_and_not_by_where_they_stand():
     assert draw([*many, *late], 3, 0) == draw(many, 3, 0)
     with pytest.raises(InputError, match="--examples 3 and --contrast 2 need rows"):
         draw(rows[:5], 3, 2)
+    with pytest.raises(InputError, match="--contrast is 256, expected at most 255"):
+        draw(many, 0, 256)
+
+
+def test_rows_that_are_given_are_none_of_the_others_and_prompts_alone_can_be_compared():
+    rows = [(f"Prompt {number}.", f"Text {number}.") for number in range(9)]
+    given = [([{"role": "user", "content": rows[4][0]}], rows[4][1])]
+    examples, others = draw(rows, given, 2)
+    assert examples == given and sorted(others) == rows[:4] + rows[5:]
+    prompts = [(prompt, None) for prompt, _ in rows]
+    assert sorted(draw(prompts, 0, 2, of_prompts=True)[1]) == [(prompt, "") for prompt, _ in rows]
+    with pytest.raises(InputError, match="the data set has 9 and 0 of them"):
+        draw(prompts, 0, 2)
+
+
+def job(tmp_path, rows, *flags):
+    """What the training script makes of these rows and flags."""
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--dataset_name", str(path), "--no_unsloth", "--no-load_in_4bit", "--output_dir", str(tmp_path / "out")]
+    args, rest = parse_args([*words, *map(str, flags)])
+    return Job(args, rest, [], prepare_dataset)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        [], ["--prompt_template", "Go on: {prompt}"], ["--chat"], ["--chat", "--system_prompt", "Be short."],
+        ["--chat", "--user_prompt", "A story?"],
+        ["--chat", "--score_without_chat", "--prompt_template", "Go on: {prompt}"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_rows_of_a_file_get_the_form_of_the_rows_and_are_in_no_split(form, tmp_path):
+    rows = [{"prompt": f"P number {number}.", "reference": f" T number {number}."} for number in range(30)]
+    (tmp_path / "shown.jsonl").write_text("".join(json.dumps(rows[number]) + "\n" for number in (3, 7)))
+    flags = ["--examples", tmp_path / "shown.jsonl", "--target", "reference", "--contrast", 2, *form]
+    made = job(tmp_path, rows, *flags)
+    every = [*made.train_rows["prompt"], *made.heldout_rows["prompt"]]
+    [shown, _] = [prompt for prompt, _ in made.contexts["examples"]]
+    assert len(every) == 28 and type(shown) is type(every[0])
+    said = [message_text(prompt if isinstance(prompt, str) else prompt[-1:]) for prompt in every]
+    before, behind = said[0].split("P number ")[0], message_text(shown if isinstance(shown, str) else shown[-1:])
+    assert behind == f"{before}P number 3." and not {f"{before}P number {n}." for n in (3, 7)} & {*said}
+    assert not {prompt_key(prompt) for prompt, _ in made.contexts["others"]} & {prompt_key(shown)}
+    # What a run leaves beside its baselines has the form already.
+    write_shown(tmp_path / "again.jsonl", made.contexts["examples"])
+    again = job(tmp_path, rows, "--examples", tmp_path / "again.jsonl", *flags[2:])
+    assert again.contexts["examples"] == made.contexts["examples"]
+
+
+def test_both_scripts_draw_from_the_same_first_rows_whether_or_not_these_have_texts(tmp_path, monkeypatch):
+    for module in ("mlppl.data", "mlppl.training.job", "mlppl.baselines.job"):
+        monkeypatch.setattr(f"{module}.FIRST", 20)
+    rows = [{"prompt": f"P {n}.", "reference": "" if n % 3 == 0 else f" T {n}."} for n in range(60)]
+    shown = ["--aggregation", "nested", "--levels", "prompt", "examples", "--examples", "2"]
+    made = job(tmp_path, rows, *shown)
+    args = baselines_args(
+        ["--dataset_name", str(tmp_path / "data.jsonl"), *shown, "--output_path", str(tmp_path / "b.pkl")]
+    )
+    of_baselines = prepare(args, survey=False).contexts
+    assert of_baselines["examples"] == made.contexts["examples"] and len(made.contexts["others"]) == 18
+    assert of_baselines["others"] == made.contexts["others"]
+
+
+def test_both_scripts_draw_alike_from_one_column_of_texts(tmp_path):
+    rows = [{"text": f"A fox {n} ran." + f" It slept {n}." * (n % 4 > 0)} for n in range(24)]
+    shown = ["--prompt_sentences", "1", "--aggregation", "nested", "--levels", "prompt", "examples", "--examples", "1"]
+    made = job(tmp_path, rows, *shown)
+    args = ["--dataset_name", str(tmp_path / "data.jsonl"), *shown, "--output_path", str(tmp_path / "b.pkl")]
+    of_baselines = prepare(baselines_args(args), survey=False).contexts
+    assert len(made.contexts["others"]) == 17
+    assert all(of_baselines[name] == made.contexts[name] for name in ("examples", "others"))
+
+
+@pytest.mark.parametrize("line_break", ["\u2028", "\x85"])
+def test_a_text_may_hold_any_line_break(line_break, tmp_path):
+    rows = [("A fox.", f" It ran.{line_break}It fell.")]
+    write_shown(tmp_path / "rows.jsonl", rows)
+    assert read_shown(tmp_path / "rows.jsonl") == rows
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "rows.jsonl").read_bytes())
+    assert read_shown(tmp_path / "rows.jsonl") == rows
+
+
+def test_texts_without_a_prompt_stand_behind_the_examples_too(tmp_path):
+    text = "A fox ran to the sea. It was cold."
+    (tmp_path / "data.jsonl").write_text(json.dumps({"id": "a", "text": text}) + "\n")
+    (tmp_path / "shown.jsonl").write_text(json.dumps({"prompt": "A crow sat.", "reference": "It sang."}) + "\n")
+    flags = ["--dataset_name", str(tmp_path / "data.jsonl"), "--examples", str(tmp_path / "shown.jsonl")]
+    assert baselines([*flags, "--output_path", str(tmp_path / "b.json")]) == 0
+    model, tokenizer, _ = load_model("tiny-stories")
+    expected = brute_force.all_levels(model, tokenizer, text, "A crow sat. It sang.\n\n")
+    assert json.loads((tmp_path / "b.json").read_text())["a"]["word"] == pytest.approx(expected["word"], rel=1e-4)
+
+
+def test_a_row_that_does_not_fit_behind_the_examples_is_refused_before_training(tmp_path):
+    rows = [
+        {"prompt": f"P {number}." + " A fox ran." * 20 * (number == 9), "reference": " It fell."}
+        for number in range(12)
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "shown.jsonl").write_text(json.dumps({"prompt": "A crow.", "reference": " It sang." * 60}) + "\n")
+    flags = ["--dataset_name", tmp_path / "data.jsonl", "--examples", tmp_path / "shown.jsonl", "--max_seq_length", 256]
+    line = refusal(*QUICK, *flags, "--output_dir", tmp_path / "out")
+    assert "more than the 256 that the scorer reads at once" in line and not (tmp_path / "out").exists()
 
 
 def test_a_file_of_examples_that_is_none_is_refused(tmp_path):

@@ -278,15 +278,19 @@ def reward_config(args: argparse.Namespace) -> RewardConfig:
 
 def shown_rows(args: argparse.Namespace, rows: Iterable[Shown]) -> dict[str, list[Shown]]:
     """What the scorer reads beside a text's own prompt, `examples` and `others`: drawn from the data set's rows, the
-    examples also from a file. Raises `InputError`."""
+    examples also from a file, whose prompts become what the flags make of the data set's. Raises `InputError`."""
     config, asked = reward_config(args), args.examples
     if asked is None and "examples" in config.levels:
         asked = str(DEFAULT_EXAMPLES)
     if asked is None and not config.contrast:
         return {"examples": [], "others": []}
     if asked is None or asked.isdecimal():
-        return dict(zip(("examples", "others"), draw(rows, int(asked or 0), config.contrast), strict=True))
-    return {"examples": read_shown(asked), "others": draw(rows, 0, config.contrast)[1]}
+        examples: int | list[Shown] = int(asked or 0)
+    else:
+        form = prompt_form(args)._replace(prompt_sentences=None)
+        examples = [(form.shaped(prompt), reference) for prompt, reference in read_shown(asked)]
+    drawn = draw(rows, examples, config.contrast, of_prompts=config.target == "completion")
+    return dict(zip(("examples", "others"), drawn, strict=True))
 
 
 def sampling(args: argparse.Namespace) -> Sampling:

@@ -150,6 +150,17 @@ class PromptForm(NamedTuple):
             prompt = [*before, {"role": "user" if self.user_prompt is None else "assistant", "content": prompt}]
         return prompt, reference
 
+    def shaped(self, prompt: Text) -> Text:
+        """A prompt as the rows have it: a text is brought into their form, unless it has it.
+
+        >>> form = PromptForm("Go on: {prompt}", chat=True)
+        >>> form.shaped("A fox."), form.shaped(form.shaped("A fox.")) == form.shaped("A fox.")
+        ([{'role': 'user', 'content': 'Go on: A fox.'}], True)
+        """
+        before, behind = self.prompt_template.format(prompt="\0").split("\0")
+        has_it = not self.chat and prompt[: len(before)] == before and prompt[len(prompt) - len(behind) :] == behind
+        return prompt if not isinstance(prompt, str) or has_it else self.prompt_and_reference(prompt, "")[0]
+
 
 def refuse_unscored(reference: Text, index: int) -> None:
     """Raises `InputError` for a reference that says something beside the content of its messages: it is not scored."""
@@ -207,8 +218,13 @@ def prepare_rows(dataset, columns: Columns, form: PromptForm):
     rows = dataset.map(
         lambda example, index: make_row(example, index, columns, form), with_indices=True, remove_columns=dropped
     )
-    needed = ("prompt", "reference") if form.prompt_sentences else ("prompt",)
-    return rows.filter(lambda row: all(message_text(row[name]).strip() for name in needed))
+    return rows.filter(lambda row: has_texts(row["prompt"], row["reference"], form))
+
+
+def has_texts(prompt: Text, reference: Text, form: PromptForm) -> bool:
+    """Whether a row is one to train on."""
+    needed = (prompt, reference) if form.prompt_sentences else (prompt,)
+    return all(message_text(one).strip() for one in needed)
 
 
 def find_columns(
@@ -358,35 +374,53 @@ Shown = tuple[Text, Text]  # prompt and reference
 FIRST, POOL = 2000, 256  # rows of a data set that are drawn from; others, to contrast with
 
 
-def draw(rows: Iterable[Shown], examples: int, contrast: int) -> tuple[list[Shown], list[Shown]]:
+def draw(
+    rows: Iterable[Shown], examples: int | Sequence[Shown], contrast: int, of_prompts: bool = False
+) -> tuple[list[Shown], list[Shown]]:
     """(examples, others) from the first `FIRST` rows of a data set, by a hash of each: the same for baselines and for
     training, whatever part of the rows either reads. Rows have different prompts, and texts in both columns.
 
-    Raises `InputError` if there are too few.
+    examples: how many, or those that are given, which are none of the others. of_prompts: whether the others' prompts
+    are compared with, so that they need no reference. Raises `InputError` if there are too few.
     """
     by_prompt = {
-        prompt_key(prompt): (prompt, reference)
+        prompt_key(prompt): (prompt, reference or "")
         for prompt, reference in itertools.islice(rows, FIRST)
-        if message_text(prompt).strip() and message_text(reference or "").strip()
+        if message_text(prompt).strip()
     }
     order = sorted(by_prompt.values(), key=lambda row: stable_id(*row))
-    if len(order) < examples + (contrast + 1 if contrast else 0):
+    whole = [row for row in order if message_text(row[1]).strip()]
+    shown = whole[:examples] if isinstance(examples, int) else list(examples)
+    asked = examples if isinstance(examples, int) else len(shown)
+    seen = {shown_key(prompt) for prompt, _ in shown}
+    others = [row for row in (order if of_prompts else whole) if shown_key(row[0]) not in seen][:POOL]
+    if contrast >= POOL:
+        raise InputError(f"--contrast is {contrast}, expected at most {POOL - 1}: a few other rows are enough")
+    if len(shown) < asked or (contrast and len(others) <= contrast):
         raise InputError(
-            f"--examples {examples} and --contrast {contrast} need rows with different prompts and a reference each: "
-            f"the data set has {len(order)} of them (name its column with --reference_column)"
+            f"--examples {asked} and --contrast {contrast} need rows with different prompts and a reference each: the "
+            f"data set has {len(order)} and {len(whole)} of them (name its column with --reference_column)"
         )
-    return order[:examples], order[examples : examples + POOL] if contrast else []
+    return shown, others if contrast else []
+
+
+def shown_key(prompt: Text) -> str:
+    """What is equal of prompts that say the same, as text or as messages."""
+    return message_text(prompt if isinstance(prompt, str) else [m for m in prompt if m["role"] != "system"]).strip()
 
 
 def read_shown(path: str | Path) -> list[Shown]:
     """The rows of a JSON lines file of `{"prompt", "reference"}`, as `write_shown` writes it. Raises `InputError`."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        return checked_shown(str(path), [json.loads(line) for line in lines if line.strip()])
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # a text may hold other line breaks
+        rows = checked_shown(str(path), [json.loads(line) for line in lines if line.strip()])
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: {error}: expected JSON lines of prompt and reference") from error
+    if not rows:
+        raise InputError(f"{path} holds no row: expected JSON lines of prompt and reference")
+    return rows
 
 
 def write_shown(path: str | Path, rows: Sequence[Shown]) -> None:
@@ -405,6 +439,8 @@ def checked_shown(name: str, rows: Sequence) -> list[Shown]:
             raise InputError(f"{name} {index} is {row!r:.60}, expected (prompt, reference)")
         for value in values:
             check_text(value, f"{name} {index}")
+        if not message_text(values[0]).strip():
+            raise InputError(f"{name} {index} has a blank prompt, {values[0]!r:.40}: expected a text")
         made.append(tuple(values))
     return made
 

@@ -299,6 +299,12 @@ def check_meta(baselines: Baselines, expected: Mapping) -> None:
         )
 
 
+def _examples_flag(made: str, expected: str) -> str | None:
+    """What --examples takes to show what is expected: a number, or a file where as many were drawn and are others."""
+    (number, *_), (before, *_) = (one.partition(" ") for one in (expected, made))
+    return "FILE" if number and number == before and made != expected else number or None
+
+
 def _command(baselines: Baselines, expected: Mapping, differing: Mapping) -> str:
     """The call of compute_baselines_trl.py that makes the file as `expected` has it."""
     meta = baselines.meta
@@ -320,7 +326,7 @@ def _command(baselines: Baselines, expected: Mapping, differing: Mapping) -> str
         # Of the model's own writing, again; a reference is not written.
         **(meta.get("generated") or {} if wanted["target"] != "reference" else {}),
         **{key: wanted.get(key) for key in usual if wanted.get(key) != usual[key]},
-        "examples": expected.get("shown", {}).get("examples", "").partition(" ")[0] or None,
+        "examples": _examples_flag(*(one.get("shown", {}).get("examples", "") for one in (meta, expected))),
         "output_path": baselines.source,
         "overwrite": True,
     }

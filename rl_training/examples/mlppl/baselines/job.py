@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from ..data import (
     Text,
     find_columns,
     has_reference,
+    has_texts,
     load_split,
     make_row,
     message_text,
@@ -203,10 +205,17 @@ def prepare(args: argparse.Namespace, survey: bool = True) -> Job:
     scored = "reference" if has_reference(columns, form) and not args.generate else "prompt"
     if scored == "prompt" and not args.generate and (outer := [one for one in args.levels if one in OUTER]):
         raise InputError(f"level {outer[0]} is of a text behind its prompt: name its column with --reference_column")
-    drawn = (row for row in read_rows(dataset, columns, form, FIRST, scored) if row is not None)
-    contexts = cli.shown_rows(args, ((row.prompt, row.reference) for row in drawn))
+    # As in training, of the first rows, whether or not they have a text to score.
+    first = filter(None, itertools.islice(read_rows(dataset, columns, form, None, "prompt"), FIRST))
+    pairs = ((row.prompt, row.reference) for row in first)
+    contexts = cli.shown_rows(args, (pair for pair in pairs if has_texts(*pair, form)))
     settings["shown"] = stable_id(json.dumps(contexts))
     parts.check(settings)
+    if args.output_dataset and args.num_samples and (contexts["examples"] or "prompt" in args.levels):
+        raise InputError(
+            "--output_dataset with --num_samples lacks rows that the examples and other rows are drawn from: leave "
+            "--num_samples out, or --output_dataset"
+        )
     contexts["prompt_template"] = args.prompt_template
     config = cli.reward_config(args)
     before = [one for one in config.before if one != "completion"]  # a baseline's is empty
@@ -310,7 +319,7 @@ def load_scorer(args: argparse.Namespace, job: Job, device: str | None) -> Score
 
     def score(rows: Sequence[Row]) -> "Scores":
         if job.scored == "prompt":
-            pairs = [("", message_text(row.prompt)) for row in rows]
+            pairs = [calculator.text("", message_text(row.prompt)) for row in rows]
         elif config.target == "reference":
             put = partial(calculator.contexts.before_reference, config.reference_context)
             pairs = [(put(row.prompt), message_text(row.reference)) for row in rows]

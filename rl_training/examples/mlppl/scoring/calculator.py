@@ -123,12 +123,12 @@ class MultiLevelPPLCalculator:
         self.batch_size = batch_size
         self.max_batch_tokens = max_batch_tokens
         self.chat = {"chat_template_kwargs": chat_template_kwargs, "tools": tools}
-        self.contexts = Contexts(
-            tokenizer, self.levels, examples, others, config.contrast or contrast, score_without_chat, prompt_template,
-            self.chat,
-        )  # fmt: skip
         nested = aggregation == "nested"
         self.encoder = TextEncoder(tokenizer, eos_for_bos=nested)
+        self.contexts = Contexts(
+            tokenizer, self.levels, examples, others, config.contrast or contrast, score_without_chat, prompt_template,
+            self.chat, self.encoder.start,
+        )  # fmt: skip
         if nested and not self.encoder.start:
             raise InputError(
                 "aggregation='nested' scores units alone, behind a BOS or EOS token, and the tokenizer has neither: "
@@ -277,7 +277,7 @@ class MultiLevelPPLCalculator:
         spans = list(pairwise(accumulate(map(len, turns), initial=0)))  # the turns of each pair
         encoded, targets = self.encoder.encode_pairs(list(chain(*turns)))
         scorer = self._scorer_of(model)
-        self._refuse_cut(scorer, encoded)
+        self.refuse_cut(scorer.window, encoded)
         as_they_stand = [turn for last in lasts for turn in range(*spans[last])]
         its_targets = [targets[turn] for turn in as_they_stand]
         if self.aggregation == "nested":
@@ -301,14 +301,16 @@ class MultiLevelPPLCalculator:
         firsts = np.cumsum([0, *(spans[last][1] - spans[last][0] for last in lasts)])
         return Units(units.offsets[firsts], units.starts), of_texts
 
-    def _refuse_cut(self, scorer: Scorer, encoded: Sequence[Encoded]) -> None:
-        """Raises `InputError` if examples would fall out of the model's window: a long text is read in several."""
-        longest = max((len(one.ids) for one in encoded), default=0)
-        if self.contexts.examples and scorer.window is not None and longest > scorer.window:
+    def refuse_cut(self, window: int | None, encoded: Sequence[Encoded], more: int = 0) -> None:
+        """Raises `InputError` if examples would fall out of the model's window: a long text is read in several.
+
+        more: tokens that a text may still get."""
+        longest = max((len(one.ids) for one in encoded), default=0) + more
+        if self.contexts.examples and window is not None and longest > window:
             raise InputError(
-                f"{len(self.contexts.examples)} examples, a prompt and a text are {longest} tokens, more than the "
-                f"{scorer.window} that the scorer reads at once: expected at most "
-                f"{self.contexts.most_that_fit(longest - scorer.window)} of these examples, or shorter ones"
+                f"{len(self.contexts.examples)} examples, a prompt and a text are {'up to ' if more else ''}{longest} "
+                f"tokens, more than the {window} that the scorer reads at once: expected at most "
+                f"{self.contexts.most_that_fit(longest - window)} of these examples, or shorter ones"
             )
 
     def _units(self, targets: Sequence[str]) -> Units:

@@ -4,8 +4,8 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
-from ..config import OUTER, TABLE
-from ..data import Shown, Text, checked_shown, message_text, prompt_key, stable_id
+from ..config import OUTER, TABLE, ReferenceContext
+from ..data import PromptForm, Shown, Text, checked_shown, message_text, prompt_key, stable_id
 from ..errors import InputError
 from ..prompts import Turn, Turns, completion_turns, render_prompt
 from .sampling import prompt_ids
@@ -22,7 +22,8 @@ class Views(tuple):
 class Contexts:
     """examples: rows that stand before every prompt, in the prompts' own form. others: rows of which `contrast` take
     the place of a text's own. levels: those that are measured. without_chat: prompts are read as text; `form` is what
-    their messages were made of, "{prompt}" and what stands around it. chat: keywords of `render_prompt`.
+    their messages were made of, "{prompt}" and what stands around it. chat: keywords of `render_prompt`. start: the ids
+    that stand before a text, of `TextEncoder`.
 
     Raises `InputError` for a level without the rows that it needs.
     """
@@ -37,18 +38,24 @@ class Contexts:
         without_chat: bool = False,
         form: str = "{prompt}",
         chat: Mapping | None = None,
+        start: Sequence[int] = (),
     ) -> None:
         self._tokenizer, self._contrast, self._without_chat = tokenizer, contrast, without_chat
+        self._start = start
         self._chat = dict(chat or {})
-        self._form = form.partition("{prompt}")[::2]
+        PromptForm(form).check()
+        self._form = form.format(prompt="\0").partition("\0")[::2]
         self._views = [level for level in OUTER if level in levels]
         self._ids: dict[str, tuple[int, ...]] = {}
+        self._put: ReferenceContext | None = None  # where references are scored
         self.examples, rows = (
             [(self._read(prompt), reference) for prompt, reference in checked_shown(name, given)]
             for name, given in (("examples", examples), ("others", others))
         )
         self._others = {prompt_key(prompt): (prompt, reference) for prompt, reference in rows}
-        self._lengths = {key: [len(message_text(one)) for one in row] for key, row in self._others.items()}
+        self._texts = {key: list(map(message_text, row)) for key, row in self._others.items()}
+        if blank := [one for one in self.examples if not message_text(one[1]).strip()]:
+            raise InputError(f"the example {blank[0]!r:.60} has a blank reference: expected a text")
         if "examples" in levels and not self.examples:
             raise InputError("level examples is what examples add: expected some, as examples=[(prompt, reference)]")
         if contrast and len(self._others) <= contrast:
@@ -73,13 +80,16 @@ class Contexts:
         """A prompt as the scorer is given it: behind the examples, but for where they are a level of their own."""
         return self.behind_examples(self._read(prompt))
 
+    def reads_as_text(self, prompt: Text | None) -> bool:
+        """Whether a prompt is chat messages that the scorer is shown as text."""
+        return self._without_chat and prompt is not None and not isinstance(prompt, str)
+
     def _read(self, prompt: Text | None) -> Text | None:
-        if not self._without_chat or prompt is None or isinstance(prompt, str):
+        if prompt is None or isinstance(prompt, str) or not self._without_chat:
             return prompt
-        if prompt[-1]["role"] == "assistant":
-            return message_text(prompt[-1:])
         before, behind = self._form
-        said = [message for message in prompt if message["role"] != "system"]
+        begun = prompt[-1]["role"] == "assistant"
+        said = prompt[-1:] if begun else [message for message in prompt if message["role"] != "system"]
         return message_text(said).removeprefix(before).removesuffix(behind)
 
     def behind_examples(self, prompt: Text | None, most: int | None = None) -> Text | None:
@@ -88,6 +98,8 @@ class Contexts:
         if not examples:
             return prompt
         if prompt is None or isinstance(prompt, str):
+            if chats := [shown for shown, _ in examples if not isinstance(shown, str)]:
+                raise InputError(f"an example's prompt is {chats[0]!r:.60}, expected a text, as the prompts are")
             return "".join(joined(*map(message_text, example)) + BETWEEN for example in examples) + (prompt or "")
         first = next((index for index, message in enumerate(prompt) if message["role"] != "system"), 0)
         messages = list(prompt[:first])
@@ -101,24 +113,35 @@ class Contexts:
 
     def others_of(self, prompt: Text | None, text: str = "", column: int = 0) -> list[Shown]:
         """`contrast` other rows, those of the likest length by a hash of the prompt: the same in each process, for each
-        text of a group, and for baselines. column: of which of a row the length counts, 0 or 1. text: what it has."""
+        text of a group, and for baselines. column: of which of a row the length counts, 0 or 1. text: what it has; a
+        row that has the same is no other one. Raises `InputError` where too few are left."""
         prompt = self._read(prompt)  # as other rows' are
-        mine = prompt_key(prompt or "")
-        length = len(text or message_text(prompt or ""))
-        near = sorted(self._others.keys() - {mine}, key=lambda key: (abs(self._lengths[key][column] - length), key))
+        mine, text = prompt_key(prompt or ""), text or message_text(prompt or "")
+        length, same = len(text), text.strip()
+        others = [key for key, row in self._texts.items() if key != mine and row[column].strip() != same]
+        if len(others) < self._contrast:
+            raise InputError(
+                f"contrast is {self._contrast}: of {len(self._others)} other rows {len(others)} have another text than "
+                f"{same!r:.60}: lower it, or bring rows that differ"
+            )
+        near = sorted(others, key=lambda key: (abs(len(self._texts[key][column]) - length), key))
         drawn = sorted(near[: 4 * self._contrast], key=lambda key: stable_id(mine, key))
         return [self._others[key] for key in drawn[: self._contrast]]
 
     def of(self, prompt: Text | None, completion: Text, pair: Turn | Turns | Sampled) -> Turn | Turns | Sampled | Views:
         """A text as it is scored: the pair that it is behind its own prompt as that stands, behind what else its levels
-        ask for. completion: the messages that the pair is made of."""
+        ask for. completion: the messages, or the text, that the pair is made of."""
         own = self._read(prompt)
-        if self._without_chat and isinstance(own, str) and own is not prompt:
+        if prompt is not None and not isinstance(prompt, str) and isinstance(own, str):  # read as text
             if not isinstance(completion, str):
                 completion = message_text([one for one in completion if one["role"] == "assistant"])
-            pair = (own, joined(own, completion)[len(own) :])
+            pair = (own, completion if prompt[-1]["role"] == "assistant" else joined(own, completion)[len(own) :])
         # The sentence level's view, then those of the levels further out.
         prompts = [[other for other, _ in self.others_of(own)] if "prompt" in self._views else [own]]
+        if strange := [
+            one for one in prompts[0] if one is not own and isinstance(one, str) != isinstance(own or "", str)
+        ]:
+            raise InputError(f"another row's prompt is {strange[0]!r:.60}, expected the form of prompts: {own!r:.60}")
         prompts += [TABLE[level].behind(self, own) for level in self._views]
         if "examples" not in self._views:
             prompts = [[self.behind_examples(one) for one in view] for view in prompts]
@@ -131,7 +154,7 @@ class Contexts:
         if prompt is own:
             return pair
         if isinstance(pair, Sampled):
-            key = prompt_key(prompt or "")  # the texts of a group share it
+            key = json.dumps(prompt)  # the texts of a group share it
             if key not in self._ids:
                 self._ids = {key: tuple(prompt_ids([prompt], self._tokenizer, **self._chat)[0])} | (
                     self._ids if len(self._ids) < 64 else {}
@@ -147,15 +170,31 @@ class Contexts:
 
         put: `reference_context` of `mlppl.config.RewardConfig`.
         """
+        self._put = put
         if put.reads_prompt:
             return put.context(render_prompt(self.read(prompt), self._tokenizer, **self._chat), part)
-        shown = (put.context("") + message_text(reference) + BETWEEN for _, reference in self.examples)
-        return "".join(shown) + put.context("", part)
+        context = self._told_before(put, len(self.examples)) + put.context("", part)
+        if not (context or self._start):
+            raise InputError(
+                "behind an empty completion nothing stands before the reference, not even a BOS token, which this "
+                "tokenizer has not, so that its first token would count behind other completions alone: begin the "
+                f"template, {put.template!r:.60}, with a word"
+            )
+        return context
+
+    def _told_before(self, put: ReferenceContext, most: int) -> str:
+        """The first `most` examples before a reference that stands without its prompt."""
+        shown = (put.context("") + message_text(reference) + BETWEEN for _, reference in self.examples[:most])
+        return "".join(shown)
 
     def most_that_fit(self, excess: int) -> int:
         """How many of the examples are left if the last ones go, so that a text has `excess` tokens less."""
         own = "" if isinstance(self.examples[0][0], str) else [{"role": "user", "content": "a"}]
-        cut = [self.behind_examples(own, most) for most in range(len(self.examples) + 1)]
+        put, numbers = self._put, range(len(self.examples) + 1)
+        if put is None or put.reads_prompt:
+            cut = [self.behind_examples(own, most) for most in numbers]
+        else:
+            cut = [self._told_before(put, most) for most in numbers]
         sizes = list(map(len, prompt_ids([one or " " for one in cut], self._tokenizer, **self._chat)))
         return max((most for most, size in enumerate(sizes) if sizes[-1] - size >= excess), default=0)
 

@@ -12,7 +12,17 @@ from tempfile import TemporaryDirectory
 
 from .. import cli
 from ..baselines.file import Baselines, check_meta, read_meta
-from ..data import FIRST, Shown, check_references, find_columns, load_split, prepare_rows, prompt_key, split_heldout
+from ..data import (
+    FIRST,
+    Shown,
+    check_references,
+    find_columns,
+    load_split,
+    prepare_rows,
+    prompt_key,
+    shown_key,
+    split_heldout,
+)
 from ..errors import BaselineError, InputError
 from ..files import check_folder, write_text
 from ..models import import_unsloth
@@ -172,8 +182,8 @@ class Job:
                         f"... of {self.dataset_name} are of the unchanged one: compute baselines of the changed rows, "
                         "or drop the columns"
                     )
-        if shown := {prompt_key(prompt) for prompt, _ in self._shown["examples"]}:
-            rows = rows.select([index for index, one in enumerate(rows["prompt"]) if prompt_key(one) not in shown])
+        if shown := {shown_key(prompt) for prompt, _ in self._shown["examples"]}:
+            rows = rows.select([index for index, one in enumerate(rows["prompt"]) if shown_key(one) not in shown])
         references, needed = None, self.reward.missing == "error"
         if self.reward.target == "reference":
             references = rows["reference"]
