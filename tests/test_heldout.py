@@ -134,6 +134,9 @@ def test_a_gain_that_any_row_gives_is_named():
         if warning:
             assert f"earn {own + 3:.1f} points more" in warning and f"(25% -> {share:.0%})" in warning
     assert gained_by_any(dict.fromkeys(levels, 0.0), dict.fromkeys(levels, 9.0)) is None  # a run of one row
+    for rise, named in ((0.1, True), (0.0, False)):  # what contrast or a cap takes off is not earned
+        sides = [dict.fromkeys(levels, gain) | {"found among 8": 0.2, "reward": of} for gain, of in ((0, 0), (9, rise))]
+        assert (gained_by_any(*sides) is not None) == named
 
 
 @pytest.mark.parametrize("target", ["completion", "reference"])
@@ -157,7 +160,15 @@ def test_what_is_found_among_rows_is_by_the_scorers_own_log_probabilities(target
                 pair = (before, text) if target == "completion" else (f"{before} [{text}]", references[other])
                 tokens = [value for _, value in brute_force.token_surprisals(model, tokenizer, pair[1], pair[0])]
                 scores[row * 2 + index, other] = -np.mean(tokens)
-    assert seen == found(scores, k)
+    expected = found(scores, k)
+    assert seen[:3] == expected[:3] and seen.by_row[:k] == expected.by_row and math.isnan(seen.by_row[k])
     assert found_among(reward_fn, prompts[:1], groups[:1], references[:1]) is None
+    if target == "reference":  # rows that nothing tells apart, and those without a reference, are left out
+        said = [*references[:3], references[0], " ", *references[5:]]
+        k, other = found_among(reward_fn, prompts, groups, said)
+        kept = [0, 1, 2, 5, 6, 7, 8]
+        assert k == 7 and [row for row, share in enumerate(other.by_row) if not math.isnan(share)] == kept
+        alone = found_among(reward_fn, *([of[row] for row in kept] for of in (prompts, groups, references)))[1]
+        assert [other.by_row[row] for row in kept] == alone.by_row
     if target == "completion":  # what says nothing goes with no row
         assert found_among(reward_fn, prompts[:4], [[""]] * 4)[1][:2] == (0, 1 / 4)

@@ -269,6 +269,22 @@ def test_a_quotation_of_a_document_costs_more_than_any_summary_earns(embedded):
     assert penalty(None, ["Hm."], [document]) == [0]
 
 
+def test_of_a_completion_the_part_counts_that_the_scorer_reads(embedded):
+    tokenizer, _, stories = embedded
+    document = stories[0]["completion"]
+    put = RewardConfig(target="reference", template="{completion}{reference}", extract="In summary: (.*)")
+    penalty, _ = copy_guard(1.0, tokenizer, put=put.reference_context)
+    thought = "Let me think about it. " * 30
+    assert penalty(None, [f"{thought}In summary: {document}"], [document]) == [-1]
+    assert penalty(None, [f"{document} In summary: a fox."], [document]) == [0]
+
+
+@pytest.mark.parametrize("thresholds", [[(0, 1)], [(-5, -1), (0, -0.5)], [(-5, -1), (0, 1)]])
+def test_a_quotation_costs_more_than_it_earns_whatever_the_thresholds(thresholds):
+    config = RewardConfig(reward_thresholds=thresholds)
+    assert config.most == 1 and copy_guard(config.most, None)[1] == 3 > config.highest - config.lowest
+
+
 @pytest.mark.parametrize(
     ("settings", "penalty", "allowed", "names"),
     [

@@ -202,6 +202,8 @@ def test_a_run_that_goes_on_with_other_rewards_measures_its_start_with_them(tmp_
     assert set(then["before"]["scores"]) == set(then["after"]["scores"])
     assert then["before"]["completions"] == first["before"]["completions"]  # of the model before its first step
     assert then["before"]["scores"]["KL"] == 0
+    nested = [*flags, "--max_steps", "3", "--resume_from_checkpoint", "--aggregation", "nested"]
+    assert "measured with aggregation geometric, and this run has aggregation nested" in refusal(*nested)
 
 
 def test_a_folder_with_a_run_in_it_is_not_written_into(tmp_path):

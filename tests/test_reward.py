@@ -43,6 +43,32 @@ def test_a_row_without_columns_falls_through_to_the_next_source():
     assert function.found["baselines"]["word"].tolist() == [30, 10]
 
 
+def test_a_row_whose_columns_are_empty_is_an_error_or_skipped_and_no_first_visit():
+    columns = {name: [None, 10.0] for name in COLUMNS}
+    with pytest.raises(BaselineError, match="the data set has no baseline for 1 of 2 rows"):
+        reward({"text": 5})(["p", "p"], ["text"] * 2, **columns)
+    function = reward({"text": 5}, missing="skip")
+    assert function(["p", "p"], ["text"] * 2, **columns) == [None, 1]
+    assert function.skips(["p", "p"], ["text"] * 2, **columns) == [True, False]
+
+
+def test_first_visits_of_another_measure_are_no_baselines(model, tokenizer):
+    def made(**options):
+        return MultiLevelPPLRewardFunction(model, tokenizer, **options)
+
+    first = made()
+    first(["Once"] * 2, [" upon a time", " there was"])
+    state = json.loads(json.dumps(first.state_dict()))
+    made(form="nats", weights=(1, 1, 1)).load_state_dict(state)  # what is paid for them may change
+    shown = {"examples": [("A crow sat.", "It sang.")]}
+    for options, name in (({"aggregation": "nested"}, "aggregation geometric"), (shown, "examples None")):
+        with pytest.raises(InputError, match=f"first completions of 1 prompts.*measured with {name}"):
+            made(**options).load_state_dict(state)
+    levels_of_old = {"first_visits": {"a": [2.0]}}  # a checkpoint of before says nothing of itself
+    with pytest.raises(InputError, match="measured with levels 1 of them"):
+        made().load_state_dict(levels_of_old)
+
+
 def test_a_row_without_an_id_column_is_found_by_the_hash_of_prompt_and_reference():
     function = reward({"text": 5}, baselines={stable_id("p", "ref"): levels(50), stable_id("p"): levels(60)})
     assert baseline_of(function, reference=["ref"]) == 50

@@ -56,6 +56,7 @@ def config(tmp_path, monkeypatch):
         ("model_name: tiny-stories\nbaselines: none.pkl", ["none.pkl", "compute_baselines_trl.py"]),
         ("model_name: tiny-stories\nchat_template_path: none.jinja", ["none.jinja", "a chat template in Jinja"]),
         ("model_name: ./nowhere", ["nowhere", "does not exist"]),
+        ("model_name: tiny-stories\nexamples: '1'", ["examples is '1'", "the name of the file of rows"]),
     ],
 )
 def test_a_file_that_makes_no_sense_is_refused_before_a_model_is_loaded(config, text, words):

@@ -458,6 +458,15 @@ def test_baselines_behind_a_bos_token_that_the_policy_is_not_given_are_named(tok
         assert notice.startswith("b.pkl: these baselines are of texts behind <s>") and "--generate 4" in notice
 
 
+@pytest.mark.parametrize("without_chat", [False, True])
+def test_a_chat_that_is_read_as_text_stands_behind_bos_as_the_baselines_do(without_chat):
+    tokenizer = toys.byte_level(chat=True)
+    tokenizer.chat_template = "{% for one in messages %}{{ one.content }}{% endfor %}"  # which writes no BOS
+    calculator = MultiLevelPPLCalculator(tokenizer, score_without_chat=without_chat)
+    made = Baselines({}, {"target": "completion", "generated": None}, "b.pkl")
+    assert (other_beginning(made, CHATS[0], calculator) is None) == without_chat
+
+
 def test_the_end_token_of_a_policy_that_is_another_model_is_no_text():
     """A chat model that ends with <|eot|>, and its base model as scorer, which ends with another token."""
     tokenizer, model = toys.byte_level(), toys.llama()

@@ -74,7 +74,7 @@ def make_rewards(job, policy, scorer):
         if guard:
             rewards.append(loop_guard(guard, asked.reward_thresholds, form=asked.form, **of_prompts, skips=skips))
         if not (asked.reference_context.reads_prompt or job.allow_copies):
-            rewards.append(copy_guard(asked.highest, policy.tokenizer, skips))
+            rewards.append(copy_guard(asked.most, policy.tokenizer, skips, asked.reference_context))
     return rewards
 
 

@@ -238,12 +238,17 @@ class RewardConfig:
     @property
     def highest(self) -> float:
         """The most that a completion can earn, before `normalize`."""
-        return 2 * NATS_KNEE if self.form == "nats" else max(reward for _, reward in self.reward_thresholds)
+        return 2 * NATS_KNEE if self.form == "nats" else max(0.0, *(reward for _, reward in self.reward_thresholds))
 
     @property
     def lowest(self) -> float:
         """The least that a completion can earn: what a blank one gets."""
         return -2 * NATS_KNEE if self.form == "nats" else min(0.0, *(reward for _, reward in self.reward_thresholds))
+
+    @property
+    def most(self) -> float:
+        """The most that a completion can earn or lose."""
+        return max(self.highest, -self.lowest)
 
     @property
     def vetoed(self) -> float:

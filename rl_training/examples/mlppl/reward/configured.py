@@ -99,7 +99,7 @@ def read_settings(path: str | Path | None = None) -> dict:
     if isinstance(settings.get("tools"), str):  # a file, as --tools names it
         settings["tools"] = read_tools(str(path.parent / settings["tools"]))
     for name in ("examples", "others"):
-        if isinstance(settings.get(name), str):
+        if isinstance(settings.get(name), str) and not settings[name].isdecimal():
             settings[name] = read_shown(path.parent / settings[name])
         elif name in settings and name == "others":
             raise InputError(f"{path}: {name} is {settings[name]!r:.40}, expected the name of a file of rows")

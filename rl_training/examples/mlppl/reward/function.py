@@ -24,6 +24,7 @@ from ..errors import BaselineError, InputError
 from ..processes import from_all, of_this
 from ..prompts import Turn, Turns, chat_identity, refuse_begun
 from ..scoring.calculator import MultiLevelPPLCalculator
+from ..scoring.differences import differences
 from ..scoring.identity import identity
 from ..scoring.sampling import given_by_trainer, refuse_appended
 from ..scoring.surprisal import Scorer, as_scorer, check_model, is_scorer
@@ -132,7 +133,7 @@ class MultiLevelPPLRewardFunction:
             chat_template_kwargs, tools, config.levels, examples, others, config.contrast, config.score_without_chat,
             prompt_template,
         )  # fmt: skip
-        self.tokenizer = self.calculator.tokenizer
+        self.tokenizer, self.prompt_template = self.calculator.tokenizer, prompt_template
         self.policy = Policy(self.calculator, self.model, policy)
         self.use_cache = use_cache
         if isinstance(baselines, str | Path):
@@ -163,15 +164,19 @@ class MultiLevelPPLRewardFunction:
         """What the numbers of nested levels are called where they are shown; {} if they are not nested."""
         return self.calculator.nested_names(*self.config.before)
 
-    @property
+    @functools.cached_property
     def identity(self) -> dict:
-        """What a baselines file must have been made with to be compared with this reward's numbers."""
+        """What a baselines file must have been made with to be compared with this reward's numbers. Made once: when it
+        is asked for in training, the weights may be spread over processes."""
+        prompt = chat_identity(self.tokenizer, **self.calculator.chat)
+        if self.config.score_without_chat:  # the template is then taken off
+            prompt["prompt_template"] = self.prompt_template
         return identity(
             as_scorer(self.model, self.tokenizer),
             self.tokenizer,
             self.config,
             name=getattr(getattr(self.model, "config", None), "_name_or_path", ""),
-            prompt=chat_identity(self.tokenizer, **self.calculator.chat),
+            prompt=prompt,
             shown=self.calculator.contexts.identity,
         )
 
@@ -229,9 +234,9 @@ class MultiLevelPPLRewardFunction:
         if self.config.target == "reference":
             contexts, targets = map(self.reference_context, prompts), [message_text(one or "") for one in references]
             return [not len(one.positions) for one in self.calculator.encoder.encode(list(contexts), targets)]
-        if self.baselines is None:
-            return [False] * len(prompts)
         rows = row_baselines(columns, self.config.levels)
+        if self.baselines is None and rows is None:
+            return [False] * len(prompts)
         return np.isnan(self._baselines(prompts, references, ids, rows)).any(axis=1).tolist()
 
     def per_level(self, veto: Veto | None = None) -> "list[MultiLevelPPLRewardFunction]":
@@ -338,14 +343,20 @@ class MultiLevelPPLRewardFunction:
             current, alone, others, has_part = self._behind(prompts, written, references, absent)
             baseline[absent] = alone[absent]
         else:
-            scored = list(map(self.calculator.contexts.of, prompts, completions, pairs))
+            # A text of one message as it was written: up to its end token, with the space that decoding lost.
+            whole = [
+                text if isinstance(completion, str) or len(completion) == 1 else completion
+                for completion, text in zip(completions, written, strict=True)
+            ]
+            scored = list(map(self.calculator.contexts.of, prompts, whole, pairs))
             current = np.minimum(self.perplexities(scored), HIGHEST)
-            if self.baselines is None:
+            if self.baselines is None and baselines is None:
                 rows = np.flatnonzero(absent)
                 visited = [self.calculator.render(prompts[row]) for row in rows]
                 baseline[rows], first_visit[rows] = self.first_visits.measure(visited, current[rows])
             elif absent.any() and self.config.missing == "error":
-                refuse(self.baselines, absent, prompts, references, ids)
+                source = "the data set" if self.baselines is None else self.baselines.source
+                refuse(source, absent, prompts, references, ids)
 
         skipped = np.isnan(baseline).any(axis=1) & ~first_visit
         if of_reference:
@@ -406,12 +417,29 @@ class MultiLevelPPLRewardFunction:
         """What stands before a reference: examples, its prompt and what of a completion counts, put together."""
         return self.calculator.contexts.before_reference(self.config.reference_context, prompt, part)
 
+    @property
+    def keeps_first_visits(self) -> bool:
+        return self.baselines is None and self.config.target == "completion"
+
     def state_dict(self) -> dict:
-        """What a resumed run needs: the zero-shot baselines recorded so far."""
-        return {"first_visits": self.first_visits.state_dict()}
+        """What a resumed run needs: the zero-shot baselines recorded so far, and what they were measured with."""
+        made_with = {"identity": self.identity} if self.keeps_first_visits else {}
+        return {"first_visits": self.first_visits.state_dict(), **made_with}
 
     def load_state_dict(self, state: Mapping) -> None:
-        self.first_visits.load_state_dict(state["first_visits"])
+        """Raises `InputError` for first visits that were measured otherwise."""
+        visits = state["first_visits"]
+        if self.keeps_first_visits and visits:
+            differing = differences(state.get("identity", {}), self.identity)
+            if sizes := {len(levels) for levels in visits.values()} - {len(self.config.levels)}:
+                differing["levels"] = (f"{sizes.pop()} of them", self.config.levels)
+            if differing:
+                theirs, mine = (", ".join(f"{key} {both[side]}" for key, both in differing.items()) for side in (0, 1))
+                raise InputError(
+                    f"the checkpoint's first completions of {len(visits)} prompts, which are their baselines, were "
+                    f"measured with {theirs}, and this run has {mine}: go on with the settings of before, or begin anew"
+                )
+        self.first_visits.load_state_dict(visits)
 
     def written(
         self,
@@ -442,11 +470,11 @@ def row_baselines(columns: Mapping[str, Sequence], levels: Sequence[str]) -> lis
     return [None if None in row else dict(zip(levels, row, strict=True)) for row in rows]
 
 
-def refuse(baselines: Baselines, absent: np.ndarray, prompts: Sequence, references: Sequence, ids) -> None:
+def refuse(source: str, absent: np.ndarray, prompts: Sequence, references: Sequence, ids) -> None:
     """Raises `BaselineError` for rows without a baseline. absent: bool [B]."""
     first = [_row_key(ids, prompts, references, index) for index in np.flatnonzero(absent)[:3].tolist()]
     raise BaselineError(
-        f"{baselines.source} has no baseline for {absent.sum()} of {len(absent)} rows, the first are {first}: "
+        f"{source} has no baseline for {absent.sum()} of {len(absent)} rows, the first are {first}: "
         "compute them with compute_baselines_trl.py on this data set, or skip such rows with missing='skip'"
     )
 

@@ -4,7 +4,7 @@ perplexity pays for saying it again; and a document is likeliest behind its own 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ..config import DEFAULT_THRESHOLDS, LOOP_PENALTY, NATS_KNEE
+from ..config import DEFAULT_THRESHOLDS, LOOP_PENALTY, NATS_KNEE, ReferenceContext
 from ..data import Text, message_text
 from ..errors import InputError
 
@@ -118,17 +118,20 @@ class LoopPenalty:
         return [None if skip else -share if share else 0.0 for share, skip in zip(shares, skipped, strict=True)]
 
 
-def copy_guard(highest: float, tokenizer, skips: Callable | None = None) -> tuple[Callable, float]:
+def copy_guard(
+    most: float, tokenizer, skips: Callable | None = None, put: ReferenceContext | None = None
+) -> tuple[Callable, float]:
     """(a penalty on quoting the reference, its weight), for references that the scorer reads without their prompt: to
     quote a document makes it likelier than to say what happens in it.
 
     The penalty is minus the share of the completion's runs of `QUOTED` tokens that stand in the reference. The weight
-    is three times `highest`, the most that a completion can earn: under SmolLM2 summaries of five sentences earned 1.6
-    to 3.0 nats for a share of 1, so that a quotation costs what it earns or more.
+    is three times `most`, the most that a completion can earn or lose: under SmolLM2 summaries of five sentences earned
+    1.6 to 3.0 nats for a share of 1, so that a quotation costs what it earns or more.
 
-    highest: of `mlppl.config.RewardConfig`. tokenizer: any. skips: as for `loop_guard`.
+    most: of `mlppl.config.RewardConfig`. tokenizer: any. skips: as for `loop_guard`. put: of which part of a completion
+    the scorer reads; None: all of it.
     """
-    return CopyPenalty(tokenizer, skips), 3 * highest
+    return CopyPenalty(tokenizer, skips, put), 3 * most
 
 
 class CopyPenalty:
@@ -136,17 +139,19 @@ class CopyPenalty:
 
     __name__ = "copy_penalty"
 
-    def __init__(self, tokenizer, skips: Callable | None = None) -> None:
+    def __init__(self, tokenizer, skips: Callable | None = None, put: ReferenceContext | None = None) -> None:
         self.tokenizer = tokenizer
         self.skips = skips
+        self.put = put or ReferenceContext()
 
     def __call__(self, prompts, completions, reference, **columns) -> list[float | None]:
-        said, quoted = (self._runs(map(message_text, texts)) for texts in (completions, reference))
+        said = self._runs([self.put.extracted(message_text(one))[0] for one in completions])
+        quoted = [set(runs) for runs in self._runs(message_text(one or "") for one in reference)]
         skipped = [False] * len(said)
         if self.skips is not None:
             skipped = self.skips(prompts, completions, reference=reference, **columns)
         return [
-            None if skip else -sum(run in set(there) for run in runs) / len(runs) if runs else 0.0
+            None if skip else -sum(run in there for run in runs) / len(runs) if runs else 0.0
             for runs, there, skip in zip(said, quoted, skipped, strict=True)
         ]
 

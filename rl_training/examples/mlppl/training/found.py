@@ -1,5 +1,6 @@
 """With which of k rows does what was written go best? Neither a lower temperature nor a manner of writing moves it."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -63,19 +64,26 @@ def found_among(
     """(k, what is found) of completions, under the reward's scorer; None for fewer than two rows.
 
     A completion goes with a row by ln p(completion | its prompt) a token, or, with references as target, by ln p(its
-    reference | its prompt, completion). groups: per row its completions, equally many.
+    reference | its prompt, completion). Rows without a reference, and those with another one's, are left out: nothing
+    could tell them apart. groups: per row its completions, equally many. `by_row` is of all rows, nan where one is left
+    out.
     """
-    k = min(K, len(prompts))
+    of_reference, given = reward_fn.config.target == "reference", len(prompts)
+    said = [message_text(one or "").strip() for one in references or ()] if of_reference else list(range(given))
+    kept = sorted({one: row for row, one in reversed([*enumerate(said)]) if one != ""}.values())
+    k = min(K, len(kept))
     if k < 2:
         return None
-    rows, each = len(prompts) - len(prompts) % k, len(groups[0])
-    texts = [text for group in groups[:rows] for text in group]
+    kept = kept[: len(kept) - len(kept) % k]
+    rows, each = len(kept), len(groups[0])
+    texts = [text for row in kept for text in groups[row]]
     # Each text with the rows of its own row's block.
     cells = [(at, at // each // k * k + other) for at in range(len(texts)) for other in range(k)]
     calculator = reward_fn.calculator
 
-    def pair(text: str, row: int):
-        if reward_fn.config.target == "completion":
+    def pair(text: str, at: int):
+        row = kept[at]
+        if not of_reference:
             return calculator.last(prompts[row], text)
         part, _ = reward_fn.config.reference_context.extracted(text)
         return reward_fn.reference_context(prompts[row], part), message_text(references[row])
@@ -85,4 +93,6 @@ def found_among(
     seen[np.isnan(seen)] = np.min(seen, initial=0.0, where=~np.isnan(seen))  # a blank text goes with nothing
     scores = np.zeros((len(texts), rows))
     scores[tuple(zip(*cells, strict=True))] = seen
-    return k, found(scores, k)
+    one = found(scores, k)
+    of_kept = dict(zip(kept, one.by_row, strict=True))
+    return k, one._replace(by_row=[of_kept.get(row, math.nan) for row in range(given)])

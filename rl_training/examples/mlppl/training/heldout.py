@@ -144,7 +144,7 @@ def evaluate(
         reward_fn, rows["prompt"], completions, rows["reference"] if "reference" in rows.column_names else None
     )
     if going is not None:
-        by_prompt[f"{FOUND}{going[0]}"] = going[1].by_row + [math.nan] * (len(rows) - len(going[1].by_row))
+        by_prompt[f"{FOUND}{going[0]}"] = going[1].by_row
     scores = {name: float(mean(name, of)) for name, of in by_prompt.items()}
     if going is not None:
         scores["p of it"] = float(going[1].p)

@@ -171,7 +171,8 @@ def gained_by_any(before: Mapping[str, float], after: Mapping[str, float]) -> st
         return None
     nested = levels[0].endswith("nats")
     rise = (100 if nested else 1) * sum(after[name] - before[name] for name in levels) / len(levels)
-    if rise <= LEAST_GAIN or after[found] > before[found]:
+    earned = after.get("reward", math.inf) - before.get("reward", 0.0)  # less than the levels where they are capped
+    if rise <= LEAST_GAIN or earned <= 0 or after[found] > before[found]:
         return None
     k, shares = found.removeprefix(FOUND), {"before": before[found], "after": after[found]}
     return VERDICTS["any row"].format(since="", rise=gain(rise, nested, "{:.1f} points"), k=k, **shares)

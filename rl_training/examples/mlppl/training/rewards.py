@@ -1,6 +1,7 @@
 """The reward functions of a run, several together: their weights, and how TRL calls each."""
 
 import asyncio
+import heapq
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +12,12 @@ import numpy as np
 
 from ..baselines.file import Baselines, check_meta
 from ..config import Sampling
-from ..data import Text
+from ..data import Text, message_text
 from ..errors import InputError
 from ..reward.function import MultiLevelPPLRewardFunction
 from ..scoring.calculator import MultiLevelPPLCalculator
 from ..scoring.sampling import prompt_ids
+from ..scoring.surprisal import as_scorer
 from .job import Job
 
 Reward = tuple[Any, float]  # a function in TRL's calling convention, and its weight
@@ -36,6 +38,7 @@ def weighted(job: Job, rewards: Sequence[Reward]) -> list[Reward]:
             "--multi_objective_aggregation normalize_then_sum normalises guards, too, which then guarantee nothing: "
             f"add --per_level, whose veto holds, or turn them off with {' '.join(guards)}"
         )
+    check_window(job, first)
     if job.baselines is None and not job.reward.allow_baseline_mismatch:
         check_meta(job.column_meta, first.identity)
     prompt, made = job.train_rows["prompt"][0], job.baselines or job.column_meta
@@ -48,6 +51,24 @@ def weighted(job: Job, rewards: Sequence[Reward]) -> list[Reward]:
     check_reward_weights(job.config.reward_weights, names)
     job.config.reward_weights = job.config.reward_weights or [weight for _, weight in rewards]
     return list(zip(functions, job.config.reward_weights, strict=True))
+
+
+def check_window(job: Job, reward_fn: MultiLevelPPLRewardFunction) -> None:
+    """Raises `InputError` if the scorer cannot read the examples before a row's prompt and a text: training would end
+    at that row. The rows with the most characters are looked at."""
+    calculator, of_reference = reward_fn.calculator, reward_fn.config.target == "reference"
+    if not calculator.contexts.examples:
+        return
+    splits = [split for split in (job.train_rows, job.heldout_rows, job.eval_rows) if split is not None]
+    rows = [row for split in splits for row in zip(split["prompt"], split["reference"], strict=True)]
+    sizes = [len(message_text(prompt)) + of_reference * len(message_text(text or "")) for prompt, text in rows]
+    longest = [rows[at] for at in heapq.nlargest(8, range(len(rows)), key=sizes.__getitem__)]
+    if of_reference:
+        pairs = [(reward_fn.reference_context(prompt), message_text(reference or "")) for prompt, reference in longest]
+    else:
+        pairs = [calculator.last(prompt, "a") for prompt, _ in longest]
+    window = as_scorer(reward_fn.model, reward_fn.tokenizer).window
+    calculator.refuse_cut(window, calculator.encoder.encode_pairs(pairs)[0], job.sampling.max_new_tokens)
 
 
 def perplexity_rewards(rewards: Sequence[Reward]) -> list[MultiLevelPPLRewardFunction]:
@@ -69,6 +90,8 @@ def other_beginning(baselines: Baselines, prompt: Text, calculator: MultiLevelPP
     ids it was given, and GPT-2's kind of tokenizer puts no BOS before them. With SmolLM2-135M and 16 stories behind
     two sentences the perplexities with and without it differ by 1.7 % (standard deviation), 3.8 % at most.
     """
+    if calculator.contexts.reads_as_text(prompt):  # as those of the baselines were
+        return None
     start = calculator.encoder.start
     of_texts = baselines.meta.get("target") == "completion" and baselines.meta.get("generated") is None
     given = prompt_ids([prompt], calculator.tokenizer, **calculator.chat)[0]
