@@ -14,6 +14,7 @@ import compute_baselines_trl
 from mlppl.data import Columns, PromptForm, prepare_rows
 from mlppl.errors import BaselineError, InputError
 from mlppl.models import load_model, model_path
+from mlppl.reward.loop_guard import copy_guard
 from mlppl.scoring.sampling import prompt_ids, sample
 from mlppl.scoring.tokens import TextEncoder
 from mlppl.training.job import check_batch
@@ -50,6 +51,8 @@ def test_a_processor_stands_for_its_tokenizer(model, tokenizer):
     texts = {"texts": " said nothing.", "contexts": "The fox"}
     expected = MultiLevelPPLCalculator(tokenizer).compute_all_levels(model, **texts)
     assert MultiLevelPPLCalculator(processor).compute_all_levels(model, **texts) == expected
+    document = "The fox ran home and slept."
+    assert copy_guard(1.0, processor)[0](None, [document], [document]) == [-1]
     call = {"prompts": ["The fox"], "completions": [" said"], "completion_ids": [tokenizer(" said")["input_ids"]]}
     reward = MultiLevelPPLRewardFunction(model, processor)
     assert reward(**call) == [0] and reward(**call) == [0]

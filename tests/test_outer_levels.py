@@ -135,6 +135,21 @@ def test_a_chat_scored_as_text_reads_what_was_put_into_the_template(model):
     assert details["ppls"]["prompt"].item() == pytest.approx(expected["prompt"], rel=1e-5)
 
 
+def test_what_a_tool_said_stands_before_the_answer_in_each_view():
+    calculator = MultiLevelPPLCalculator(
+        toys.byte_level(chat=True), aggregation="nested", levels=("prompt", "examples"), contrast=1,
+        examples=[([{"role": "user", "content": prompt}], reference) for prompt, reference in EXAMPLES],
+        others=[([{"role": "user", "content": prompt}], reference) for prompt, reference in OTHERS],
+    )  # fmt: skip
+    called = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "look"}}]}
+    said = [called, {"role": "tool", "content": "It is 20."}, {"role": "assistant", "content": "Warm."}]
+    views = calculator.text([{"role": "user", "content": PROMPT}], said)
+    contexts = [pair[0] for view in views for pair in view]
+    assert len(contexts) == 3 and all("It is 20." in context for context in contexts)
+    tails = {context[context.rindex("<", 0, context.index("It is 20.")) :] for context in contexts}
+    assert len(tails) == 1  # all that stands between prompt and answer
+
+
 def test_a_template_is_taken_off_as_it_was_put_on_escaped_braces_and_a_begun_answer_too(model):
     tokenizer, form = toys.byte_level(chat=True), "Answer with {{}} signs: {prompt}"
     options = {"score_without_chat": True, "prompt_template": form}

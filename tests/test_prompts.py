@@ -668,6 +668,17 @@ def test_what_a_tokenizer_puts_before_a_text_stands_before_what_is_scored(model,
     calculator = MultiLevelPPLCalculator(tokenizer)
     of_ids = calculator.score_pairs(model, [Sampled(tuple(given), tuple(ids))])
     assert calculator.score_pairs(model, [(prompt, text)]) == pytest.approx(of_ids, rel=1e-5)
+    nested = MultiLevelPPLCalculator(tokenizer, aggregation="nested")
+    start, text = nested.encoder.start, "The fox ran. It fell."
+    explained = nested.explain(model, text)
+    for unit in explained["phrase"]:  # alone behind the same ids
+        own = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        inside = [one for one, (_, end) in zip(own["input_ids"], own["offset_mapping"], strict=True)
+                  if unit["start"] < end <= unit["end"]]  # fmt: skip
+        with torch.no_grad():
+            logs = model(torch.tensor([[*start, *inside]])).logits[0].log_softmax(-1)
+        expected = -sum(logs[len(start) - 1 + at, one].item() for at, one in enumerate(inside))
+        assert unit["a"] == pytest.approx(expected, rel=1e-4)
     assert other_beginning(Baselines({}, {"target": "completion"}, "b.pkl"), prompt, calculator) is None
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from training_runs import EXAMPLES, SHORT, log_history, refusal, train
 from waiting import PATIENCE
 
-from mlppl.cli import LATEST
+from mlppl.cli import LATEST, reward_config
 from mlppl.errors import InputError
 from mlppl.training.settings import STATE_FILE, find_checkpoint, resume_command
 
@@ -135,7 +135,12 @@ def test_the_settings_beside_the_model_give_the_same_run(undisturbed):
         "num_generations",
         "report_to",
     }
-    assert ours[1]["load_in_4bit"] is True and ours[1]["reward_thresholds"][0] == (0.05, 0.2)
+    assert ours[1]["load_in_4bit"] is True
+    # Nothing in the file is derived from other flags, which may then be given.
+    config = ["--config", str(undisturbed / "training_config.yaml")]
+    assert reward_config(parse_args(config)[0]).reward_thresholds[0] == (0.05, 0.2)
+    other = reward_config(parse_args([*config, "--aggregation", "nested", "--reward_form", "nats"])[0])
+    assert (other.weights, other.reward_thresholds) == ((1, 1, 1), None)
 
 
 def whole(folder: Path, step: int, age: float = 0) -> Path:

@@ -238,6 +238,14 @@ def test_with_references_as_target_they_are_coloured_behind_what_counts_of_the_c
     assert one.perplexities == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_chat_that_is_read_as_text_is_coloured_where_its_words_are():
+    reward_fn = MultiLevelPPLRewardFunction(toys.llama(), toys.byte_level(chat=True), score_without_chat=True)
+    held_out = HeldOut([[{"role": "user", "content": "Once"}]], [["It fell down."]], [[0.5]], {"reward": 0.5})
+    [one] = explain_heldout(reward_fn, held_out, [""])
+    words = [one.text[unit["start"] : unit["end"]].strip() for unit in one.explained["word"]]
+    assert one.text == " It fell down." and words == ["It", "fell", "down."]
+
+
 def state(step: int, first: bool = True) -> SimpleNamespace:
     entries = log(step) if step else []
     return SimpleNamespace(global_step=step, max_steps=10, log_history=entries, is_world_process_zero=first)

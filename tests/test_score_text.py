@@ -112,6 +112,15 @@ def test_json_holds_the_levels_of_brute_force(scored, folder, flags, options):
     assert found["context"] == context and found["definitions"] == calculator.definitions
 
 
+@pytest.mark.parametrize("levels", [["sentence"], ["phrase", "sentence"]])
+def test_any_choice_of_levels_counts_all_tokens(levels, scored, folder, capsys):
+    whole, found = scored("--text", TEXT), scored("--text", TEXT, "--levels", *levels)
+    assert [level for level in ("word", "phrase", "sentence") if level in found] == levels
+    assert all(found[name] == whole[name] for name in ("n_tokens", "surprisal", *levels))
+    assert main(["--model_name", str(folder), "--text", TEXT, "--levels", *levels]) == 0
+    assert "word" not in capsys.readouterr().out.split()
+
+
 def test_json_units_are_the_texts_own_and_add_up(scored):
     found = scored("--text", TEXT)
     for level in ("word", "phrase", "sentence"):

@@ -121,7 +121,7 @@ def score(args: argparse.Namespace) -> int:
         raise InputError(f"{error}: try --dtype float32 or bfloat16") from error
     if many:
         return 0
-    if not explained["word"]:
+    if not any(explained.values()):
         raise InputError(
             f"no token of {text!r:.40} can be scored: special tokens never are, nor is the first of all where the "
             "tokenizer has no BOS token; give a longer text, or a --context"
@@ -226,15 +226,15 @@ def shown(perplexity: float, nested: bool) -> str:
 
 def print_json(args, model, text: str, context: str, explained) -> None:
     """One line: surprisals in nats, `start` and `end` in characters of `text`; null where no token can be scored."""
-    perplexities = explained.perplexities
+    perplexities, units_of_one = explained.perplexities, next(iter(explained.values()))  # each has all tokens
     content = {
         "model": args.model_name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "definitions": cli.reward_config(args).definitions,
         "context": context,
         "text": text,
-        "n_tokens": sum(unit["n_tokens"] for unit in explained["word"]),
-        "surprisal": sum(unit["surprisal"] for unit in explained["word"]),
+        "n_tokens": sum(unit["n_tokens"] for unit in units_of_one),
+        "surprisal": sum(unit["surprisal"] for unit in units_of_one),
         **{level: {"perplexity": perplexities[level], "units": units} for level, units in explained.items()},
     }
     if args.adapter:

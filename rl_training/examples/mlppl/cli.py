@@ -256,13 +256,13 @@ def grpo_fields() -> set[str]:
 
 
 def parsed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """The flags that were parsed, the reward's as `RewardConfig` has them. Ends the process with one line where those
-    make no sense."""
+    """The flags that were parsed, the reward's as `RewardConfig` has them where they are given: a run's file, which may
+    be read with other flags, holds nothing derived. Ends the process with one line where those make no sense."""
     try:
         config = vars(reward_config(args))
     except InputError as error:
         parser.error(str(error))
-    vars(args).update({name: config[name] for name in config if name in args})
+    vars(args).update({name: config[name] for name in config if getattr(args, name, None) is not None})
     return args
 
 

@@ -171,7 +171,7 @@ def load_model(
     if loaded is None and max_seq_length is not None:
         model.max_seq_length = max_seq_length  # the name Unsloth gives it: the same window on both ways
     if template is not None:
-        tokenizer.chat_template = template
+        tokenizer.chat_template = of_text(tokenizer).chat_template = template
     check_words(tokenizer, name)
     check_vocabulary(model, tokenizer, name)
     return model.eval(), tokenizer, reason

@@ -327,7 +327,7 @@ def _command(baselines: Baselines, expected: Mapping, differing: Mapping) -> str
         **(meta.get("generated") or {} if wanted["target"] != "reference" else {}),
         **{key: wanted.get(key) for key in usual if wanted.get(key) != usual[key]},
         "examples": _examples_flag(*(one.get("shown", {}).get("examples", "") for one in (meta, expected))),
-        "output_path": baselines.source,
+        "output_dataset" if os.path.isdir(baselines.source) else "output_path": baselines.source,
         "overwrite": True,
     }
     script = os.path.relpath(Path(__file__).parents[2] / "compute_baselines_trl.py")

@@ -368,10 +368,8 @@ def is_4bit(name: str) -> bool:
     config = Path(model_path(name), "config.json")
     if not config.exists():
         return name.endswith("bnb-4bit")
-    try:
-        return bool(json.loads(config.read_text(encoding="utf-8")).get("quantization_config", {}).get("load_in_4bit"))
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{config} is no JSON object ({error}): expected a model of transformers") from error
+    made = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
+    return isinstance(made, dict) and bool(made.get("load_in_4bit"))
 
 
 def score_window(window: Window, score: Callable[[Sequence[Row]], "Scores"]) -> tuple[dict, list[list]]:

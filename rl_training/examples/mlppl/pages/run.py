@@ -140,7 +140,10 @@ def explain_heldout(reward_fn, held_out: HeldOut, references: Sequence[Text]) ->
             scored = reward_fn.calculator.contexts.of(prompt, text, pair)
         explained = reward_fn.calculator.explain_pair(reward_fn.model, scored)
         explained.names = held_out.names
-        completions.append(Completion(lead, text, explained, explained.perplexities, held_out.rewards[index][0]))
+        # As it was scored: read without its chat a completion has a space before it.
+        completions.append(
+            Completion(lead, explained.text, explained, explained.perplexities, held_out.rewards[index][0])
+        )
     return completions
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from ..config import DEFAULT_THRESHOLDS, LOOP_PENALTY, NATS_KNEE, ReferenceContext
 from ..data import Text, message_text
 from ..errors import InputError
+from ..prompts import of_text
 
 QUOTED = 4  # tokens of a document, said again; summaries copy 3 % of such runs, quotations nearly all
 NGRAM = 8  # tokens; human stories repeat 0.08 % of theirs, a sentence said over and over nearly all
@@ -140,7 +141,7 @@ class CopyPenalty:
     __name__ = "copy_penalty"
 
     def __init__(self, tokenizer, skips: Callable | None = None, put: ReferenceContext | None = None) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer = of_text(tokenizer)
         self.skips = skips
         self.put = put or ReferenceContext()
 

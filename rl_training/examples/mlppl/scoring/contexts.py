@@ -160,10 +160,11 @@ class Contexts:
                     self._ids if len(self._ids) < 64 else {}
                 )
             return Sampled(self._ids[key], pair.completion)
-        if isinstance(pair, Turns):
-            turns = completion_turns(prompt, completion, self._tokenizer, **self._chat)
-            return Turns((context, text) for (context, _), (_, text) in zip(turns, pair, strict=True))
-        return render_prompt(prompt, self._tokenizer, **self._chat), pair[1]
+        # The texts as they are scored behind their own prompt, what stands between them as it is behind this one.
+        turns = completion_turns(prompt, completion, self._tokenizer, **self._chat)
+        texts = pair if isinstance(pair, Turns) else (pair,)
+        made = Turns((context, text) for (context, _), (_, text) in zip(turns, texts, strict=True))
+        return made if isinstance(pair, Turns) else made[0]
 
     def before_reference(self, put, prompt: Text | None, part: str = "") -> str:
         """What stands before a reference: examples, its prompt and what of a completion counts, put together.

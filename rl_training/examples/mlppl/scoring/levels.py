@@ -77,17 +77,17 @@ def nested_perplexities(means: np.ndarray) -> np.ndarray:
 
 
 def score_views(
-    scorer: Scorer, encoded: Sequence[Encoded], alone: Sequence[int], units: Units, start: int
+    scorer: Scorer, encoded: Sequence[Encoded], alone: Sequence[int], units: Units, start: Sequence[int]
 ) -> list[list[np.ndarray]]:
     """Per text the surprisals of its scored tokens, float64 [n] in nats: in their phrase alone and in their sentence
     alone for the texts `alone`, of which `units` are; and where they stand.
 
-    start: the id that stands before a unit alone: BOS. A unit's tokens are those of the text, not those that a
+    start: the ids that stand before a unit alone, such as BOS. A unit's tokens are those of the text, not those that a
     tokenizer would make of it alone. One call of the scorer. A sequence that another one begins with is read off that
     one: equal units run once, a sentence's first phrase and a text's first sentence (without a context) not at all.
     """
     sequences = _Sequences()
-    opening = sort_key(np.array([start]))
+    opening = sort_key(np.array(start))
     offset_of = dict(zip(alone, units.offsets.tolist(), strict=False))
     for index, one in enumerate(encoded):
         key = sort_key(one.ids)
@@ -99,7 +99,7 @@ def score_views(
                 opening + key[ID_BYTES * b : ID_BYTES * e] for b, e in zip(begin.tolist(), end.tolist(), strict=True)
             ]
             sizes = np.diff(first, append=len(unit))
-            sequences.ask(keys, sizes, one.positions - np.repeat(begin, sizes) + 1)
+            sequences.ask(keys, sizes, one.positions - np.repeat(begin, sizes) + len(start))
         sequences.ask([key], [len(one.positions)], one.positions)
     scored: Iterator[np.ndarray] = iter(sequences.score(scorer))
     return [[next(scored) for _ in range(3 if index in offset_of else 1)] for index in range(len(encoded))]
