@@ -292,6 +292,7 @@ def test_baselines_as_columns_need_no_key_and_are_compared_with_the_scorer(tmp_p
     assert entry["reward_word"] != 0  # zero-shot would give 0 at the first visit
     refused = train(*data, *short, "--max_phrase_words", "3", code=2).stderr.strip().splitlines()[-1]
     assert "max_phrase_words 4" in refused and "max_phrase_words 3" in refused
+    assert f"--output_dataset {tmp_path / 'data'}" in refused and "--output_path" not in refused
 
 
 def test_what_is_left_out_skipped_or_seen_in_training_is_said_and_counted(tmp_path):

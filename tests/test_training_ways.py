@@ -46,6 +46,11 @@ def logits(model, tokenizer):
         return model.eval()(input_ids=ids).logits.float().log_softmax(-1)
 
 
+def test_card_and_page_say_that_the_data_carried_the_baselines(merged):
+    assert "| Baselines | the data set's columns |" in (merged / "README.md").read_text(encoding="utf-8")
+    assert "the data set&#39;s columns" in (merged / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_merged_model_needs_no_peft_and_is_the_one_that_was_trained(merged):
     tokenizer = AutoTokenizer.from_pretrained(merged / "merged")
     model = AutoModelForCausalLM.from_pretrained(merged / "merged")

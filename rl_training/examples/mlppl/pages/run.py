@@ -153,7 +153,11 @@ def start_report(job: Job, reward_fn, before: HeldOut) -> "RunPage":
         "Data": job.dataset_name,
         "Target": job.reward.target,
         "Weights": ", ".join(map("{} {:g}".format, job.reward.levels, job.reward.weights)),
-        "Baselines": "no file" if job.baselines is None else job.baselines.source,
+        "Baselines": job.baselines.source
+        if job.baselines
+        else "the data set's columns"
+        if job.has_columns
+        else "no file",
     }
     shown = explain_heldout(reward_fn, before, list(job.heldout_rows["reference"]))
     command = command_line(launched(job.command))

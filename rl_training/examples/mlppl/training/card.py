@@ -107,10 +107,19 @@ def settings(job: Job) -> list[tuple[str, str]]:
         ("What is scored", f"the {reward.target}"),
         ("Levels", f"{reward.aggregation}; weights: {weights}"),
         ("Reward of an improvement", "log-likelihood ratio in nats" if reward.form == "nats" else steps),
-        ("Loop penalty", f"{job.loop_penalty:g} ranges of the reward"),
-        ("Baselines", baselines_of(made, reward.target)),
+        guard_of(job),
+        (
+            "Baselines",
+            "the data set's columns" if job.has_columns and not made.meta else baselines_of(made, reward.target),
+        ),
         ("Scorer", ", ".join(filter(None, (scorer, "frozen", precision)))),
     ]
+
+
+def guard_of(job: Job) -> tuple[str, str]:
+    if job.per_level and job.loop_penalty:
+        return "Veto", f"of what repeats more than {1 / job.loop_penalty:.3g} of its 8-token runs"
+    return "Loop penalty", f"{job.loop_penalty:g} ranges of the reward"
 
 
 def baselines_of(made: Baselines, target: str) -> str:

@@ -128,6 +128,11 @@ class Job:
     def config_file(self) -> Path:
         return self.output / CONFIG_FILE
 
+    @property
+    def has_columns(self) -> bool:
+        """Whether the data set carries its baselines."""
+        return set(self.reward.baseline_columns) <= set(self.train_rows.column_names)
+
     def write_config(self) -> None:
         """Make the output folder, and write down every setting of the run; what --overwrite replaces goes."""
         self.output.mkdir(parents=True, exist_ok=True)
