@@ -149,15 +149,12 @@ def explain_heldout(reward_fn, held_out: HeldOut, references: Sequence[Text]) ->
 
 def start_report(job: Job, reward_fn, before: HeldOut) -> "RunPage":
     """The page of a run that is about to begin, a callback of its trainer. Several processes must all call."""
+    without = "the data set's columns" if job.has_columns else "no file"
     facts = {
         "Data": job.dataset_name,
         "Target": job.reward.target,
         "Weights": ", ".join(map("{} {:g}".format, job.reward.levels, job.reward.weights)),
-        "Baselines": job.baselines.source
-        if job.baselines
-        else "the data set's columns"
-        if job.has_columns
-        else "no file",
+        "Baselines": without if job.baselines is None else job.baselines.source,
     }
     shown = explain_heldout(reward_fn, before, list(job.heldout_rows["reference"]))
     command = command_line(launched(job.command))
