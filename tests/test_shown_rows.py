@@ -177,6 +177,19 @@ def test_both_scripts_draw_alike_from_one_column_of_texts(tmp_path):
     assert all(of_baselines[name] == made.contexts[name] for name in ("examples", "others"))
 
 
+def test_other_rows_are_those_of_the_baselines_which_may_be_of_more_splits(tmp_path):
+    path = tmp_path / "b.json"
+    flags = ["--aggregation", "nested", "--levels", "word", "prompt"]
+    assert baselines([*flags, "--dataset_split", "train[:30]+test[:10]", "--output_path", str(path)]) == 0
+    splits = ["--dataset_split", "train[:30]", "--eval_split", "test[:10]", "--baselines_path", path]
+    printed = train(*QUICK, *flags, *splits, "--output_dir", tmp_path / "out").stdout
+    assert "prompt PPL" in printed or "helped by its own prompt" in printed
+    # None of these is in the run's own split.
+    drawn = {prompt for prompt, _ in read_shown(f"{path}.others.jsonl")}
+    tests = {row["prompt"] for row in json.loads((TINY_STORIES / "test.json").read_text(encoding="utf-8"))[:10]}
+    assert len(drawn) == 40 and tests <= drawn
+
+
 @pytest.mark.parametrize("line_break", ["\u2028", "\x85"])
 def test_a_text_may_hold_any_line_break(line_break, tmp_path):
     rows = [("A fox.", f" It ran.{line_break}It fell.")]

@@ -20,6 +20,7 @@ from ..data import (
     load_split,
     prepare_rows,
     prompt_key,
+    read_shown,
     shown_key,
     split_heldout,
 )
@@ -168,6 +169,10 @@ class Job:
         if drawn is not None:
             self.columns = columns
             self._shown = cli.shown_rows(drawn, self._first_rows(dataset, columns))
+            # Baselines of several splits drew from all of them.
+            kept = Path(f"{drawn.baselines_path}.others.jsonl")
+            if drawn.baselines_path and "prompt" in self.reward.levels and kept.exists():
+                self._shown["others"] = read_shown(kept)
             if drawn.max_samples is not None:
                 dataset = dataset.select(range(min(drawn.max_samples, len(dataset))))
         rows = self._prepare(dataset, columns, self.form)
