@@ -106,6 +106,19 @@ def test_rows_are_drawn_by_what_they_say_and_not_by_where_they_stand():
         draw(many, 0, 256)
 
 
+def test_examples_begin_apart_as_far_as_there_are_such():
+    rows = [
+        (f"Prompt {n}.", text)
+        for n, text in enumerate(['"Oh!" he said.'] * 12 + ["The fox ran.", "the end.", "It fell."])
+    ]
+    order = draw(rows, 0, 2)[1]  # by their hash
+    examples, others = draw(rows, 3, 2)
+    firsts = [next(row for row in order if row[1][:1] in begins) for begins in ('"', "Tt", "I")]
+    assert sorted(examples) == sorted(firsts) and [row for row in order if row in examples] == examples
+    assert others == [row for row in order if row not in examples]
+    assert draw(rows, 4, 0)[0] == [*examples, next(row for row in order if row not in examples)]
+
+
 def test_rows_that_are_given_are_none_of_the_others_and_prompts_alone_can_be_compared():
     rows = [(f"Prompt {number}.", f"Text {number}.") for number in range(9)]
     given = [([{"role": "user", "content": rows[4][0]}], rows[4][1])]

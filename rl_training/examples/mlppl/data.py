@@ -372,6 +372,7 @@ def split_heldout(dataset, samples: int | None, seed: int):
 
 Shown = tuple[Text, Text]  # prompt and reference
 FIRST, POOL = 2000, 256  # rows of a data set that are drawn from; others, to contrast with
+_BEGINNING = regex.compile(r"\w+|[^\w\s]")
 
 
 def draw(
@@ -379,6 +380,9 @@ def draw(
 ) -> tuple[list[Shown], list[Shown]]:
     """(examples, others) from the first `FIRST` rows of a data set, by a hash of each: the same for baselines and for
     training, whatever part of the rows either reads. Rows have different prompts, and texts in both columns.
+
+    Examples are the first of them whose references begin with different words or signs, as far as there are such: what
+    all examples share is what training learns, and of three that began with direct speech it learned to begin so.
 
     examples: how many, or those that are given, which are none of the others. of_prompts: whether the others' prompts
     are compared with, so that they need no reference. Raises `InputError` if there are too few.
@@ -390,7 +394,14 @@ def draw(
     }
     order = sorted(by_prompt.values(), key=lambda row: stable_id(*row))
     whole = [row for row in order if message_text(row[1]).strip()]
-    shown = whole[:examples] if isinstance(examples, int) else list(examples)
+    begun: set[str] = set()
+    alike = []  # whether an earlier one begins so
+    for _, reference in whole:
+        begins = _BEGINNING.search(message_text(reference))[0].casefold()
+        alike.append(begins in begun)
+        begun.add(begins)
+    apart = [row for _, row in sorted(zip(alike, whole, strict=True), key=lambda one: one[0])]
+    shown = apart[:examples] if isinstance(examples, int) else list(examples)
     asked = examples if isinstance(examples, int) else len(shown)
     seen = {shown_key(prompt) for prompt, _ in shown}
     others = [row for row in (order if of_prompts else whole) if shown_key(row[0]) not in seen][:POOL]
