@@ -337,6 +337,19 @@ def checked_language(code: str) -> str:
     )
 
 
+def format_fields(name: str, template: str) -> list[str]:
+    """What stands in the braces of a format string. Raises `InputError`, with the setting's name, for one that is none.
+
+    >>> format_fields("template", "{prompt}: {reference!r}")
+    ['prompt', 'referencer']
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise InputError(f"{name} is {template!r}: {error}; a brace that is text is written twice") from error
+    return [field + (conversion or "") + (form or "") for _, field, form, conversion in parts if field is not None]
+
+
 SECONDS = 2.0  # for one completion; a pattern that backtracks for longer would hold up the training
 
 
@@ -371,14 +384,9 @@ class ReferenceContext:
         except regex.error as error:
             raise InputError(f"extract is {extract!r}, expected a regular expression: {error}") from error
         self.extracts = self._pattern is not None
-        self.template = template
-        try:
-            parts = list(string.Formatter().parse(template))
-        except ValueError as error:
-            raise InputError(f"template is {template!r}: {error}; a brace that is text is written twice") from error
-        fields = [name + (conversion or "") + (form or "") for _, name, form, conversion in parts if name is not None]
+        self.template, fields = template, format_fields("template", template)
         self.reads_prompt = fields[:1] == ["prompt"]
-        if fields[self.reads_prompt :] != ["completion", "reference"] or parts[-1][1] != "reference":
+        if fields[self.reads_prompt :] != ["completion", "reference"] or not template.endswith("{reference}"):
             raise InputError(
                 f"template is {template!r}, expected {{prompt}} (or without it), {{completion}} and {{reference}} once "
                 "each, in this order, and nothing behind {reference}"

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import string
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from typing import NamedTuple
 import regex
 
 from . import INSTALLED
-from .config import DEFAULT_LANGUAGE, DEFAULT_PROMPT_TEMPLATE
+from .config import DEFAULT_LANGUAGE, DEFAULT_PROMPT_TEMPLATE, format_fields
 from .errors import InputError
 from .files import write_text
 
@@ -120,14 +119,7 @@ class PromptForm(NamedTuple):
 
     def check(self) -> None:
         """Raises `InputError` for settings that make no sense."""
-        try:
-            parts = list(string.Formatter().parse(self.prompt_template))
-        except ValueError as error:
-            raise InputError(
-                f"--prompt_template is {self.prompt_template!r}: {error}; a brace that is text is written twice"
-            ) from error
-        fields = [name + (conversion or "") + (form or "") for _, name, form, conversion in parts if name is not None]
-        if fields != ["prompt"]:
+        if format_fields("--prompt_template", self.prompt_template) != ["prompt"]:
             raise InputError(f"--prompt_template is {self.prompt_template!r}, expected {{prompt}} in it, once")
         for name in ("system_prompt", "user_prompt"):
             if getattr(self, name) is not None and not self.chat:
