@@ -67,6 +67,21 @@ def test_quantised_weights_are_the_numbers_they_stand_for(tmp_path):
     read.save_pretrained(tmp_path / "saved")
 
 
+def test_no_code_of_the_hub_is_asked_to_dequantise(tmp_path, monkeypatch):
+    """transformers gets a kernel from there, for some architectures, where the package `kernels` is installed."""
+    quantizer = pytest.importorskip("transformers.quantizers.quantizer_gguf").GgufHfQuantizer
+    found, as_it_is = [], quantizer.validate_environment
+
+    def spied(self, *args, **kwargs):
+        found.append(self.quantization_config.dequantize)
+        return as_it_is(self, *args, **kwargs)
+
+    monkeypatch.setattr(quantizer, "validate_environment", spied)
+    gguf_files.write(tmp_path / "toy.gguf")
+    gguf.plain_folder(tmp_path / "toy.gguf")
+    assert found == [True]
+
+
 def test_identity_is_of_the_content_and_not_of_the_name(tmp_path, capfd):
     gguf_files.write(tmp_path / "one.gguf")
     shutil.copy(tmp_path / "one.gguf", tmp_path / "sha256-without-suffix")  # as Ollama keeps them

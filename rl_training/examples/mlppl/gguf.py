@@ -267,12 +267,15 @@ def _convert(file: Path, folder: Path) -> None:
 
 def _read(file: Path):
     """(the model, without a trace of its quantization, its tokenizer)"""
+    import transformers
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
+    options = {}
+    if of_gguf := getattr(transformers, "GgufConfig", None):  # which otherwise asks the hub for a kernel, and runs it
+        options["quantization_config"] = of_gguf(dequantize=True)
     try:
-        read, about = AutoModelForCausalLM.from_pretrained(
-            str(file.parent), gguf_file=file.name, dtype="float32", output_loading_info=True
+        read, about = transformers.AutoModelForCausalLM.from_pretrained(
+            str(file.parent), gguf_file=file.name, dtype="float32", output_loading_info=True, **options
         )
         tokenizer = read_tokenizer(file, read.config)
     # A file is taken at its word wherever it can be: what is wrong with it shows as any kind of error.
