@@ -41,7 +41,7 @@ def runs(tmp_path_factory):
 def test_a_dry_run_shows_the_first_step_of_the_run_and_writes_nothing(runs):
     """The rewards are those that the run itself logs of its first step."""
     out, dry, real = runs
-    assert f"Nothing was written to {out}" in dry and "Held-out:" not in dry
+    assert f"Nothing was written to {out}" in dry and "Means over" not in dry
     first, *_ = [entry for entry in log_history(out, 2) if "reward" in entry]
     assert first["step"] == 1  # a run of two steps logs each
     form = rf"reward {NUMBER}, loop_penalty {NUMBER}, word \+?{NUMBER} %, phrase \+?{NUMBER} %, sentence \+?{NUMBER} %"

@@ -213,7 +213,9 @@ def runs(tmp_path) -> list[Path]:
 def test_two_runs_are_paired_by_the_prompts_that_they_share(runs, capsys):
     assert compare(list(map(str, runs))) == 0
     printed = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "Means over 10 completions of 5 held-out prompts" in printed and "left out: 'Its own <b>'" in printed
+    assert (
+        "Means over 10 completions of 5 prompts that were held out" in printed and "left out: 'Its own <b>'" in printed
+    )
     # a: 1 1 1 2 2, b: 3 at each; b - a: 2 2 2 1 1 in whichever order they were written.
     assert "reward a 0.000 1.400 +1.400 ± 0.245" in printed
     assert "b 0.000 3.000 +3.000 ± 0.000 +1.600 ± 0.245" in printed

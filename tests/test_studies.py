@@ -438,7 +438,7 @@ def test_a_pretrained_model_continues_stories_in_every_arm(damage):
 
     asked = [vars(parse_args([*DEFAULTS["demo"].split(), *flags.split()])[0]) for flags in ARMS.values()]
     differ = {name for name in asked[0] if len({str(one[name]) for one in asked}) > 1}
-    assert differ == {"aggregation", "form", "reward_thresholds"} and len(ARMS) == 4  # nats has no thresholds
+    assert differ == {"aggregation", "form"} and len(ARMS) == 4
     assert not any(one["load_in_4bit"] for one in asked) and {tuple(one["weights"]) for one in asked} == {(1, 1, 1)}
 
 

@@ -183,7 +183,7 @@ def print_lines(table: Mapping[str, Sequence[Line]], runs: Sequence[Run], notes:
 
     scales = "; ".join(dict.fromkeys(run.before.scale for run in runs))
     prompts, completions = len(runs[0].before.prompts), sum(map(len, runs[0].before.completions))
-    over = f"{completions} completions of {prompts} held-out prompts"
+    over = f"{completions} completions of {prompts} prompts that were held out"
     title = f"Means over {over}, ± standard error of paired differences; {scales}"
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     several = len(runs) > 1

@@ -25,7 +25,7 @@ from ..processes import from_all, of_this
 from ..prompts import Turn, Turns, chat_identity, refuse_begun
 from ..scoring.calculator import MultiLevelPPLCalculator
 from ..scoring.differences import differences
-from ..scoring.identity import identity
+from ..scoring.identity import architecture, identity, of_texts
 from ..scoring.sampling import given_by_trainer, refuse_appended
 from ..scoring.surprisal import Scorer, as_scorer, check_model, is_scorer
 from ..scoring.tokens import Sampled
@@ -164,21 +164,31 @@ class MultiLevelPPLRewardFunction:
         """What the numbers of nested levels are called where they are shown; {} if they are not nested."""
         return self.calculator.nested_names(*self.config.before)
 
-    @functools.cached_property
+    @property
     def identity(self) -> dict:
-        """What a baselines file must have been made with to be compared with this reward's numbers. Made once: when it
-        is asked for in training, the weights may be spread over processes."""
-        prompt = chat_identity(self.tokenizer, **self.calculator.chat)
-        if self.config.score_without_chat:  # the template is then taken off
-            prompt["prompt_template"] = self.prompt_template
+        """What a baselines file must have been made with to be compared with this reward's numbers."""
         return identity(
             as_scorer(self.model, self.tokenizer),
             self.tokenizer,
             self.config,
             name=getattr(getattr(self.model, "config", None), "_name_or_path", ""),
-            prompt=prompt,
+            prompt=self._prompt_identity,
             shown=self.calculator.contexts.identity,
         )
+
+    @property
+    def _prompt_identity(self) -> dict:
+        # A template that is taken off has to be the one that was put on.
+        template = {"prompt_template": self.prompt_template} if self.config.score_without_chat else {}
+        return {**chat_identity(self.tokenizer, **self.calculator.chat), **template}
+
+    @property
+    def _measured_with(self) -> dict:
+        """The identity but for the scorer's weights, which may be spread over processes while it trains."""
+        shown, of_model = self.calculator.contexts.identity, {}
+        if not is_scorer(self.model):
+            of_model = {"model": architecture(self.model)}
+        return {**of_texts(self.tokenizer, self.config, self._prompt_identity, shown), **of_model}
 
     @_one_call
     def __call__(self, prompts, completions, **columns) -> list[float | None]:
@@ -423,14 +433,14 @@ class MultiLevelPPLRewardFunction:
 
     def state_dict(self) -> dict:
         """What a resumed run needs: the zero-shot baselines recorded so far, and what they were measured with."""
-        made_with = {"identity": self.identity} if self.keeps_first_visits else {}
+        made_with = {"identity": self._measured_with} if self.keeps_first_visits else {}
         return {"first_visits": self.first_visits.state_dict(), **made_with}
 
     def load_state_dict(self, state: Mapping) -> None:
         """Raises `InputError` for first visits that were measured otherwise."""
         visits = state["first_visits"]
         if self.keeps_first_visits and visits:
-            differing = differences(state.get("identity", {}), self.identity)
+            differing = differences(state.get("identity", {}), self._measured_with)
             if sizes := {len(levels) for levels in visits.values()} - {len(self.config.levels)}:
                 differing["levels"] = (f"{sizes.pop()} of them", self.config.levels)
             if differing:

@@ -66,7 +66,12 @@ def describe_model(model) -> dict:
             if id(tensor) not in known:
                 known[id(tensor)] = f"{weight_shape(tensor)} {[_checksum(part) for part in _parts(tensor, module)]} "
             digest.update(known[id(tensor)].encode())
-    return {**precision(model), "config": _config(base_of(model).config), "weights": digest.hexdigest()}
+    return {**architecture(model), "weights": digest.hexdigest()}
+
+
+def architecture(model) -> dict:
+    """The same without the weights."""
+    return {**precision(model), "config": _config(base_of(model).config)}
 
 
 def precision(model) -> dict:
@@ -158,12 +163,16 @@ def identity(scorer, tokenizer, config: RewardConfig, *, name: str, prompt: Mapp
     prompt: how prompts are made of a data set's texts, and how chat messages become text, as far as it is known.
     shown: of `mlppl.scoring.contexts.Contexts`, the rows that stand before a text.
     """
+    of_model = {"model": {"name": name, **scorer.identity}, "window": scorer.window}
+    return {**of_texts(tokenizer, config, prompt, shown), **of_model}
+
+
+def of_texts(tokenizer, config: RewardConfig, prompt: Mapping, shown: Mapping) -> dict:
+    """What it says of texts, whatever the scorer."""
     return {
         "target": config.target,
         "definitions": config.definitions,
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "model": {"name": name, **scorer.identity},
-        "window": scorer.window,
         "prompt": dict(prompt),
         "shown": dict(shown),
     }

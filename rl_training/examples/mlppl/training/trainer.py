@@ -224,7 +224,6 @@ class RewardState(TrainerCallback):
 
     def __init__(self, functions: Sequence, diagnostics: Diagnostics, resume_from: str | None = None) -> None:
         self.functions, self.diagnostics = functions, diagnostics
-        functions[0].state_dict()  # what it is measured with, before weights are spread over processes
         if resume_from is not None:
             state = json.loads(Path(resume_from, STATE_FILE).read_text(encoding="utf-8"))
             for function in functions:
