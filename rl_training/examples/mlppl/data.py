@@ -142,6 +142,12 @@ class PromptForm(NamedTuple):
             prompt = [*before, {"role": "user" if self.user_prompt is None else "assistant", "content": prompt}]
         return prompt, reference
 
+    @property
+    def around(self) -> tuple[str, str]:
+        """What the template puts before a prompt and behind it, its braces as they are read."""
+        before, behind = self.prompt_template.format(prompt="\0").split("\0")
+        return before, behind
+
     def shaped(self, prompt: Text) -> Text:
         """A prompt as the rows have it: a text is brought into their form, unless it has it.
 
@@ -149,7 +155,7 @@ class PromptForm(NamedTuple):
         >>> form.shaped("A fox."), form.shaped(form.shaped("A fox.")) == form.shaped("A fox.")
         ([{'role': 'user', 'content': 'Go on: A fox.'}], True)
         """
-        before, behind = self.prompt_template.format(prompt="\0").split("\0")
+        before, behind = self.around
         has_it = not self.chat and prompt[: len(before)] == before and prompt[len(prompt) - len(behind) :] == behind
         return prompt if not isinstance(prompt, str) or has_it else self.prompt_and_reference(prompt, "")[0]
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 from ..config import OUTER, TABLE, ReferenceContext
 from ..data import PromptForm, Shown, Text, checked_shown, message_text, prompt_key, stable_id
@@ -44,7 +45,7 @@ class Contexts:
         self._start = start
         self._chat = dict(chat or {})
         PromptForm(form).check()
-        self._form = form.format(prompt="\0").partition("\0")[::2]
+        self._form = PromptForm(form).around
         self._views = [level for level in OUTER if level in levels]
         self._ids: dict[str, tuple[int, ...]] = {}
         self._put: ReferenceContext | None = None  # where references are scored
@@ -80,12 +81,12 @@ class Contexts:
         """A prompt as the scorer is given it: behind the examples, but for where they are a level of their own."""
         return self.behind_examples(self._read(prompt))
 
-    def reads_as_text(self, prompt: Text | None) -> bool:
+    def reads_as_text(self, prompt: Text | None) -> TypeGuard[list[dict]]:
         """Whether a prompt is chat messages that the scorer is shown as text."""
         return self._without_chat and prompt is not None and not isinstance(prompt, str)
 
     def _read(self, prompt: Text | None) -> Text | None:
-        if prompt is None or isinstance(prompt, str) or not self._without_chat:
+        if not self.reads_as_text(prompt):
             return prompt
         before, behind = self._form
         begun = prompt[-1]["role"] == "assistant"
@@ -132,7 +133,7 @@ class Contexts:
         """A text as it is scored: the pair that it is behind its own prompt as that stands, behind what else its levels
         ask for. completion: the messages, or the text, that the pair is made of."""
         own = self._read(prompt)
-        if prompt is not None and not isinstance(prompt, str) and isinstance(own, str):  # read as text
+        if isinstance(own, str) and self.reads_as_text(prompt):
             if not isinstance(completion, str):
                 completion = message_text([one for one in completion if one["role"] == "assistant"])
             pair = (own, completion if prompt[-1]["role"] == "assistant" else joined(own, completion)[len(own) :])
